@@ -1,0 +1,101 @@
+"""How the command speaks: a live line on a terminal, plain lines otherwise, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+
+
+class Progress:
+    """Shows committed rounds.
+
+    On a terminal one line is rewritten; elsewhere a line is printed for each tested round; with
+    ``as_json`` every round is one JSON line.
+    """
+
+    def __init__(self, rounds: int, as_json: bool) -> None:
+        """Start the clock."""
+        self._rounds = rounds
+        self._json = as_json
+        self._live = sys.stdout.isatty() and not as_json
+        self._first: tuple[int, float] | None = None
+        self._tested = ""
+        self._bytes = 0
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        if self._json:
+            click.echo(json.dumps({"message": line}))
+        else:
+            self.clear()
+            click.echo(line)
+
+    def round(self, metrics: dict[str, Any]) -> None:
+        """Show a committed round."""
+        if self._json:
+            click.echo(json.dumps(metrics))
+            return
+        number = metrics["round"]
+        self._bytes += metrics["bytes_up"] + metrics["bytes_down"] + metrics["bytes_constants"]
+        if self._first is None:
+            self._first = (number, time.monotonic())
+        if metrics["accuracy"] is not None:
+            self._tested = f"accuracy {metrics['accuracy']:.1%}   {_epsilon(metrics['epsilon'])}"
+        line = (
+            f"round {number:>4}/{self._rounds}   {self._tested}   "
+            f"{metrics['replies']} replies{_dropped(metrics)}   {human_bytes(self._bytes)} sent"
+        )
+        if self._live:
+            click.echo(f"\r\x1b[2K{line}{self._eta(number)}", nl=False)
+        elif metrics["accuracy"] is not None:
+            click.echo(line)
+
+    def clear(self) -> None:
+        """End the live line, if there is one."""
+        if self._live and self._first is not None:
+            click.echo()
+
+    def _eta(self, number: int) -> str:
+        first, began = self._first or (number, time.monotonic())
+        if number == first:
+            return ""
+        left = (time.monotonic() - began) / (number - first) * (self._rounds - number)
+        return f"   {left:.0f} s left"
+
+
+def _epsilon(value: float | None) -> str:
+    return "ε = ∞" if value is None else f"ε {value:.2f}"
+
+
+def _dropped(metrics: dict[str, Any]) -> str:
+    count = sum(metrics["dropped"].values())
+    return f", {count} dropped" if count else ""
+
+
+def human_bytes(count: float) -> str:
+    """Return a byte count in words, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """Return a plain text table; the first column is left-aligned, the others right-aligned."""
+    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: list[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+
+    return "\n".join([line(headers), line(["-" * w for w in widths]), *(line(r) for r in rows)])
+
+
+def emit(data: Any) -> None:
+    """Print JSON for machines."""
+    click.echo(json.dumps(data, indent=2))

@@ -1,0 +1,98 @@
+"""``reticent plan new|check|explain``: write, validate and price a plan before running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reticent.core.errors import PlanError
+
+from .output import emit, human_bytes, table
+from .simulations import overrides_option, read_plan
+
+
+@click.group()
+def plan() -> None:
+    """Write, validate and price a plan."""
+
+
+@plan.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@overrides_option
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def new(path: Path, overrides: tuple[str, ...], force: bool) -> None:
+    """Write the default plan, with overrides applied, to PATH."""
+    import tomli_w
+
+    from reticent.core.run import without_none
+
+    resolved = read_plan(None, overrides)
+    if path.exists() and not force:
+        raise PlanError(f"{path}: already exists: choose another name or give --force")
+    text = tomli_w.dumps(without_none(resolved.model_dump(mode="json")))
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {path}; price it with `reticent plan explain {path}`")
+
+
+@plan.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@overrides_option
+def check(path: Path, overrides: tuple[str, ...]) -> None:
+    """Validate PATH: the plan, its task, its codecs and its privacy target."""
+    from reticent.simulations.explain import check_plan
+
+    resolved = read_plan(path, overrides)
+    check_plan(resolved)
+    click.echo(f"{path}: good (plan {resolved.digest[:12]})")
+
+
+@plan.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path), metavar="[PLAN]")
+@overrides_option
+@click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
+def explain(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Price a plan: epsilon, bytes, memory and time, before running it."""
+    from reticent.simulations.explain import explain_plan
+
+    price = explain_plan(read_plan(path, overrides))
+    if as_json:
+        emit(price)
+        return
+    click.echo(table(["what", "value"], _rows(price)))
+
+
+def _rows(price: dict[str, Any]) -> list[list[str]]:
+    privacy, traffic, work = price["privacy"], price["bytes"], price["work"]
+    rows = [["plan", price["plan"][:12]], ["student parameters sent", f"{price['parameters']:,}"]]
+    if privacy["trust"] == "off":
+        rows.append(["privacy", "off: ε = ∞"])
+    else:
+        rows += [
+            ["noise multiplier σ", f"{privacy['noise_multiplier']:.4f}"],
+            ["rounds of one client, at most", f"{privacy['participations']}"],
+            ["ε against readers of the models", _epsilon(privacy["epsilon"])],
+            ["ε against the server", _epsilon(privacy["server_epsilon"])],
+            ["ε of one round", _epsilon(privacy["round_epsilon"])],
+            ["ε with half the noise", _epsilon(privacy["half_noise_epsilon"])],
+            ["ε without amplification by sampling", _epsilon(privacy["unamplified_epsilon"])],
+        ]
+    rows += [
+        ["bytes up, one client and round", human_bytes(traffic["up"])],
+        ["bytes down, one client and round", human_bytes(traffic["down"])],
+        ["the same as fp32", human_bytes(traffic["fp32"])],
+        ["whole run, all clients", human_bytes(traffic["total"])],
+        ["local step, measured here", f"{work['step_seconds'] * 1000:.1f} ms"],
+        ["client steps in the run", f"{work['steps']:,}"],
+        ["rounds on this machine, about", f"{work['seconds']:.0f} s"],
+        ["memory of this process", human_bytes(work["memory"])],
+    ]
+    return rows
+
+
+def _epsilon(value: float | str) -> str:
+    return "∞" if isinstance(value, str) else f"{value:,.2f}"

@@ -1,0 +1,157 @@
+"""``reticent simulate``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reticent.core.errors import PlanError
+from reticent.core.plan import Plan, load_plan, parse_plan
+from reticent.core.run import Run, open_run
+
+from .output import Progress, emit, human_bytes, table
+
+overrides_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the plan."
+)
+
+
+def read_plan(path: Path | None, overrides: tuple[str, ...]) -> Plan:
+    """Return the plan from a file, or the embedded default, with overrides applied."""
+    if path is None:
+        return parse_plan("", overrides, where="default plan")
+    return load_plan(path, overrides)
+
+
+@click.command()
+@click.argument("plan_file", required=False, type=click.Path(path_type=Path), metavar="[PLAN]")
+@overrides_option
+@click.option("--run", "folder", type=click.Path(path_type=Path), help="The run directory.")
+@click.option("--resume", is_flag=True, help="Continue the run in --run after its last round.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def simulate(
+    plan_file: Path | None,
+    overrides: tuple[str, ...],
+    folder: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Run a whole federation on this machine: plan in, artifact and privacy report out.
+
+    Without PLAN the embedded default runs: Fashion-MNIST, 100 clients, epsilon 8.
+    """
+    from reticent.simulations.simulate import simulate as run_simulation
+
+    plan = _plan(plan_file, overrides, folder, resume)
+    where = folder or Path("runs") / f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}"
+    show = Progress(plan.federation.rounds, as_json)
+    began = time.monotonic()
+    show.say(f"plan {plan.digest[:12]}: {_headline(plan)}")
+    show.say(f"run directory {where}")
+    try:
+        run = run_simulation(plan, where, resume=resume, say=show.say, progress=show.round)
+    except KeyboardInterrupt:
+        show.clear()
+        click.echo(
+            f"interrupted: the open round was rolled back, committed rounds are kept; continue "
+            f"with `reticent simulate --run {where} --resume`",
+            err=True,
+        )
+        raise SystemExit(130) from None
+    show.clear()
+    reports = _write_reports(run)
+    if as_json:
+        emit({"run": str(run.folder), "reports": reports, **run.read_summary()})
+        return
+    click.echo(_closing(run, time.monotonic() - began))
+
+
+def _plan(
+    plan_file: Path | None, overrides: tuple[str, ...], folder: Path | None, resume: bool
+) -> Plan:
+    if not resume:
+        return read_plan(plan_file, overrides)
+    if folder is None:
+        raise PlanError("--resume: needs --run, the directory of the run to continue")
+    own = open_run(folder).plan()
+    if plan_file is None and not overrides:
+        return own
+    if plan_file is None:
+        from reticent.core.run import Run as RunFolder
+
+        return load_plan(RunFolder(folder).plan_file, overrides)
+    return read_plan(plan_file, overrides)
+
+
+def _headline(plan: Plan) -> str:
+    federation, privacy = plan.federation, plan.private
+    if privacy is None:
+        promise = "privacy off (ε = ∞)"
+    elif privacy.epsilon is not None:
+        promise = f"ε {privacy.epsilon:g} at δ {privacy.delta:g}, {privacy.trust} trust"
+    else:
+        promise = f"noise multiplier {privacy.noise_multiplier:g}, {privacy.trust} trust"
+    return (
+        f"{plan.task.name}, {plan.task.clients:,} clients, {federation.rounds} rounds of "
+        f"{federation.clients_per_round:,}, {promise}"
+    )
+
+
+def _write_reports(run: Run) -> list[str]:
+    from reticent.privacy.report import write_reports
+
+    return [str(path) for path in write_reports(run)]
+
+
+def _closing(run: Run, seconds: float) -> str:
+    summary: dict[str, Any] = run.read_summary()
+    accuracy, sizes, speed = summary["accuracy"], summary["bytes"], summary["latency_us"]
+    rows = [
+        [
+            "teacher",
+            f"{accuracy['teacher']:.1%}",
+            human_bytes(sizes["teacher"]),
+            f"{speed['teacher']:.0f} µs",
+        ],
+        ["public-only student", f"{accuracy['public_only']:.1%}", "", ""],
+        [
+            "federated student, fp32",
+            f"{accuracy['fp32']:.1%}",
+            human_bytes(sizes["fp32"]),
+            f"{speed['fp32']:.0f} µs",
+        ],
+        [
+            "federated student, int8",
+            f"{accuracy['int8']:.1%}",
+            human_bytes(sizes["int8"]),
+            f"{speed['int8']:.0f} µs",
+        ],
+    ]
+    lines = [
+        "",
+        table(["model", "accuracy", "size", "latency"], rows),
+        "",
+        _spent(summary["privacy"]),
+    ]
+    lines.append(f"report    {run.folder / 'report.html'}")
+    lines.append(f"artifact  {run.artifact}")
+    lines.append(f"model     {summary['model']}")
+    lines.append(f"finished in {seconds:.0f} s")
+    return "\n".join(lines)
+
+
+def _spent(privacy: dict[str, Any]) -> str:
+    if privacy["trust"] == "off":
+        return "privacy   off: ε = ∞, nothing is promised"
+    return (
+        f"privacy   against readers of the models ε {_shown(privacy['epsilon'])}, against the server "
+        f"ε {_shown(privacy['server_epsilon'])} (δ {privacy['delta']:g}, one example, "
+        "add or remove)"
+    )
+
+
+def _shown(value: float | str) -> str:
+    return "∞" if isinstance(value, str) else f"{value:,.2f}"

@@ -1,0 +1,31 @@
+"""What the client's owner decides, as opposed to what the server asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reticent.privacy.ledger import Budget, Ledger
+from reticent.privacy.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One device, as its owner set it up. Nothing in it can be set by a message.
+
+    Attributes:
+        client: Index of the client's data in the task.
+        device: The device's name in its ledger.
+        ledger: The device's ledger.
+        budget: The hard stop.
+        randomness: Where noise and batches come from.
+        keeps_releases: Whether encoded updates are stored before they are sent, so that a retry
+            sends the same bytes. Not needed when the randomness is seeded, because training again
+            gives the same bytes.
+    """
+
+    client: int
+    device: str
+    ledger: Ledger
+    budget: Budget
+    randomness: Randomness
+    keeps_releases: bool

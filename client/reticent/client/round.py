@@ -1,0 +1,170 @@
+"""One round on one client: check, charge, train, encode, release."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from reticent.compression.codec import Codec, build_codec
+from reticent.core.errors import DataError, LedgerError, PayloadError, PlanError
+from reticent.core.plan import Plan, Privacy, plan_from_json
+from reticent.core.protocol import Constants, Order, Refusal
+from reticent.core.tasks import Task, load_task
+from reticent.core.update import Vector
+from reticent.privacy.events import NonPrivate, PoissonGaussian
+from reticent.privacy.ledger import BudgetExceeded
+from reticent.privacy.release import Released
+
+from .environment import Environment
+from .training import LocalTrainer, NoisyStep
+
+
+class Refused(Exception):
+    """The round is not trained, for a reason that has a fixed code."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Site:
+    """What one process keeps between rounds for one plan; everything in it is public or lazy."""
+
+    plan: Plan
+    task: Task
+    trainer: LocalTrainer
+    codec: Codec
+    broadcast: Codec
+
+
+@lru_cache(maxsize=4)
+def _plan(text: str) -> Plan:
+    return plan_from_json(text)
+
+
+@lru_cache(maxsize=2)
+def _site(plan_text: str, constants: bytes) -> Site:
+    plan = _plan(plan_text)
+    task = load_task(plan.task, plan.seed)
+    trainer = LocalTrainer(plan, task, Constants.decode(constants))
+    updates = plan.updates
+    return Site(plan, task, trainer, build_codec(updates.codec), build_codec(updates.broadcast))
+
+
+@lru_cache(maxsize=2)
+def _broadcast(codec: Codec, payload: bytes, blocks: tuple[int, ...]) -> Vector:
+    return codec.decode(payload, blocks)
+
+
+def check_order(order: Order, plan_text: str) -> Plan:
+    """Return the client's own plan if the order belongs to it.
+
+    Raises:
+        Refused: If the order names another plan, or its noise contradicts the plan.
+    """
+    try:
+        plan = _plan(plan_text)
+    except PlanError as error:
+        raise Refused(Refusal.WRONG_PLAN) from error
+    if order.plan != plan.digest:
+        raise Refused(Refusal.WRONG_PLAN)
+    if (order.noise_multiplier > 0) != (plan.private is not None):
+        raise Refused(Refusal.BAD_ORDER)
+    return plan
+
+
+def run_round(
+    order: Order, plan_text: str, constants: bytes, payload: bytes, environment: Environment
+) -> Released:
+    """Run one round and return what is released.
+
+    Order of events: the whole round is charged and on disk before an example is touched; the
+    encoded update is on disk (on a real device) before it is handed on.
+
+    Raises:
+        Refused: With a fixed code, when the round cannot or must not be run.
+    """
+    plan = check_order(order, plan_text)
+    if hashlib.sha256(constants).hexdigest() != order.constants:
+        raise Refused(Refusal.CONSTANTS_MISSING)
+    try:
+        site = _site(plan_text, constants)
+        start = _broadcast(site.broadcast, payload, site.trainer.layout.blocks)
+    except PayloadError as error:
+        raise Refused(Refusal.BAD_BROADCAST) from error
+    try:
+        event = _charge(order, plan, environment)
+        if stored := _stored(order, environment):
+            return Released(stored, event)
+        encoded = _train(order, site, start, environment)
+        _store(order, environment, encoded)
+    except BudgetExceeded as error:
+        raise Refused(Refusal.BUDGET) from error
+    except LedgerError as error:
+        raise Refused(Refusal.LEDGER) from error
+    return Released(encoded, event)
+
+
+def round_event(plan: Plan, noise_multiplier: float) -> PoissonGaussian | NonPrivate:
+    """Return the event that one round of ``plan`` is charged as on every device."""
+    if plan.private is None:
+        return NonPrivate()
+    federation = plan.federation
+    return PoissonGaussian(federation.sampling_rate, noise_multiplier, federation.steps_per_round)
+
+
+def _charge(order: Order, plan: Plan, environment: Environment) -> PoissonGaussian | NonPrivate:
+    event = round_event(plan, order.noise_multiplier)
+    environment.ledger.charge(environment.device, order.run, order.round, event, environment.budget)
+    return event
+
+
+def _stored(order: Order, environment: Environment) -> bytes | None:
+    """Return the bytes that were released for this round before, if they are kept."""
+    if not environment.keeps_releases:
+        return None
+    return environment.ledger.stored_release(environment.device, order.run, order.round)
+
+
+def _store(order: Order, environment: Environment, encoded: bytes) -> None:
+    if environment.keeps_releases:
+        environment.ledger.store_release(environment.device, order.run, order.round, encoded)
+
+
+def _train(order: Order, site: Site, start: Vector, environment: Environment) -> bytes:
+    try:
+        examples = site.task.client(environment.client)
+    except DataError as error:
+        raise Refused(Refusal.NO_DATA) from error
+    path = (order.run, environment.client, order.round)
+    step = noisy_step(site.plan, order)
+    update = site.trainer.pseudo_gradient(start, examples, step, environment.randomness, path)
+    # The seed of the dither comes from the same source as the noise: on a device nobody can guess
+    # it, and only the server reads it from the payload.
+    key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
+    generator = np.random.Generator(np.random.Philox(key=key))
+    quantum = quantization_step(step)
+    return site.codec.encode(update, site.trainer.layout.blocks, generator, quantum)
+
+
+def noisy_step(plan: Plan, order: Order) -> NoisyStep:
+    """Return the public constants of a step: under aggregator trust the noise is a share."""
+    privacy: Privacy | None = plan.private
+    if privacy is None:
+        return NoisyStep(None, 0.0, order.denominator)
+    shares = plan.federation.quorum if privacy.trust == "aggregator" else 1
+    noise = order.noise_multiplier * privacy.clip / shares**0.5
+    return NoisyStep(privacy.clip, noise, order.denominator)
+
+
+def quantization_step(step: NoisyStep) -> float | None:
+    """Return half the standard deviation of the noise in a coordinate of the update.
+
+    A public constant, so that the quantizer's error cannot depend on data (+2.1 % variance at this
+    ratio); None, so that the codec scales by the data, when there is no noise.
+    """
+    return step.noise / step.denominator / 2 if step.noise > 0 else None

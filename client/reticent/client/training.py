@@ -1,0 +1,146 @@
+"""Local training: from a broadcast model and private examples to one pseudo-gradient."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from reticent.compression.fold import fold_batchnorm
+from reticent.compression.quantize import quantized_weights
+from reticent.core.plan import Plan
+from reticent.core.protocol import Constants
+from reticent.core.tasks import Examples, Task
+from reticent.core.update import Layout, Vector
+from reticent.privacy.clipping import ClippedGradients, Loss
+from reticent.privacy.randomness import Randomness
+
+
+def student_model(task: Task, plan: Plan) -> nn.Module:
+    """Return an untrained student in the shape that is trained federatedly: norm-free or GroupNorm.
+
+    Batch normalisation, used only while the student is trained on public data, is folded away.
+    """
+    model = task.student(plan.student.model)
+    return fold_batchnorm(model) if isinstance(model, nn.Sequential) else model
+
+
+@dataclass(frozen=True)
+class NoisyStep:
+    """Public constants of one local step.
+
+    Attributes:
+        clip: L2 bound of one example's gradient; None when privacy is off.
+        noise: Standard deviation of the noise added to each coordinate of the clipped sum.
+        denominator: What the noised sum is divided by.
+    """
+
+    clip: float | None
+    noise: float
+    denominator: float
+
+
+class LocalTrainer:
+    """Everything about local training that does not depend on a client: build once, use often."""
+
+    def __init__(self, plan: Plan, task: Task, constants: Constants) -> None:
+        """Build the student and its per-example gradient hooks.
+
+        Raises:
+            DataError: If the mask does not fit the student, or the student mixes examples.
+        """
+        self._plan = plan
+        self._model = student_model(task, plan)
+        bare = Layout.of(self._model)
+        self.layout = Layout(bare.names, bare.shapes, constants.kept)
+        self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
+        quantize = plan.student.quantize.kind == "qat"
+        self._swap = quantized_weights if quantize else nullcontext
+
+    @property
+    def steps(self) -> int:
+        """Local steps of a round."""
+        return self._plan.federation.steps_per_round
+
+    @cached_property
+    def _clipped(self) -> ClippedGradients:
+        return ClippedGradients(self._model, self.layout)
+
+    def pseudo_gradient(
+        self,
+        start: Vector,
+        examples: Examples,
+        step: NoisyStep,
+        randomness: Randomness,
+        path: tuple[str | int, ...],
+    ) -> Vector:
+        """Run the plan's local steps from ``start`` and return the sum of the noised steps.
+
+        Each step draws a Poisson batch at the plan's rate, sums the clipped gradients, adds
+        N(0, noise^2) to every coordinate (on empty batches too), divides by the public denominator
+        and moves along it. Neither the scale, nor the size, nor the number of steps depends on how
+        many examples the client holds.
+
+        Args:
+            start: The broadcast parameters, float32 ``(size,)``.
+            examples: All private examples of the client.
+            step: Public constants.
+            randomness: Source of batches and noise.
+            path: Names the streams: run, round and client.
+
+        Returns:
+            float32 ``(size,)``: with one step, the noised mean gradient at ``start``.
+        """
+        federation = self._plan.federation
+        weights, total = start, np.zeros(self.layout.size, dtype=np.float64)
+        for index in range(federation.steps_per_round):
+            self.layout.write(self._model, weights)
+            draws = randomness.stream("batch", *path, index).uniform(len(examples.labels))
+            batch = np.flatnonzero(draws < federation.sampling_rate)
+            gradient = self._gradient_sum(examples, batch, step.clip)
+            if step.noise > 0:
+                noise = randomness.stream("noise", *path, index).normal(self.layout.size)
+                gradient += step.noise * noise
+            gradient /= step.denominator
+            total += gradient
+            weights = (weights - federation.learning_rate * gradient).astype(np.float32)
+        return total.astype(np.float32)
+
+    def _gradient_sum(
+        self, examples: Examples, batch: NDArray[np.int64], clip: float | None
+    ) -> NDArray[np.float64]:
+        if not len(batch):
+            return np.zeros(self.layout.size, dtype=np.float64)
+        chosen = torch.from_numpy(batch)
+        inputs, labels = examples.inputs[chosen], examples.labels[chosen]
+        if clip is not None:
+            return self._clipped.sum(inputs, labels, self._loss, clip, self._swap)
+        with self._swap(self._model):
+            loss = self._loss(self._model(inputs), labels)
+            gradients = torch.autograd.grad(loss, list(self._model.parameters()))
+        return self.layout.gather(list(gradients)).astype(np.float64)
+
+    @property
+    def _loss(self) -> Loss:
+        distill = self._plan.student.distill
+        if self._soft is None or distill.local_weight == 0:
+            return _cross_entropy
+        soft, weight, heat = self._soft, distill.local_weight, distill.temperature
+
+        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            hard = _cross_entropy(logits, labels)
+            log_student = F.log_softmax(logits / heat, dim=1)
+            mimic = F.kl_div(log_student, soft[labels], reduction="sum")
+            return (1 - weight) * hard + weight * heat**2 * mimic
+
+        return loss
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum")

@@ -1,0 +1,1 @@
+"""Small students, small updates and the deployable artifact."""

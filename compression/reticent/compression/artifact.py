@@ -1,0 +1,496 @@
+"""The deployable artifact: a signed folder with an int8 model and an account of its making.
+
+Guarantee: nothing in an artifact is parsed or loaded before it is known to come from the holder of
+the signing key, whole and unchanged. The Ed25519 signature over the exact bytes of
+``manifest.json`` is checked first; the manifest holds the SHA-256 and the size of every other file,
+and those are checked next, on the very bytes that are then used. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reticent.core.errors import ArtifactError, DataError, ReticentError
+
+from .integer import IntegerModel, IntegerSpec, build, parse_graph
+
+FORMAT_VERSION = 1
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+FILES = ("model.safetensors", "model.json", "self_test.safetensors", "MODEL_CARD.md")
+MAX_FILE_BYTES = 256 * 2**20
+MAX_MANIFEST_BYTES = 2**20
+SIGNATURE_BYTES = 64
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskInfo(_Part):
+    """What the model is for.
+
+    Attributes:
+        name: Name of the task.
+        classes: Number of classes: the length of the logits.
+        input_shape: Shape of one example.
+        preprocessing: How raw data become inputs (say, the mean and deviation they were scaled by).
+    """
+
+    name: str
+    classes: Annotated[int, Field(ge=1)]
+    input_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    preprocessing: str
+
+
+class FileEntry(_Part):
+    """Size and SHA-256 of one file."""
+
+    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(_Part):
+    """What an artifact is, and what it is made of.
+
+    ``privacy`` always has ``epsilon``: a number, or the word ``"infinity"`` when privacy was off.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    created_by: str
+    plan_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    task: TaskInfo
+    metrics: dict[str, Any]
+    privacy: dict[str, Any]
+    sizes: dict[str, Any]
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """A few public examples and the logits that the int8 model gave for them (float32)."""
+
+    inputs: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact, ready to predict."""
+
+    manifest: Manifest
+    spec: IntegerSpec
+    model: IntegerModel
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits, float32 ``(n, classes)``, for float32 inputs ``(n, *input_shape)``.
+
+        Raises:
+            DataError: If the inputs have another type or shape, or are not finite.
+        """
+        return _predict(self.model, self.manifest.task, inputs)
+
+
+def write_artifact(
+    folder: Path,
+    spec: IntegerSpec,
+    *,
+    task: TaskInfo,
+    plan_digest: str,
+    metrics: Mapping[str, Any],
+    privacy: Mapping[str, Any] | Literal["off"],
+    sizes: Mapping[str, Any],
+    self_test: SelfTest,
+    private_key: Ed25519PrivateKey,
+    replace: bool = False,
+) -> Path:
+    """Write a signed artifact to ``folder`` and return the folder.
+
+    The folder appears whole or not at all: everything is written and synced beside it and then
+    renamed. When an artifact is replaced, a crash between the two renames leaves none; the old one
+    is then found beside it under a hidden name.
+
+    Args:
+        folder: Where to write; must not exist, or be an artifact if ``replace``.
+        spec: The int8 model.
+        task: What the model is for.
+        plan_digest: SHA-256 of the plan as hex.
+        metrics: Measured figures; anything JSON can hold.
+        privacy: ``epsilon`` and ``delta`` and whatever else should be stated. ``"off"``, or an
+            infinite epsilon, is spelled out as ``"infinity"``.
+        sizes: Measured bytes, by name.
+        self_test: Checked now, stored, and checked again whenever the artifact is loaded.
+        private_key: Signs the manifest.
+        replace: Whether an artifact that is already there may be replaced.
+
+    Raises:
+        ArtifactError: If the folder is taken or cannot be written, the self test fails, or the
+            account is incomplete.
+    """
+    _check_target(folder, replace)
+    _run_self_test(build(spec), task, self_test)
+    account = {
+        "metrics": _plain("metrics", metrics),
+        "privacy": _privacy(privacy),
+        "sizes": _plain("sizes", sizes),
+    }
+    contents = {
+        "model.safetensors": _pack(dict(spec.arrays)),
+        "model.json": (spec.graph.model_dump_json(indent=1) + "\n").encode(),
+        "self_test.safetensors": _pack({"inputs": self_test.inputs, "logits": self_test.logits}),
+        "MODEL_CARD.md": _card(task, plan_digest, account).encode(),
+    }
+    entries = {name: _entry(data) for name, data in contents.items()}
+    manifest = _parse_manifest(
+        json.dumps(
+            {
+                "created_by": _created_by(),
+                "plan_digest": plan_digest,
+                "task": task.model_dump(),
+                **account,
+                "files": entries,
+            }
+        ).encode()
+    )
+    contents[MANIFEST] = (manifest.model_dump_json(indent=1) + "\n").encode()
+    contents[SIGNATURE] = private_key.sign(contents[MANIFEST])
+    try:
+        _publish(folder, contents, replace)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def verify_artifact(folder: Path, public_key: Ed25519PublicKey) -> Manifest:
+    """Check an artifact's signature and every byte of it; return its manifest.
+
+    Raises:
+        ArtifactError: If a file is missing, extra, changed, too large or not a plain file, or the
+            signature is not by this key.
+    """
+    return _verified(folder, public_key)[0]
+
+
+def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
+    """Verify an artifact, assemble its model and run its self test.
+
+    Raises:
+        ArtifactError: As :func:`verify_artifact`, and if the model cannot be assembled or does not
+            give the logits of the self test on this machine.
+    """
+    manifest, contents = _verified(folder, public_key)
+    spec = IntegerSpec(parse_graph(contents["model.json"]), _unpack("model.safetensors", contents))
+    tensors = _unpack("self_test.safetensors", contents)
+    if tensors.keys() != {"inputs", "logits"}:
+        raise ArtifactError("self_test.safetensors: must hold inputs and logits")
+    artifact = Artifact(manifest, spec, build(spec))
+    _run_self_test(artifact.model, manifest.task, SelfTest(**tensors))
+    return artifact
+
+
+def make_signing_key(folder: Path) -> Ed25519PrivateKey:
+    """Make an Ed25519 key; write ``signing_key.pem`` (mode 0600) and ``signing_key.pub.pem``.
+
+    Raises:
+        ArtifactError: If a key is already there (it is never overwritten) or cannot be written.
+    """
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_new(folder / "signing_key.pem", private, 0o600)
+        _write_new(folder / "signing_key.pub.pem", public, 0o644)
+    except FileExistsError as error:
+        raise ArtifactError(f"{error.filename}: a key is already there; keep or move it") from error
+    except OSError as error:
+        raise ArtifactError(f"{folder}: no key written: {error.strerror or error}") from error
+    return key
+
+
+def load_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Read an unencrypted Ed25519 private key from a PEM file.
+
+    Raises:
+        ArtifactError: If the file cannot be read or holds something else.
+    """
+    data = _read_plain(path, MAX_MANIFEST_BYTES)
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ArtifactError(f"{path}: not an unencrypted PEM private key") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ArtifactError(f"{path}: holds a {type(key).__name__}: must be an Ed25519 key")
+    return key
+
+
+def load_public_key(path: Path) -> Ed25519PublicKey:
+    """Read an Ed25519 public key from a PEM file.
+
+    Raises:
+        ArtifactError: If the file cannot be read or holds something else.
+    """
+    data = _read_plain(path, MAX_MANIFEST_BYTES)
+    try:
+        key = serialization.load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ArtifactError(f"{path}: not a PEM public key") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise ArtifactError(f"{path}: holds a {type(key).__name__}: must be an Ed25519 key")
+    return key
+
+
+def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dict[str, bytes]]:
+    signature = _read_plain(folder / SIGNATURE, SIGNATURE_BYTES)
+    text = _read_plain(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        public_key.verify(signature, text)
+    except InvalidSignature as error:
+        raise ArtifactError(
+            f"{folder}: the signature does not fit: the manifest was changed, or it was signed "
+            "with another key"
+        ) from error
+    manifest = _parse_manifest(text)
+    _check_names(folder)
+    contents: dict[str, bytes] = {}
+    for name, entry in manifest.files.items():
+        data = _read_plain(folder / name, entry.bytes)
+        if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtifactError(f"{folder / name}: is not the file that was signed")
+        contents[name] = data
+    return manifest, contents
+
+
+def _check_names(folder: Path) -> None:
+    present = set(os.listdir(folder))
+    for name in sorted(present ^ {*FILES, MANIFEST, SIGNATURE}):
+        problem = "is not part of an artifact" if name in present else "is missing"
+        raise ArtifactError(f"{folder / name}: {problem}")
+
+
+def _parse_manifest(text: bytes) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(f"{MANIFEST}: {where}: {first['msg']}") from error
+    # A fixed set of names leaves no room for paths that lead elsewhere.
+    if manifest.files.keys() != set(FILES):
+        raise ArtifactError(f"{MANIFEST}: lists {sorted(manifest.files)}: must list {list(FILES)}")
+    return manifest
+
+
+def _read_plain(path: Path, limit: int) -> bytes:
+    """Return a regular file's bytes; links, devices and larger files are refused unread."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        with open(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtifactError(f"{path}: must be a plain file")
+            if status.st_size > limit:
+                raise ArtifactError(f"{path}: has {status.st_size} bytes: at most {limit} allowed")
+            # One byte more than allowed shows a file that grows while it is read.
+            data = file.read(limit + 1)
+    except OSError as error:
+        reason = "must be a plain file" if path.is_symlink() else error.strerror
+        raise ArtifactError(f"{path}: cannot be read: {reason}") from error
+    if len(data) > limit:
+        raise ArtifactError(f"{path}: at most {limit} bytes allowed")
+    return data
+
+
+def _unpack(name: str, contents: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(contents[name])
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{name}: {error}") from error
+
+
+def _pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save({n: t.detach().contiguous() for n, t in tensors.items()})
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _predict(model: IntegerModel, task: TaskInfo, inputs: torch.Tensor) -> torch.Tensor:
+    if tuple(inputs.shape[1:]) != task.input_shape or inputs.dim() == 0:
+        raise DataError(
+            f"inputs have shape {tuple(inputs.shape)}: must be (n, "
+            f"{', '.join(map(str, task.input_shape))})"
+        )
+    if not torch.isfinite(inputs).all():
+        raise DataError("inputs hold values that are not finite")
+    return model(inputs)
+
+
+def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
+    try:
+        logits = _predict(model, task, test.inputs)
+    except (ReticentError, RuntimeError) as error:
+        raise ArtifactError(f"self test: the model does not run: {error}") from error
+    if logits.shape != (len(test.inputs), task.classes) or test.logits.shape != logits.shape:
+        raise ArtifactError(
+            f"self test: logits have shape {tuple(logits.shape)}: must be "
+            f"({len(test.inputs)}, {task.classes}), as must the {tuple(test.logits.shape)} stored"
+        )
+    # Processors may round an integer differently by one; after a few layers that is a step or two
+    # of the logits' grid, while a wrong memory layout or weight is many.
+    allowed = 2.01 * _output_step(model)
+    worst = float((logits - test.logits).abs().max())
+    if not worst <= allowed:
+        raise ArtifactError(
+            f"self test: logits differ by up to {worst:.4g} from those stored: at most "
+            f"{allowed:.4g} allowed"
+        )
+
+
+def _output_step(model: IntegerModel) -> float:
+    grids = [r.output for r in model.graph.layers if hasattr(r, "output")]
+    return [model.graph.input, *grids][-1].scale
+
+
+def _privacy(privacy: Mapping[str, Any] | Literal["off"]) -> dict[str, Any]:
+    stated = {"epsilon": math.inf} if isinstance(privacy, str) else dict(privacy)
+    epsilon = stated.get("epsilon")
+    if epsilon == math.inf:
+        stated["epsilon"] = epsilon = "infinity"
+    if epsilon != "infinity" and (not _number(epsilon) or not _number(stated.get("delta"))):
+        raise ArtifactError(
+            f"privacy={privacy!r}: must hold numbers epsilon and delta, or be 'off', which is "
+            "stated as epsilon = infinity"
+        )
+    return _plain("privacy", stated)
+
+
+def _number(value: object) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value) and value >= 0
+
+
+def _plain(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{name}: must be what JSON can hold, and finite: {error}") from error
+
+
+def _created_by() -> str:
+    try:
+        return f"reticent {importlib.metadata.version('reticent')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "reticent (not installed)"
+
+
+def _card(task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, Any]]) -> str:
+    off = account["privacy"]["epsilon"] == "infinity"
+    promise = (
+        "Trained **without** differential privacy: ε = infinity. It may reveal its training data."
+        if off
+        else "Trained federatedly with differential privacy; the statement is below."
+    )
+    shape = " x ".join(map(str, task.input_shape))
+    lines = [
+        f"# Model card: {task.name}",
+        "",
+        f"A classifier with {task.classes} classes for inputs of shape {shape}, float32. The "
+        "weights of its layers and all activations are 8-bit integers (QNNPACK).",
+        "",
+        f"Preprocessing: {task.preprocessing}",
+        "",
+        promise,
+    ]
+    for title in ("privacy", "metrics", "sizes"):
+        lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in account[title].items()]
+    return "\n".join([*lines, "", "## Origin", "", f"Plan (SHA-256): `{plan_digest}`", ""])
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _check_target(folder: Path, replace: bool) -> None:
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    if not replace:
+        raise ArtifactError(f"{folder}: already exists; ask for it to be replaced, or move it")
+    if folder.is_symlink() or not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder}: is not an artifact, so it is not replaced")
+
+
+def _publish(folder: Path, contents: Mapping[str, bytes], replace: bool) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        for name, data in contents.items():
+            _write_new(temporary / name, data, 0o644)
+        temporary.chmod(0o755)
+        _sync(temporary)
+        _swap(temporary, folder, replace)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _swap(temporary: Path, folder: Path, replace: bool) -> None:
+    # Checked again: the folder may have appeared while the files were written.
+    _check_target(folder, replace)
+    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaced:
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

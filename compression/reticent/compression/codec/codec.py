@@ -1,0 +1,124 @@
+"""The codec itself: a quantizer and an entropy stage, in a checked frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from reticent.core.errors import PayloadError
+from reticent.core.update import Vector
+
+from .base import Blocks, Coded, Dependence, Quantizer
+from .entropy import Entropy
+from .frame import Frame, seal, unseal
+
+
+@dataclass(frozen=True)
+class Codec:
+    """An update vector to bytes and back; build one with :func:`build_codec`.
+
+    Attributes:
+        names: The stages as they were named.
+        quantizer: The first stage.
+        entropy: The last stage; it writes symbols as they are when none was named.
+    """
+
+    names: tuple[str, ...]
+    quantizer: Quantizer
+    entropy: Entropy
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the decoded vector has the encoded one as its expectation."""
+        return self.quantizer.unbiased
+
+    @property
+    def error(self) -> Dependence:
+        """What ``decode(encode(x)) - x`` depends on.
+
+        ``none``: there is no error. ``independent``: it is uniform and independent of ``x``, given
+        a public ``step``, for readers of the models, who see sums of decoded vectors and neither
+        payloads nor dither seeds; not for the server. The exact statement and its conditions are in
+        :mod:`reticent.compression.codec.dither`. ``dependent``: it depends on ``x`` (on its
+        fractional part, its ranking or its largest value).
+
+        A codec with a dependent error breaks a sum of noise shares. When each client adds only a
+        share of the noise, what is released is the sum of ``Q(x_i + n_i)``. If the error of ``Q``
+        depends on its input, that sum is not a function of the sum of ``x_i + n_i`` and independent
+        randomness, so it is not a post-processing of the Gaussian mechanism, whose accounting then
+        says nothing about it. A client that adds the full noise itself may use any codec.
+        """
+        return self.quantizer.error
+
+    def encode(
+        self,
+        vector: Vector,
+        blocks: Blocks,
+        generator: np.random.Generator,
+        step: float | None = None,
+    ) -> bytes:
+        """Return ``vector`` as a payload.
+
+        Args:
+            vector: float32 ``(n,)``, finite.
+            blocks: Lengths of the parameters in ``vector``, summing to n.
+            generator: Source of all randomness: the same state gives the same bytes. On a device it
+                must be seeded by the operating system and be used for nothing that is disclosed.
+            step: Public quantization step of ``dither4`` and ``dither8`` (the other stages do not
+                use it); None takes it from the data, which gives up independence of the error.
+
+        Raises:
+            PayloadError: If the vector, its blocks or the step are not acceptable.
+        """
+        n = _total(blocks)
+        if vector.dtype != np.float32 or vector.shape != (n,):
+            raise PayloadError(
+                f"vector has dtype {vector.dtype} and shape {vector.shape}: must be float32 "
+                f"({n},), the sum of {len(blocks)} blocks"
+            )
+        coded = self.quantizer.encode(vector, blocks, generator, step)
+        body = b""
+        if len(coded.symbols):
+            body = self.entropy.encode(coded.symbols, self.quantizer.alphabet)
+        return seal(Frame(self._stages, coded.flags, n, coded.side, body))
+
+    def decode(self, payload: bytes, blocks: Blocks) -> Vector:
+        """Return the vector of ``payload``, float32 ``(n,)`` with n = sum(blocks), finite.
+
+        Sizes are checked before anything is allocated; memory is proportional to n.
+
+        Raises:
+            PayloadError: On any bytes that this codec does not make for ``blocks``.
+        """
+        n = _total(blocks)
+        most = 1024 + 4 * len(blocks) + 12 * n
+        if not isinstance(payload, bytes) or len(payload) > most:
+            size = len(payload) if isinstance(payload, bytes) else type(payload).__name__
+            raise PayloadError(f"payload is {size}: must be at most {most} bytes for {n} values")
+        frame = unseal(payload)
+        if frame.stages != self._stages or frame.n != n:
+            raise PayloadError(
+                f"payload holds {frame.n} values of stages {frame.stages:#04x}: must hold {n} of "
+                f"{self._stages:#04x} ({'+'.join(self.names)})"
+            )
+        symbols = self._symbols(frame.body, self.quantizer.count(n))
+        return self.quantizer.decode(Coded(symbols, frame.side, frame.flags), blocks)
+
+    @property
+    def _stages(self) -> int:
+        return self.quantizer.code + 16 * self.entropy.code
+
+    def _symbols(self, body: bytes, count: int) -> np.ndarray:
+        if count:
+            return self.entropy.decode(body, count, self.quantizer.alphabet)
+        if body:
+            raise PayloadError(f"payload has {len(body)} bytes of symbols: must have none")
+        return np.zeros(0, dtype=np.uint8)
+
+
+def _total(blocks: Blocks) -> int:
+    n = sum(blocks)
+    if min(blocks, default=0) < 0 or n >= 2**32:
+        raise PayloadError(f"blocks={blocks}: must be at least 0 each and below 2**32 together")
+    return n

@@ -1,0 +1,159 @@
+"""Models: one teacher, a few students small enough for a device, and a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DataError, PlanError
+
+STUDENTS = ("tiny", "tiny-gn", "wide", "wide-gn")
+
+_SMALL = 16
+"""Below this height or width a first stride of 2 would leave too few pixels: it is 1."""
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with BatchNorm around a shortcut (He et al. 2016)."""
+
+    def __init__(self, width: int) -> None:
+        """Make a block of ``width`` channels."""
+        super().__init__()
+        self.body = nn.Sequential(*_conv(width, width, 3), nn.ReLU(), *_conv(width, width, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape of ``x``, ``(n, width, height, width)``."""
+        return torch.relu(x + self.body(x))
+
+
+def teacher(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Return a residual network of about 105,000 parameters for the server, randomly initialised.
+
+    Maps ``(n, channels, height, width)`` to logits ``(n, classes)``. Any height and width of at
+    least 1 works. Initial weights come from torch's global generator.
+
+    Raises:
+        DataError: If ``input_shape`` is not ``(channels, height, width)``.
+    """
+    channels = _image_shape(input_shape)[0]
+    return nn.Sequential(
+        *_conv(channels, 24, 3),
+        nn.ReLU(),
+        Residual(24),
+        nn.MaxPool2d(2, ceil_mode=True),
+        *_conv(24, 48, 3),
+        nn.ReLU(),
+        Residual(48),
+        nn.MaxPool2d(2, ceil_mode=True),
+        Residual(48),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, classes),
+    )
+
+
+def student(kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Return a new student for a device, randomly initialised from torch's global generator.
+
+    ``tiny`` has three 3x3 convolutions of stride 2 (16, 32, 32 channels), ``wide`` a 5x5 and a 3x3
+    one (16, 32); each is followed by BatchNorm and ReLU, and then come Flatten and Linear. On
+    inputs smaller than 16 pixels the first stride is 1. Parameters for one channel and 10 classes,
+    with BatchNorm folded into the convolutions:
+
+    ======  ======  ======
+    kind    28x28   8x8
+    ======  ======  ======
+    tiny    19,178  15,338
+    wide    20,746  10,186
+    ======  ======  ======
+
+    ``tiny-gn`` and ``wide-gn`` have GroupNorm (four channels a group) instead, which keeps no
+    running statistics and is never folded. ``"package.module:attribute"`` is imported and called
+    with ``(input_shape, classes)``.
+
+    Every built-in student is one ``nn.Sequential`` of Conv2d, BatchNorm2d or GroupNorm, ReLU,
+    Flatten and Linear, and maps ``(n, *input_shape)`` to logits ``(n, classes)``.
+
+    Raises:
+        PlanError: If there is no such kind, or a user's own is not a model.
+        DataError: If ``input_shape`` is not ``(channels, height, width)``.
+    """
+    if ":" in kind:
+        return _own_student(kind, input_shape, classes)
+    if kind not in STUDENTS:
+        close = difflib.get_close_matches(kind, STUDENTS, n=1)
+        hint = f' (did you mean "{close[0]}"?)' if close else ""
+        raise PlanError(
+            f'student.model="{kind}": must be one of {", ".join(STUDENTS)}, or '
+            f'"package.module:attribute"{hint}'
+        )
+    channels, height, width = _image_shape(input_shape)
+    base, _, norm = kind.partition("-")
+    group = norm == "gn"
+    first = 1 if min(height, width) < _SMALL else 2
+    stem = _conv(channels, 16, 3 if base == "tiny" else 5, first, group)
+    layers = [*stem, nn.ReLU(), *_conv(16, 32, 3, 2, group), nn.ReLU()]
+    strides = [first, 2]
+    if base == "tiny":
+        layers += [*_conv(32, 32, 3, 2, group), nn.ReLU()]
+        strides.append(2)
+    for stride in strides:
+        height, width = -(-height // stride), -(-width // stride)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * height * width, classes))
+
+
+def import_object(key: str, spec: str) -> Callable[..., Any]:
+    """Import the callable that a plan's ``key`` names as ``"package.module:attribute"``.
+
+    Raises:
+        PlanError: If it cannot be imported or is not callable.
+    """
+    where = f'{key}="{spec}"'
+    module_name, _, attribute = spec.partition(":")
+    names = [*module_name.split("."), attribute]
+    if not all(name.isidentifier() for name in names):
+        raise PlanError(f'{where}: must look like "package.module:attribute"')
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise PlanError(
+            f"{where}: {module_name} cannot be imported: {error} (it must be installed, or its "
+            "folder on PYTHONPATH)"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        problem = "is not callable" if hasattr(module, attribute) else "does not exist"
+        raise PlanError(f"{where}: {attribute} {problem} in module {module_name}")
+    return found
+
+
+def _own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    model = import_object("student.model", spec)(input_shape, classes)
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f'student.model="{spec}": returned a {type(model).__name__}: must be a torch.nn.Module'
+        )
+    return model
+
+
+def _conv(
+    inputs: int, outputs: int, size: int, stride: int = 1, group: bool = False
+) -> list[nn.Module]:
+    norm = nn.GroupNorm(outputs // 4, outputs) if group else nn.BatchNorm2d(outputs)
+    # The norm's own bias follows, and folding gives the convolution one.
+    return [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), norm]
+
+
+def _image_shape(input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise DataError(
+            f"input shape {input_shape}: the built-in models take (channels, height, width); give "
+            "the task models of its own"
+        )
+    channels, height, width = input_shape
+    return channels, height, width

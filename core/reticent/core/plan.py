@@ -1,0 +1,383 @@
+"""The plan: what to train and under which promises, read from one TOML file and overrides."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import PlanError
+
+DEFAULT_EPSILON = 8.0
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen, strict part of a plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Partition(Section):
+    """How private examples are dealt to clients.
+
+    Attributes:
+        kind: ``iid``, ``dirichlet`` (label proportions of each client from Dirichlet(alpha); Hsu et
+            al. 2019) or ``shards`` (each client holds ``labels_per_client`` labels; McMahan et al.
+            2017).
+        alpha: Concentration of the Dirichlet distribution; smaller is more skewed.
+        labels_per_client: Number of label shards a client holds, for ``shards``.
+        examples_per_client: When given, every client draws this many examples of its own from the
+            pool, so that populations larger than the data can be simulated (clients then overlap).
+            When absent, the pool is split into disjoint parts.
+    """
+
+    kind: Literal["iid", "dirichlet", "shards"] = "iid"
+    alpha: Positive = 0.5
+    labels_per_client: Count = 2
+    examples_per_client: Count | None = None
+
+
+class TaskSection(Section):
+    """Which data and models, and how many clients share them."""
+
+    name: str = "fashion"
+    clients: Count = 100
+    public_examples: Count = 1000
+    partition: Partition = Partition()
+
+
+class Teacher(Section):
+    """Training of the teacher on the public split."""
+
+    epochs: Count = 40
+    learning_rate: Positive = 0.01
+
+
+class Distill(Section):
+    """Distillation from the teacher (Hinton, Vinyals and Dean 2015, section 2).
+
+    Attributes:
+        kind: ``response`` or ``none``.
+        temperature: Softens both distributions; the loss is scaled by its square.
+        weight: Share of the distillation loss while the student trains on public data.
+        local_weight: Share of the distillation loss on the devices, where the teacher's answer for
+            an example is its mean softened response to public examples of the same label (a table
+            of classes x classes, public, so that no teacher travels and no device runs one).
+    """
+
+    kind: Literal["response", "none"] = "response"
+    temperature: Positive = 2.0
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    local_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Prune(Section):
+    """Magnitude pruning of the public-data student, before any private data are used."""
+
+    kind: Literal["magnitude", "none"] = "magnitude"
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+class Quantize(Section):
+    """Quantization-aware training of the weights and the int8 engine it is meant for."""
+
+    kind: Literal["qat", "none"] = "qat"
+    backend: Literal["qnnpack"] = "qnnpack"
+
+
+class Student(Section):
+    """The model that is trained federatedly and deployed, and what is done to make it small."""
+
+    model: str = "tiny"
+    epochs: Count = 60
+    learning_rate: Positive = 0.01
+    distill: Distill = Distill()
+    prune: Prune = Prune()
+    quantize: Quantize = Quantize()
+
+
+class Privacy(Section):
+    """The promise: unit, adversary, and either a target epsilon or a noise multiplier.
+
+    Attributes:
+        unit: What one neighbour differs in: one ``example`` of one client.
+        trust: ``local``: every client adds the full noise, the promise holds against the server.
+            ``aggregator``: every client adds a share, the promise holds against everyone who sees
+            the models, and the server is trusted to look only at the sum.
+        epsilon: Target; the noise multiplier is calibrated over the whole schedule.
+        noise_multiplier: Given instead of ``epsilon``, which is then reported.
+        delta: The delta at which epsilon is stated.
+        clip: L2 bound of one example's gradient.
+        budget: The hard stop of each simulated device's ledger; ``epsilon`` when absent, and
+            unlimited when only ``noise_multiplier`` is given.
+    """
+
+    unit: Literal["example"] = "example"
+    trust: Literal["local", "aggregator"] = "aggregator"
+    epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clip: Positive = 1.0
+    budget: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                f"epsilon={self.epsilon} and noise_multiplier={self.noise_multiplier} are both "
+                "given: give epsilon (the noise is calibrated) or noise_multiplier (epsilon is "
+                "reported), not both"
+            )
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError(
+                'neither epsilon nor noise_multiplier is given: give one, or write privacy = "off"'
+            )
+        return self
+
+
+class Optimizer(Section):
+    """The server's optimizer over the averaged pseudo-gradient (Reddi et al. 2021)."""
+
+    kind: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class Federation(Section):
+    """The schedule. Everything here is a public constant.
+
+    Attributes:
+        rounds: Number of applied rounds.
+        clients_per_round: Clients sampled uniformly without replacement in each round.
+        min_replies: Fewest valid replies for a round to be applied; default nine tenths of
+            ``clients_per_round``, rounded up. Under ``aggregator`` trust each client's noise share
+            is sized for this number.
+        steps_per_round: Local steps of a client in a round; 1 under ``aggregator`` trust.
+        sampling_rate: Poisson rate q at which each example joins a step's batch.
+        learning_rate: Step size of the local steps (it has no effect on a single step).
+        retries: How often a round with too few replies is asked again before the run ends.
+        timeout: Seconds to wait for the replies of a round.
+        eval_every: The server tests the model after every so many rounds, and after the last.
+        server: The server's optimizer.
+        average: Decay of an exponential moving average of the models (a function of released
+            models, so it costs no privacy); the average is what is deployed. 0 deploys the last
+            model.
+    """
+
+    rounds: Count = 60
+    clients_per_round: Count = 100
+    min_replies: Count | None = None
+    steps_per_round: Count = 1
+    sampling_rate: Probability = 0.2
+    learning_rate: Positive = 0.5
+    retries: Annotated[int, Field(ge=0)] = 2
+    timeout: Positive = 600.0
+    eval_every: Count = 5
+    server: Optimizer = Optimizer()
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+    @property
+    def quorum(self) -> int:
+        """Fewest valid replies for a round to be applied."""
+        return self.min_replies or -(-9 * self.clients_per_round // 10)
+
+
+class Updates(Section):
+    """Codecs of what travels: ``codec`` up, ``broadcast`` down."""
+
+    codec: tuple[str, ...] = ("dither4", "ans")
+    broadcast: tuple[str, ...] = ("int8", "ans")
+
+
+class Engine(Section):
+    """Where the clients of a simulation run."""
+
+    kind: Literal["inprocess", "ray"] = "inprocess"
+    workers: Count = 2
+
+
+class Plan(Section):
+    """A whole plan. Frozen; build one with :func:`parse_plan` or :func:`load_plan`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: TaskSection = TaskSection()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    privacy: Privacy | Literal["off"] = Privacy(epsilon=DEFAULT_EPSILON)
+    federation: Federation = Federation()
+    updates: Updates = Updates()
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        f, p = self.federation, self.privacy
+        if f.clients_per_round > self.task.clients:
+            raise ValueError(
+                f"federation.clients_per_round={f.clients_per_round}: must be at most "
+                f"task.clients={self.task.clients}"
+            )
+        if f.quorum > f.clients_per_round:
+            raise ValueError(
+                f"federation.min_replies={f.min_replies}: must be at most "
+                f"federation.clients_per_round={f.clients_per_round}"
+            )
+        if p != "off" and p.trust == "aggregator" and f.steps_per_round != 1:
+            raise ValueError(
+                f"federation.steps_per_round={f.steps_per_round}: must be 1 when privacy.trust is "
+                '"aggregator", because a noise share protects only a gradient sum taken at the '
+                'broadcast model; use privacy.trust="local" for several local steps'
+            )
+        return self
+
+    def canonical(self) -> str:
+        """Return the plan as canonical JSON: sorted keys, no spaces, every default written out."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan as hex. ``engine`` is left out: it cannot change any result."""
+        data = self.model_dump(mode="json", exclude={"engine"})
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def private(self) -> Privacy | None:
+        """The privacy section, or None when privacy is off."""
+        return None if self.privacy == "off" else self.privacy
+
+
+def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
+    """Read a plan from a TOML file and apply ``a.b=value`` overrides.
+
+    Raises:
+        PlanError: If the file is missing or not TOML, or the plan is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {_reason(error)}") from error
+    return parse_plan(text, overrides, where=str(path))
+
+
+def parse_plan(text: str, overrides: Iterable[str] = (), where: str = "plan") -> Plan:
+    """Parse a plan from TOML text and apply ``a.b=value`` overrides.
+
+    >>> parse_plan("", ["federation.rounds=3"]).federation.rounds
+    3
+
+    Raises:
+        PlanError: Naming the key path, what was given and what is allowed.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{where}: not TOML: {error}") from error
+    overrides = list(overrides)
+    if "privacy" not in data and any(o.startswith("privacy.") for o in overrides):
+        # Overrides of the default promise start from it; a noise multiplier replaces its epsilon.
+        replaced = any(o.startswith("privacy.noise_multiplier=") for o in overrides)
+        data["privacy"] = {} if replaced else {"epsilon": DEFAULT_EPSILON}
+    for override in overrides:
+        _apply(data, override)
+    return plan_from(data, where)
+
+
+def plan_from(data: Mapping[str, Any], where: str = "plan") -> Plan:
+    """Build a plan from nested dictionaries, as TOML or JSON gives them."""
+    try:
+        # JSON mode, so that arrays are accepted where tuples are declared, and nothing else is.
+        return Plan.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = [e for e in error.errors() if not _other_branch(cast(dict[str, Any], e))]
+        lines = [_explain(cast(dict[str, Any], e)) for e in problems]
+        raise PlanError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def plan_from_json(text: str) -> Plan:
+    """Parse a plan from the JSON that :meth:`Plan.canonical` writes.
+
+    Raises:
+        PlanError: If it is not JSON, or not a valid plan.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"plan: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise PlanError("plan: must be a JSON object")
+    return plan_from(cast(dict[str, Any], data))
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise PlanError(f"--set {override}: must look like section.key=value")
+    for part in path[:-1]:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise PlanError(f"--set {override}: {part} is a value, not a section")
+        data = cast(dict[str, Any], inner)
+    data[path[-1]] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _other_branch(error: dict[str, Any]) -> bool:
+    """Return whether an error is about the branch of ``section | "off"`` that was not meant."""
+    last = str(error["loc"][-1]) if error["loc"] else ""
+    if last.startswith("literal["):
+        return isinstance(error["input"], dict)
+    return last.startswith("function-after[") and not isinstance(error["input"], dict)
+
+
+def _explain(error: dict[str, Any]) -> str:
+    # A union of a section and "off" inserts the name of the branch into the location.
+    branches = ("function-after[", "literal[")
+    loc = [str(p) for p in error["loc"] if not str(p).startswith(branches)]
+    path = ".".join(loc) or "plan"
+    given = error["input"]
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {path}{_suggestion(loc)}"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}" if loc else str(error["ctx"]["error"])
+    if path == "privacy":
+        return f'privacy={json.dumps(given, default=str)}: must be a section or "off"'
+    shown = "a section" if isinstance(given, dict) else json.dumps(given, default=str)
+    return f"{path}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _suggestion(loc: list[str]) -> str:
+    known = _keys_at(loc[:-1])
+    close = difflib.get_close_matches(loc[-1], known, n=1)
+    here = f" (did you mean {'.'.join([*loc[:-1], close[0]])}?)" if close else ""
+    return here or f" (known keys here: {', '.join(known)})"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Plan
+    for part in path:
+        kind = section.model_fields[part].annotation
+        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else Privacy
+    return sorted(section.model_fields)

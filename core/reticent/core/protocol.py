@@ -1,0 +1,146 @@
+"""What the server and a client say to each other, apart from the transport."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from .errors import PayloadError
+
+PROTOCOL = 1
+MAX_CONSTANTS = 64 * 2**20
+
+
+class Refusal(IntEnum):
+    """Why a client did not train. A fixed code and text; nothing else about a failure leaves."""
+
+    FAILED = 1000
+    BAD_ORDER = 1001
+    WRONG_PLAN = 1002
+    CONSTANTS_MISSING = 1003
+    BAD_BROADCAST = 1004
+    NO_DATA = 1005
+    BUDGET = 1006
+    LEDGER = 1007
+    NOT_RELEASED = 1008
+
+    @property
+    def text(self) -> str:
+        """The reason, in words that do not depend on the client's data."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    Refusal.FAILED: "the client failed",
+    Refusal.BAD_ORDER: "the order is malformed",
+    Refusal.WRONG_PLAN: "the order belongs to another plan",
+    Refusal.CONSTANTS_MISSING: "the client does not hold the run's public constants",
+    Refusal.BAD_BROADCAST: "the broadcast model is malformed",
+    Refusal.NO_DATA: "the client has no data for this task",
+    Refusal.BUDGET: "the privacy budget of the device does not allow the round",
+    Refusal.LEDGER: "the ledger of the device cannot be used",
+    Refusal.NOT_RELEASED: "the reply held something that was not released",
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """One round's instruction to one client; every field is a public constant of the run.
+
+    Attributes:
+        protocol: Version of this message.
+        run: Identity of the run, drawn by the server when the run begins.
+        plan: SHA-256 of the plan.
+        round: Round number from 1.
+        constants: SHA-256 of the encoded :class:`Constants`.
+        noise_multiplier: Noise multiplier for the round; 0 exactly when privacy is off.
+        denominator: Public number that every step's gradient sum is divided by.
+    """
+
+    protocol: int
+    run: str
+    plan: str
+    round: int
+    constants: str
+    noise_multiplier: float
+    denominator: float
+
+    def to_config(self) -> dict[str, int | float | str]:
+        """Return the order as a flat dictionary of scalars."""
+        return asdict(self)
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Order:
+        """Parse and check an order.
+
+        Raises:
+            PayloadError: If a field is missing, unknown, of another type or out of range.
+        """
+        kinds = {
+            f.name: {"int": int, "str": str, "float": float}[str(f.type)] for f in fields(Order)
+        }
+        if set(config) != set(kinds):
+            raise PayloadError(f"order has keys {sorted(config)}: must have {sorted(kinds)}")
+        for key, kind in kinds.items():
+            if type(config[key]) is not kind:
+                raise PayloadError(f"order.{key}={config[key]!r}: must be {kind.__name__}")
+        order = Order(**config)
+        if order.protocol != PROTOCOL:
+            raise PayloadError(f"order.protocol={order.protocol}: must be {PROTOCOL}")
+        if order.round < 1:
+            raise PayloadError(f"order.round={order.round}: must be at least 1")
+        if not (math.isfinite(order.noise_multiplier) and order.noise_multiplier >= 0):
+            raise PayloadError(f"order.noise_multiplier={order.noise_multiplier}: must be >= 0")
+        if not (math.isfinite(order.denominator) and order.denominator > 0):
+            raise PayloadError(f"order.denominator={order.denominator}: must be > 0")
+        return order
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Public constants of a run that are broadcast once to each client.
+
+    Attributes:
+        kept: Bit-packed mask of the coordinates that are trained and sent; empty for all.
+        soft_labels: float32 ``(classes, classes)``: the teacher's mean softened response to public
+            examples of each label; shape ``(0, 0)`` when nothing is distilled on the devices.
+    """
+
+    kept: bytes
+    soft_labels: NDArray[np.float32]
+
+    def encode(self) -> bytes:
+        """Return the constants as safetensors bytes."""
+        kept = np.frombuffer(self.kept, dtype=np.uint8)
+        return save({"kept": kept, "soft_labels": self.soft_labels})
+
+    @staticmethod
+    def decode(data: bytes) -> Constants:
+        """Parse constants.
+
+        Raises:
+            PayloadError: If the bytes are not what :meth:`encode` makes.
+        """
+        if len(data) > MAX_CONSTANTS:
+            raise PayloadError(f"constants have {len(data)} bytes: at most {MAX_CONSTANTS}")
+        try:
+            arrays = load(data)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise PayloadError(f"constants are not safetensors: {error}") from error
+        kept, soft = arrays.get("kept"), arrays.get("soft_labels")
+        if kept is None or soft is None or len(arrays) != 2:
+            raise PayloadError(f"constants hold {sorted(arrays)}: must hold kept, soft_labels")
+        square = soft.ndim == 2 and soft.shape[0] == soft.shape[1]
+        if kept.dtype != np.uint8 or kept.ndim != 1 or soft.dtype != np.float32 or not square:
+            raise PayloadError("constants have arrays of another type or shape")
+        if not np.isfinite(soft).all():
+            raise PayloadError("constants.soft_labels holds non-finite values")
+        return Constants(kept.tobytes(), soft)

@@ -1,0 +1,1 @@
+"""Promises that can be checked: mechanisms, events, accountants, the ledger and the gate."""

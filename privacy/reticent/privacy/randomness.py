@@ -1,0 +1,106 @@
+"""Where a client's noise and coin flips come from."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from reticent.core.seeds import derive_key
+
+
+class Stream(Protocol):
+    """One stream of random numbers; every draw advances it."""
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Return ``count`` draws from U[0, 1)."""
+        ...
+
+    def normal(self, count: int) -> NDArray[np.float64]:
+        """Return ``count`` draws from N(0, 1)."""
+        ...
+
+    def bytes(self, count: int) -> bytes:
+        """Return ``count`` uniform bytes."""
+        ...
+
+
+class Randomness(Protocol):
+    """A source of independent streams, one for each path."""
+
+    description: str
+    """What the privacy report says about the source."""
+
+    def stream(self, *path: str | int) -> Stream:
+        """Return the stream for ``path``."""
+        ...
+
+
+class SeededRandomness:
+    """Reproducible streams for simulation: NumPy's Philox keyed by SHA-256 of (seed, path).
+
+    Streams of different paths (purpose, round, client) are independent for every practical test,
+    and do not depend on the order or the process in which they are drawn. Whoever knows the seed
+    knows the noise: a simulation demonstrates the mechanism, it does not protect data.
+    """
+
+    description = "seeded (simulation only: whoever knows the seed knows the noise)"
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def stream(self, *path: str | int) -> Stream:
+        """Return the stream for ``path``; the same path gives the same stream again."""
+        key = int.from_bytes(derive_key(self._seed, "client", *path)[:16], "big")
+        return _PhiloxStream(np.random.Generator(np.random.Philox(key=key)))
+
+
+class SystemRandomness:
+    """Streams from AES-256-CTR under a fresh operating-system key each, for real devices.
+
+    Normals are float64 Box-Muller, rounded to float32 only after they are added. This is not a
+    discrete mechanism: attacks on the floating-point representation (Mironov 2012) are not
+    excluded, and the privacy report says so.
+    """
+
+    description = "AES-256-CTR under a fresh operating-system key, float64 Box-Muller"
+
+    def stream(self, *path: str | int) -> Stream:
+        """Return a new stream; the path is not used, no stream can be had twice."""
+        return _CipherStream(os.urandom(32))
+
+
+class _PhiloxStream:
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._generator = generator
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        return self._generator.random(count)
+
+    def normal(self, count: int) -> NDArray[np.float64]:
+        return self._generator.standard_normal(count)
+
+    def bytes(self, count: int) -> bytes:
+        return self._generator.bytes(count)
+
+
+class _CipherStream:
+    def __init__(self, key: bytes) -> None:
+        self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+
+    def bytes(self, count: int) -> bytes:
+        return self._encryptor.update(bytes(count))
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        words = np.frombuffer(self.bytes(8 * count), dtype="<u8")
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def normal(self, count: int) -> NDArray[np.float64]:
+        pairs = (count + 1) // 2
+        # 1 - u lies in (0, 1], so the logarithm is finite.
+        radius = np.sqrt(-2.0 * np.log(1.0 - self.uniform(pairs)))
+        angle = 2.0 * np.pi * self.uniform(pairs)
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]

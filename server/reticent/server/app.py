@@ -1,0 +1,172 @@
+"""The Flower ServerApp: prepare, run the rounds, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from reticent.core.errors import DataError, LedgerError
+from reticent.core.plan import Plan
+from reticent.core.run import Run
+from reticent.core.tasks import Task, load_task
+from reticent.privacy.accounting import epsilon
+from reticent.privacy.schedule import Schedule, participations, schedule_for
+
+from .evaluation import test_accuracy
+from .finish import finish
+from .journal import Journal
+from .optimizer import ServerState
+from .preparation import Start, prepare, start_accuracies
+from .strategy import PrivateAveraging, RoundPlan, Tally
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run needs besides its plan.
+
+    Attributes:
+        run: The run directory; its plan has been written.
+        identity: Identity of the run on the devices' ledgers; the first start's is kept.
+        say: Takes a line for a person.
+        progress: Takes each committed round's metrics.
+        anchor: Returns the ledger head to record with a round, or None when ledgers are elsewhere.
+        holds_anchor: Whether the ledger still holds a recorded head.
+        close: Called when the run ends, whatever its end.
+    """
+
+    run: Run
+    identity: str
+    say: Callable[[str], None]
+    progress: Callable[[dict[str, Any]], None]
+    anchor: Callable[[], str | None] = lambda: None
+    holds_anchor: Callable[[str], bool] = lambda _: True
+    close: Callable[[], None] = lambda: None
+
+
+def build_server_app(settings_of: Callable[[Context], Settings]) -> ServerApp:
+    """Return a ServerApp that runs the plan of the run directory it is given."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        settings = settings_of(context)
+        try:
+            run_federation(settings, grid)
+        finally:
+            settings.close()
+
+    return app
+
+
+def run_federation(settings: Settings, grid: Grid) -> None:
+    """Run or resume a federation to its end: artifact and summary included.
+
+    Raises:
+        ReticentError: Whatever went wrong; committed rounds are kept.
+    """
+    run, plan = settings.run, settings.run.plan()
+    task = load_task(plan.task, plan.seed)
+    schedule = schedule_for(plan)
+    journal = Journal(run)
+    try:
+        _check_anchor(settings, journal)
+        journal.rewrite_metrics()
+        start = prepare(plan, task, journal, settings.say)
+        state = journal.latest() or ServerState.begin(start.weights)
+        if state.round:
+            settings.say(f"resuming after round {state.round}")
+        constants = _round_plan(settings, plan, task, schedule, start, journal)
+        clerk = _Clerk(settings, plan, task, schedule, start, journal)
+        strategy = PrivateAveraging(plan, constants, state, clerk.commit)
+        strategy.start(grid)
+        finish(run, plan, task, schedule, start, strategy.state, journal, settings.say)
+    finally:
+        journal.close()
+
+
+def _check_anchor(settings: Settings, journal: Journal) -> None:
+    recorded = journal.anchor()
+    if recorded is not None and not settings.holds_anchor(recorded):
+        raise LedgerError(
+            f"{settings.run.ledger}: the ledger does not hold the head that the journal recorded: "
+            "it was rolled back, truncated or replaced, and no more may be charged to it"
+        )
+
+
+def _round_plan(
+    settings: Settings,
+    plan: Plan,
+    task: Task,
+    schedule: Schedule | None,
+    start: Start,
+    journal: Journal,
+) -> RoundPlan:
+    identity = journal.fact("run")
+    if identity is None:
+        identity = settings.identity
+        journal.record("run", identity)
+    denominator = plan.federation.sampling_rate * task.nominal_examples
+    if denominator <= 0:
+        raise DataError(f"task {task.name}: nominal_examples must be at least 1")
+    return RoundPlan(
+        identity, schedule, denominator, start.layout, start.constants, start.constants_digest
+    )
+
+
+class _Clerk:
+    """Turns an applied round into a committed one, with its metrics."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        task: Task,
+        schedule: Schedule | None,
+        start: Start,
+        journal: Journal,
+    ) -> None:
+        self._settings = settings
+        self._plan = plan
+        self._schedule = schedule
+        self._start = start
+        self._journal = journal
+        self._test = task.test()
+        if journal.fact("accuracy") is None:
+            for name, value in start_accuracies(start, task).items():
+                journal.record(f"accuracy:{name}", repr(value))
+            journal.record("accuracy", "known")
+
+    def commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
+        federation = self._plan.federation
+        tested = state.round % federation.eval_every == 0 or state.round == federation.rounds
+        metrics: dict[str, Any] = {
+            "round": state.round,
+            "replies": tally.sum.count,
+            "dropped": dict(tally.dropped),
+            "bytes_up": tally.bytes_up,
+            "bytes_down": tally.bytes_down,
+            "bytes_constants": tally.first_bytes_down,
+            "seconds": round(seconds, 4),
+            "accuracy": self._accuracy(state) if tested else None,
+            "epsilon": self._epsilon(state.round) if tested else None,
+        }
+        clients = [str(node) for node in sorted(tally.accepted)]
+        self._journal.commit(state, metrics, clients, self._settings.anchor())
+        self._settings.progress(metrics)
+
+    def _accuracy(self, state: ServerState) -> float:
+        start = self._start
+        return test_accuracy(self._plan, start.student, start.layout, state.average, self._test)
+
+    def _epsilon(self, rounds: int) -> float | None:
+        """Return epsilon of a client that took part whenever it could; None when privacy is off."""
+        if self._schedule is None:
+            return None
+        s = self._schedule
+        federation = self._plan.federation.model_copy(update={"rounds": rounds})
+        so_far = participations(self._plan.model_copy(update={"federation": federation}))
+        return epsilon([s.over(s.round_event(), so_far)], s.delta)

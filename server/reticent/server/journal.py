@@ -1,0 +1,195 @@
+"""The journal: a round is committed whole or not at all, and a run resumes from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from reticent.core.errors import RunError
+from reticent.core.run import Run, write_atomic
+
+from .optimizer import ServerState
+
+_KEPT_CHECKPOINTS = 2
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, checkpoint TEXT NOT NULL, metrics TEXT NOT NULL, anchor TEXT
+);
+CREATE TABLE IF NOT EXISTS participations (client TEXT PRIMARY KEY, rounds INTEGER NOT NULL);
+"""
+
+
+class Journal:
+    """Committed rounds of one run.
+
+    A round's checkpoint is written and synced first, then one SQLite transaction records its
+    SHA-256, the metrics, who took part and the ledger head. What is not recorded did not happen:
+    on resume, files of an unrecorded round are ignored and overwritten.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Open or create the journal of ``run``.
+
+        Raises:
+            RunError: If the file is damaged or cannot be written.
+        """
+        self._run = run
+        with _explained(run.journal):
+            self._db = sqlite3.connect(run.journal, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def fact(self, key: str) -> str | None:
+        """Return a recorded fact of the run."""
+        with _explained(self._run.journal):
+            row = self._db.execute("SELECT value FROM facts WHERE key=?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def record(self, key: str, value: str) -> None:
+        """Record a fact of the run, once and for all."""
+        with _explained(self._run.journal):
+            self._db.execute("INSERT INTO facts VALUES (?, ?)", (key, value))
+
+    def store(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write ``checkpoints/name.safetensors`` and record its SHA-256."""
+        digest = self._write(name, arrays)
+        self.record(f"file:{name}", digest)
+
+    def restore(self, name: str) -> dict[str, np.ndarray] | None:
+        """Return what :meth:`store` wrote, or None if it was never recorded.
+
+        Raises:
+            RunError: If the file is missing or altered.
+        """
+        digest = self.fact(f"file:{name}")
+        return None if digest is None else self._read(name, digest)
+
+    def commit(
+        self,
+        state: ServerState,
+        metrics: dict[str, Any],
+        clients: list[str],
+        anchor: str | None,
+    ) -> None:
+        """Commit a round: all of it is durable when this returns.
+
+        Raises:
+            RunError: If the disk is full or cannot be written; the round is then not committed.
+        """
+        arrays = {k: v for k, v in vars(state).items() if k != "round"}
+        digest = self._write(f"round-{state.round:06d}", arrays)
+        with _explained(self._run.journal), self._transaction():
+            self._db.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+                (state.round, digest, json.dumps(metrics), anchor),
+            )
+            self._db.executemany(
+                "INSERT INTO participations VALUES (?, 1) "
+                "ON CONFLICT (client) DO UPDATE SET rounds = rounds + 1",
+                [(c,) for c in clients],
+            )
+        self._write_metrics(metrics, state.round)
+        stale = self._path(f"round-{state.round - _KEPT_CHECKPOINTS:06d}")
+        stale.unlink(missing_ok=True)
+
+    def latest(self) -> ServerState | None:
+        """Return the state after the last committed round, or None before the first.
+
+        Raises:
+            RunError: If its checkpoint is missing, truncated or altered.
+        """
+        with _explained(self._run.journal):
+            row = self._db.execute(
+                "SELECT round, checkpoint FROM rounds ORDER BY round DESC LIMIT 1"
+            ).fetchone()
+        if row is None:
+            return None
+        arrays = self._read(f"round-{row[0]:06d}", row[1])
+        return ServerState(row[0], **arrays)
+
+    def anchor(self) -> str | None:
+        """Return the ledger head that the last committed round recorded."""
+        with _explained(self._run.journal):
+            row = self._db.execute(
+                "SELECT anchor FROM rounds ORDER BY round DESC LIMIT 1"
+            ).fetchone()
+        return row[0] if row else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics of every committed round, in order."""
+        with _explained(self._run.journal):
+            rows = self._db.execute("SELECT metrics FROM rounds ORDER BY round").fetchall()
+        return [json.loads(r[0]) for r in rows]
+
+    def participations(self) -> dict[str, int]:
+        """Return how many applied rounds each client took part in."""
+        with _explained(self._run.journal):
+            return dict(self._db.execute("SELECT client, rounds FROM participations"))
+
+    def rewrite_metrics(self) -> None:
+        """Make ``metrics.jsonl`` agree with the journal, after a crash between the two."""
+        lines = "".join(json.dumps(m) + "\n" for m in self.metrics())
+        write_atomic(self._run.metrics, lines.encode())
+
+    def _write_metrics(self, metrics: dict[str, Any], number: int) -> None:
+        mode = "a" if number > 1 else "w"
+        with _explained(self._run.metrics), self._run.metrics.open(mode) as handle:
+            handle.write(json.dumps(metrics) + "\n")
+
+    def _path(self, name: str) -> Path:
+        return self._run.checkpoints / f"{name}.safetensors"
+
+    def _write(self, name: str, arrays: dict[str, np.ndarray]) -> str:
+        data = save(arrays)
+        with _explained(self._path(name)):
+            write_atomic(self._path(name), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def _read(self, name: str, digest: str) -> dict[str, np.ndarray]:
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise RunError(f"{path}: truncated or altered (its SHA-256 is not the journal's)")
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise RunError(f"{path}: damaged: {error}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.DatabaseError, OSError) as error:
+        raise RunError(
+            f"{path}: {error}; rounds committed before are kept, continue with --resume once "
+            "there is room and the file is whole"
+        ) from error

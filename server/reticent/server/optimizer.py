@@ -1,0 +1,97 @@
+"""The server's optimizer and the average of its models, on flat float64 vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reticent.core.plan import Optimizer
+from reticent.core.update import Vector
+
+Floats = NDArray[np.float64]
+
+_ADAM_SECOND, _ADAM_EPSILON = 0.99, 1e-8
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything a round changes: the unit that the journal commits.
+
+    Attributes:
+        round: Number of applied rounds.
+        weights: The model, float32 ``(size,)``.
+        average: Exponential moving average of the models, float32 ``(size,)``.
+        first: First moment (momentum), float64.
+        second: Second moment (Adam only; zeros otherwise), float64.
+    """
+
+    round: int
+    weights: Vector
+    average: Vector
+    first: Floats
+    second: Floats
+
+    @staticmethod
+    def begin(weights: Vector) -> ServerState:
+        """Return the state before the first round."""
+        zeros = np.zeros(weights.shape, dtype=np.float64)
+        return ServerState(0, weights, weights.copy(), zeros, zeros.copy())
+
+
+def apply_round(
+    state: ServerState, gradient: Floats, optimizer: Optimizer, decay: float
+) -> ServerState:
+    """Return the state after one step along the averaged pseudo-gradient.
+
+    SGD with heavy-ball momentum as in torch.optim.SGD; Adam with bias correction (Kingma and Ba
+    2015; beta2 = 0.99 as in Reddi et al. 2021). The average starts as the plain mean of the first
+    models, ``min(decay, (1 + t) / (10 + t))``, so that the starting point is soon forgotten.
+    """
+    step = state.round + 1
+    first, second, direction = _direction(state, gradient, optimizer, step)
+    weights = (state.weights - optimizer.learning_rate * direction).astype(np.float32)
+    keep = min(decay, (1 + step) / (10 + step)) if decay else 0.0
+    average = (keep * state.average.astype(np.float64) + (1 - keep) * weights).astype(np.float32)
+    return replace(state, round=step, weights=weights, average=average, first=first, second=second)
+
+
+def _direction(
+    state: ServerState, gradient: Floats, optimizer: Optimizer, step: int
+) -> tuple[Floats, Floats, Floats]:
+    beta = optimizer.momentum
+    if optimizer.kind == "sgd":
+        first = beta * state.first + gradient
+        return first, state.second, first
+    first = beta * state.first + (1 - beta) * gradient
+    second = _ADAM_SECOND * state.second + (1 - _ADAM_SECOND) * gradient**2
+    corrected = np.sqrt(second / (1 - _ADAM_SECOND**step)) + _ADAM_EPSILON
+    return first, second, first / (1 - beta**step) / corrected
+
+
+class Accumulator:
+    """A running sum of vectors whose result does not depend on their order, in constant memory.
+
+    Each coordinate is a double-double (error-free transformation, Knuth's TwoSum), about 106 bits,
+    so that sums of float32 vectors agree to the last float64 bit in whatever order they arrive.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Start at zero with vectors of length ``size``."""
+        self._high: Floats = np.zeros(size, dtype=np.float64)
+        self._low: Floats = np.zeros(size, dtype=np.float64)
+        self.count = 0
+
+    def add(self, vector: Vector) -> None:
+        """Add one float32 vector ``(size,)``."""
+        value = vector.astype(np.float64)
+        total = self._high + value
+        rest = total - self._high
+        self._low += (self._high - (total - rest)) + (value - rest)
+        self._high = total
+        self.count += 1
+
+    def mean(self) -> Floats:
+        """Return the mean of what was added, float64 ``(size,)``."""
+        return (self._high + self._low) / self.count

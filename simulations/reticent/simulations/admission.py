@@ -1,0 +1,32 @@
+"""Which codecs a plan may use under which trust."""
+
+from __future__ import annotations
+
+from reticent.compression.codec import build_codec
+from reticent.core.errors import PlanError
+from reticent.core.plan import Plan
+
+
+def check_codecs(plan: Plan) -> None:
+    """Refuse codecs that would break the plan's guarantee.
+
+    Under ``local`` trust an update is private before it is encoded, so every codec is
+    post-processing. Under ``aggregator`` trust only the *sum* of the noised shares is private: what
+    is released is the sum of the encoded shares, and that is a function of the sum plus independent
+    noise only if the codec's error is independent of the value for a reader of the models.
+
+    Raises:
+        PlanError: If a codec is unknown, or not admitted under the plan's trust.
+    """
+    codec = build_codec(plan.updates.codec)
+    build_codec(plan.updates.broadcast)
+    privacy = plan.private
+    if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":
+        return
+    raise PlanError(
+        f"updates.codec={list(plan.updates.codec)}: not admitted when privacy.trust is "
+        '"aggregator": its error depends on the value it encodes, so a sum of encoded noise shares '
+        "is not a function of the sum of the shares and the Gaussian guarantee does not hold for "
+        'it; use a subtractive dither such as ["dither4", "ans"] or ["identity"], or '
+        'privacy.trust="local"'
+    )

@@ -1,0 +1,66 @@
+"""Simulated devices: one ledger file for all of them, seeded randomness, the plan's budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from reticent.client.environment import Environment
+from reticent.core.plan import Plan
+from reticent.privacy.ledger import Budget, Ledger
+from reticent.privacy.randomness import SeededRandomness
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Describes every simulated device; small enough to hand to each worker process."""
+
+    seed: int
+    ledger: Path
+    budget: Budget
+
+    def environment(self, client: int, ledger: Ledger) -> Environment:
+        """Return the environment of the device that holds client ``client``'s data."""
+        return Environment(
+            client=client,
+            device=device_name(client),
+            ledger=ledger,
+            budget=self.budget,
+            randomness=SeededRandomness(self.seed),
+            keeps_releases=False,
+        )
+
+    def of_context(self, context: Context) -> Environment:
+        """Return the environment of the device that a Flower context names by ``partition-id``."""
+        return self.environment(client_index(context), _opened(self.ledger))
+
+
+def client_index(context: Context) -> int:
+    """Return the index of the client that a Flower context stands for."""
+    return int(context.node_config["partition-id"])
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> Ledger:
+    return Ledger.open(folder)
+
+
+def device_name(client: int) -> str:
+    """Return the name under which a simulated device stands in the ledger."""
+    return f"client-{client}"
+
+
+def devices_for(plan: Plan, ledger: Path) -> Devices:
+    """Return the devices of a simulated federation.
+
+    The budget is the plan's ``privacy.budget``, else its epsilon, else unlimited.
+    """
+    privacy = plan.private
+    if privacy is None:
+        return Devices(plan.seed, ledger, Budget(math.inf, 1e-5))
+    limit = privacy.budget or privacy.epsilon or math.inf
+    return Devices(plan.seed, ledger, Budget(limit, privacy.delta))

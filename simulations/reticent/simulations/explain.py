@@ -1,0 +1,148 @@
+"""What a plan costs before it is run: epsilon, bytes, time and memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from reticent.client.round import quantization_step
+from reticent.client.training import LocalTrainer, NoisyStep
+from reticent.compression.codec import build_codec
+from reticent.core.plan import Plan
+from reticent.core.protocol import Constants
+from reticent.core.seeds import numpy_generator
+from reticent.core.tasks import Task, load_task
+from reticent.privacy.accounting import epsilon
+from reticent.privacy.randomness import SeededRandomness
+from reticent.privacy.schedule import Schedule, schedule_for
+
+from .admission import check_codecs
+
+_TRIALS = 5
+
+
+def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
+    """Check what a plan names: task, student, codecs, privacy target.
+
+    Raises:
+        ReticentError: Naming the part that does not fit.
+    """
+    check_codecs(plan)
+    task = load_task(plan.task, plan.seed)
+    LocalTrainer(plan, task, _no_constants())
+    return task, schedule_for(plan)
+
+
+def explain_plan(plan: Plan) -> dict[str, Any]:
+    """Return the price of a plan; bytes and seconds are measured on noise of the real size.
+
+    Raises:
+        ReticentError: If the plan cannot be run.
+    """
+    task, schedule = check_plan(plan)
+    trainer = LocalTrainer(plan, task, _half_mask(plan, task))
+    step = _step(plan, task, schedule)
+    up, down = _encoded_bytes(plan, trainer, step)
+    seconds = _step_seconds(trainer, task, step)
+    federation = plan.federation
+    messages = federation.rounds * federation.clients_per_round
+    steps = messages * federation.steps_per_round
+    return {
+        "plan": plan.digest,
+        "parameters": trainer.layout.size,
+        "privacy": _privacy(schedule),
+        "bytes": {
+            "up": up,
+            "down": down,
+            "fp32": 4 * trainer.layout.total,
+            "total": messages * (up + down),
+        },
+        "work": {
+            "step_seconds": seconds,
+            "steps": steps,
+            "seconds": steps * seconds / plan.engine.workers,
+            "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+    }
+
+
+def _no_constants() -> Constants:
+    return Constants(b"", np.zeros((0, 0), dtype=np.float32))
+
+
+def _half_mask(plan: Plan, task: Task) -> Constants:
+    """Return constants with a random mask of the plan's sparsity: the real one needs training."""
+    layout = LocalTrainer(plan, task, _no_constants()).layout
+    prune = plan.student.prune
+    if prune.kind == "none" or prune.sparsity == 0:
+        return _no_constants()
+    generator = numpy_generator(plan.seed, "explain")
+    wide = np.concatenate(
+        [np.full(n, len(s) > 1) for n, s in zip(layout.sizes, layout.shapes, strict=True)]
+    )
+    dropped = wide & (generator.random(layout.total) < prune.sparsity)
+    return Constants(np.packbits(~dropped).tobytes(), np.zeros((0, 0), dtype=np.float32))
+
+
+def _step(plan: Plan, task: Task, schedule: Schedule | None) -> NoisyStep:
+    denominator = plan.federation.sampling_rate * task.nominal_examples
+    if schedule is None:
+        return NoisyStep(None, 0.0, denominator)
+    return NoisyStep(schedule.clip, schedule.share_multiplier * schedule.clip, denominator)
+
+
+def _encoded_bytes(plan: Plan, trainer: LocalTrainer, step: NoisyStep) -> tuple[int, int]:
+    layout = trainer.layout
+    generator = numpy_generator(plan.seed, "explain", "bytes")
+    noise = generator.standard_normal(layout.size).astype(np.float32)
+    scale = step.noise / step.denominator or 1.0
+    up = build_codec(plan.updates.codec).encode(
+        noise * np.float32(scale), layout.blocks, generator, quantization_step(step)
+    )
+    down = build_codec(plan.updates.broadcast).encode(noise, layout.blocks, generator)
+    return len(up), len(down)
+
+
+def _step_seconds(trainer: LocalTrainer, task: Task, step: NoisyStep) -> float:
+    """Return the median time of one client's round per step, on one thread, client 0's data."""
+    examples = task.client(0)
+    start = np.zeros(trainer.layout.size, dtype=np.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: list[float] = []
+    try:
+        for trial in range(_TRIALS + 1):
+            began = time.perf_counter()
+            trainer.pseudo_gradient(start, examples, step, SeededRandomness(0), ("explain", trial))
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return float(np.median(times[1:])) / trainer.steps
+
+
+def _privacy(schedule: Schedule | None) -> dict[str, Any]:
+    if schedule is None:
+        return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
+    s, rounds = schedule, schedule.participations
+    event = s.over(s.round_event(), rounds)
+    half = replace(event, noise_multiplier=s.noise_multiplier / 2)
+    return {
+        "trust": s.trust,
+        "noise_multiplier": s.noise_multiplier,
+        "participations": rounds,
+        "epsilon": _number(epsilon([event], s.delta)),
+        "server_epsilon": _number(epsilon([s.over(s.server_event(), rounds)], s.delta)),
+        "round_epsilon": _number(epsilon([s.round_event()], s.delta)),
+        "half_noise_epsilon": _number(epsilon([half], s.delta)),
+        "unamplified_epsilon": _number(epsilon([replace(event, sampling_rate=1.0)], s.delta)),
+    }
+
+
+def _number(value: float) -> float | str:
+    return "infinity" if math.isinf(value) else value

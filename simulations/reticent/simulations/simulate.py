@@ -1,0 +1,101 @@
+"""``simulate(plan) -> Run``: a whole federation on one machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import ServerApp
+
+from reticent.core.plan import Plan
+from reticent.core.run import Run, create_run, locked, open_run
+from reticent.privacy.ledger import Head, Ledger
+from reticent.server.app import Settings, build_server_app
+
+from .devices import Devices, devices_for
+from .explain import check_plan
+from .grid import InProcessGrid, serve
+from .workers import Inline, Processes
+
+
+def simulate(
+    plan: Plan,
+    folder: Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Run:
+    """Run a federation to its end, or continue one, and return its run directory.
+
+    The ServerApp and the ClientApp are those of a deployment; only the grid between them is ours.
+
+    Raises:
+        ReticentError: Whatever went wrong; committed rounds are kept and ``resume=True`` continues
+            after the last of them, to the same bits as a run that was never stopped.
+    """
+    check_plan(plan)  # what cannot work is an error before anything is written
+    run = open_run(folder, plan) if resume else create_run(folder, plan)
+    with locked(run):
+        _quiet_flower()
+        devices = devices_for(plan, run.ledger)
+        if resume:
+            with Ledger.open(run.ledger) as ledger:
+                ledger.verify()
+        # Made in the thread that the engine runs the ServerApp in: SQLite asks for that.
+        app = build_server_app(lambda _: _settings(run, plan, say, progress))
+        _serve(app, plan, devices)
+    return run
+
+
+def _settings(
+    run: Run,
+    plan: Plan,
+    say: Callable[[str], None],
+    progress: Callable[[dict[str, Any]], None],
+) -> Settings:
+    ledger = Ledger.open(run.ledger)
+    return Settings(
+        run=run,
+        identity=plan.digest[:16],
+        say=say,
+        progress=progress,
+        anchor=lambda: _text(ledger.head()),
+        holds_anchor=lambda text: ledger.contains(_head(text)),
+        close=ledger.close,
+    )
+
+
+def _serve(app: ServerApp, plan: Plan, devices: Devices) -> None:
+    if plan.engine.kind == "ray":
+        from .ray_engine import serve_with_ray
+
+        serve_with_ray(app, plan, devices)
+        return
+    with _backend(plan, devices) as backend:
+        grid = InProcessGrid(plan.task.clients, backend)
+        serve(app, grid)
+
+
+def _backend(plan: Plan, devices: Devices) -> AbstractContextManager[Inline | Processes]:
+    text = plan.canonical()
+    if plan.engine.workers == 1:
+        return Inline(devices, text)
+    return Processes(devices, text, plan.engine.workers)
+
+
+def _quiet_flower() -> None:
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+
+def _text(head: Head) -> str:
+    return f"{head.sequence}:{head.mac}"
+
+
+def _head(text: str) -> Head:
+    sequence, _, mac = text.partition(":")
+    return Head(int(sequence), mac)

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import socket
+import ssl
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from reticent.client import deployment as device
+from reticent.client.round import noisy_step, run_round
+from reticent.client.training import student_model
+from reticent.compression.artifact import load_artifact, load_public_key
+from reticent.compression.codec import build_codec
+from reticent.core.errors import PlanError, RunError
+from reticent.core.plan import Plan, parse_plan
+from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
+from reticent.core.run import Run
+from reticent.core.seeds import numpy_generator
+from reticent.core.tasks import load_task
+from reticent.core.update import Layout
+from reticent.privacy.ledger import Ledger
+from reticent.privacy.randomness import SeededRandomness, SystemRandomness
+from reticent.privacy.schedule import Schedule, schedule_for
+from reticent.server import deployment as server
+from reticent.server.journal import Journal
+from reticent.server.optimizer import Accumulator, ServerState, apply_round
+from reticent.server.preparation import prepare
+from reticent.simulations.grid import enter_task
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "deployment"
+CONFIG: dict[str, Any] = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"][
+    "app"
+]["config"]
+PLAN: Plan = parse_plan(CONFIG["plan"])
+TASK = load_task(PLAN.task, PLAN.seed)
+
+
+def scheduled() -> Schedule:
+    schedule = schedule_for(PLAN)
+    assert schedule is not None
+    return schedule
+
+
+def owner(folder: Path, **changed: Any) -> Context:
+    """What a SuperNode hands to the app: the owner's settings and the run's configuration."""
+    settings = {"state-dir": str(folder), "budget-epsilon": 8.0, "budget-delta": 1e-5}
+    settings = {**settings, "partition-id": 0, **changed}
+    return Context(1, 2, settings, RecordDict(), {"plan": CONFIG["plan"]})
+
+
+def untrained() -> tuple[Layout, bytes, bytes]:
+    """A layout, encoded constants and an encoded broadcast, as the server would make them."""
+    model = student_model(TASK, PLAN)
+    layout = Layout.of(model)
+    constants = Constants(b"", np.zeros((0, 0), dtype=np.float32)).encode()
+    codec = build_codec(PLAN.updates.broadcast)
+    return layout, constants, codec.encode(layout.read(model), layout.blocks, numpy_generator(1))
+
+
+LAYOUT, CONSTANTS, BROADCAST = untrained()
+
+
+def order(number: int = 1, run: str = "a", scale: float = 1.0) -> Order:
+    digest = hashlib.sha256(CONSTANTS).hexdigest()
+    sigma = scale * scheduled().noise_multiplier
+    denominator = PLAN.federation.sampling_rate * TASK.nominal_examples
+    return Order(PROTOCOL, run, PLAN.digest, number, digest, sigma, denominator)
+
+
+def packed(data: bytes) -> ArrayRecord:
+    return ArrayRecord({"payload": Array("uint8", (len(data),), stype="custom", data=data)})
+
+
+def ask(context: Context, wanted: Order) -> Message:
+    """Send one order through the ClientApp that a SuperNode would start."""
+    enter_task()
+    fields: dict[str, Any] = {**wanted.to_config()}
+    content = RecordDict({"order": ConfigRecord(fields)})
+    content["broadcast"], content["constants"] = packed(BROADCAST), packed(CONSTANTS)
+    message = Message(content, 2, "train", group_id=str(wanted.round))
+    message.metadata.__dict__["_message_id"] = "1"
+    return device.app(message=message, context=context)
+
+
+def released(reply: Message) -> bytes:
+    assert not reply.has_error()
+    assert list(reply.content) == ["update"]
+    return reply.content.array_records["update"]["payload"].data
+
+
+def decoded(payload: bytes, layout: Layout = LAYOUT) -> NDArray[np.float64]:
+    return build_codec(PLAN.updates.codec).decode(payload, layout.blocks).astype(np.float64)
+
+
+def noise_ratio(a: NDArray[np.float64], b: NDArray[np.float64], denominator: float) -> float:
+    """How many times the planned noise two independent updates differ by."""
+    planned = noisy_step(PLAN, order()).noise / denominator
+    return float(np.std(a - b)) / (2**0.5 * planned)
+
+
+def test_a_budget_that_is_too_small_is_refused_by_the_device(tmp_path: Path) -> None:
+    reply = ask(owner(tmp_path, **{"budget-epsilon": 1.0}), order())
+    assert reply.has_error()
+    assert reply.error.code == Refusal.BUDGET
+    assert reply.error.reason == Refusal.BUDGET.text
+    with Ledger.open(tmp_path) as ledger:
+        assert ledger.events("device") == []
+
+
+def test_the_budget_holds_over_rounds_and_runs(tmp_path: Path) -> None:
+    device_context = owner(tmp_path)
+    for number in (1, 2):
+        released(ask(device_context, order(number)))
+    for refused in (order(3), order(1, run="b")):
+        assert ask(device_context, refused).error.code == Refusal.BUDGET
+    with Ledger.open(tmp_path) as ledger:
+        assert ledger.events("device") == [scheduled().over(scheduled().round_event(), 2)]
+        assert 7.9 < ledger.spent("device", 1e-5) <= 8.0
+
+
+def test_noise_is_the_systems_and_a_retry_sends_the_same_bytes(tmp_path: Path) -> None:
+    one, two = owner(tmp_path / "one"), owner(tmp_path / "two")
+    first = released(ask(one, order()))
+    assert released(ask(one, order())) == first
+    assert released(ask(two, order())) != first
+    assert isinstance(device._environment(one).randomness, SystemRandomness)
+
+
+def test_a_seeded_device_would_repeat_itself(tmp_path: Path) -> None:
+    """The control of the test above: with a known seed, two devices send the same bytes."""
+
+    def seeded(name: str) -> bytes:
+        own = device._environment(owner(tmp_path / name))
+        fields = {**vars(own), "randomness": SeededRandomness(0)}
+        text = PLAN.canonical()
+        return run_round(order(), text, CONSTANTS, BROADCAST, type(own)(**fields)).payload
+
+    assert seeded("one") == seeded("two")
+
+
+@pytest.mark.parametrize(("scale", "holds"), [(1.0, True), (2 / 3, False)])
+def test_updates_of_a_device_carry_the_planned_noise(
+    tmp_path: Path, scale: float, holds: bool
+) -> None:
+    updates = [
+        decoded(released(ask(owner(tmp_path / n, **{"budget-epsilon": 99.0}), order(scale=scale))))
+        for n in ("one", "two")
+    ]
+    # Besides the noise: 2 % from the codec and a few from the batches.
+    ratio = noise_ratio(updates[0], updates[1], order().denominator)
+    assert (0.97 < ratio < 1.10) is holds
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("budget-epsilon", None, "budget-epsilon is absent"),
+        ("budget-delta", "tiny", "budget-delta='tiny': must be float"),
+        ("partition-id", True, "partition-id=True: must be int"),
+        ("state-dir", 7, "state-dir=7: must be str"),
+    ],
+)
+def test_wrong_settings_are_told_to_the_owner_and_not_to_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any, said: str
+) -> None:
+    context = owner(tmp_path, **{key: value})
+    if value is None:
+        del context.node_config[key]
+    with caplog.at_level(logging.ERROR):
+        reply = ask(context, order())
+    assert (reply.error.code, reply.error.reason) == (Refusal.FAILED, Refusal.FAILED.text)
+    assert said in caplog.text
+
+
+def test_a_ledger_that_cannot_be_used_is_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db").write_bytes(b"not a ledger" * 100)
+    assert ask(owner(tmp_path), order()).error.code == Refusal.LEDGER
+
+
+def test_a_run_directory_is_resumed_but_not_shared(tmp_path: Path) -> None:
+    def context(plan: str = CONFIG["plan"], folder: str = str(tmp_path / "run")) -> Context:
+        return Context(1, 1, {}, RecordDict(), {"plan": plan, "run-dir": folder})
+
+    first = server._settings(context())
+    with pytest.raises(RunError, match="in use"):
+        server._settings(context())
+    first.close()
+    server._settings(context()).close()
+    with pytest.raises(RunError, match="another plan"):
+        server._settings(context(CONFIG["plan"].replace("rounds = 2", "rounds = 3")))
+    with pytest.raises(RunError, match="run-dir"):
+        server._settings(context(folder=""))
+    with pytest.raises(PlanError, match="run-config plan"):
+        server._settings(context("rounds = "))
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example's module, which starts and stops everything."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    return importlib.import_module("loopback")
+
+
+@pytest.mark.deployment
+def test_two_devices_over_tls(tmp_path: Path, loopback: Any) -> None:
+    with loopback.deployment(tmp_path / "all") as running:
+        check_certificate(running)
+        with stranger(running, loopback):
+            running.finish(running.submit(), 90)
+            check_nodes(running, loopback.NODES)
+    run = Run(running.run)
+    check_rounds(run)
+    check_artifact(run)
+    check_ledgers(run, [running.state(node) for node in range(loopback.NODES)])
+
+
+def check_certificate(running: Any) -> None:
+    """The SuperLink speaks TLS, and only our own certificate authority vouches for it."""
+    trusting = ssl.create_default_context(cafile=str(running.folder / "ca.crt"))
+    with (
+        socket.create_connection(("127.0.0.1", running.port), 10) as raw,
+        trusting.wrap_socket(raw, server_hostname="localhost") as link,
+    ):
+        assert link.version() in {"TLSv1.2", "TLSv1.3"}
+    with (
+        socket.create_connection(("127.0.0.1", running.port), 10) as raw,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
+
+
+@contextmanager
+def stranger(running: Any, loopback: Any) -> Iterator[None]:
+    """Start one more SuperNode, with a key that the SuperLink was not told of."""
+    # Kept apart from the others, because it is no failure if it ends.
+    outsider = replace(running, processes=type(running.processes)(running.folder))
+    try:
+        loopback.start_supernode(outsider, loopback.NODES, 10.0, register=False)
+        yield
+    finally:
+        outsider.processes.stop()
+
+
+def check_nodes(running: Any, nodes: int) -> None:
+    """The stranger was turned away, and its device was never asked anything."""
+    assert "No SuperNode found with the given public key" in running.processes.logs(1000)
+    listed = json.loads(running.flwr("supernode", "list", "tls", "--format", "json"))["nodes"]
+    assert [node["status"] for node in listed] == ["online"] * nodes
+    assert not running.state(nodes).exists()
+
+
+def check_rounds(run: Run) -> None:
+    metrics = run.read_metrics()
+    assert [m["round"] for m in metrics] == [1, 2]
+    assert [m["replies"] for m in metrics] == [2, 2]
+    assert all(m["dropped"] == {} for m in metrics)
+    assert metrics[0]["bytes_constants"] > 0
+    assert metrics[1]["bytes_constants"] == 0  # sent once to each node
+
+
+def check_artifact(run: Run) -> None:
+    summary = run.read_summary()
+    artifact = load_artifact(run.artifact, load_public_key(run.keys / "signing_key.pub.pem"))
+    assert artifact.manifest.plan_digest == PLAN.digest == summary["plan"]
+    assert summary["rounds"] == 2
+    privacy = summary["privacy"]
+    assert privacy["largest_participation"] == 2
+    assert 7.9 < privacy["epsilon"] <= 8.0
+    assert privacy["server_epsilon"] == privacy["epsilon"]  # local trust
+    assert privacy["noise_multiplier"] == scheduled().noise_multiplier
+
+
+def check_ledgers(run: Run, folders: list[Path]) -> None:
+    """What the devices recorded is what was planned, and their releases give the model exactly."""
+    journal = Journal(run)
+    identity = journal.fact("run")
+    assert identity is not None
+    start = prepare(PLAN, TASK, journal, print)
+    payloads: list[bytes] = []
+    promised = run.read_summary()["privacy"]["epsilon"]
+    for folder in folders:
+        with Ledger.open(folder) as ledger:
+            ledger.verify()
+            assert ledger.devices() == ["device"]
+            assert ledger.events("device") == [scheduled().over(scheduled().round_event(), 2)]
+            assert round(ledger.spent("device", 1e-5), 4) == promised
+            payload = ledger.stored_release("device", identity, 2)
+            assert payload is not None
+            payloads.append(payload)
+    assert sum(map(len, payloads)) == run.read_metrics()[1]["bytes_up"]
+    updates = [decoded(p, start.layout) for p in payloads]
+    assert 0.97 < noise_ratio(updates[0], updates[1], order().denominator) < 1.15
+    total = Accumulator(start.layout.size)
+    for update in updates:
+        total.add(update.astype(np.float32))
+    before = ServerState(1, **load_file(run.checkpoints / "round-000001.safetensors"))
+    federation = PLAN.federation
+    after = apply_round(before, total.mean(), federation.server, federation.average)
+    latest = journal.latest()
+    journal.close()
+    assert latest is not None
+    assert np.array_equal(latest.weights, after.weights)

@@ -1,0 +1,147 @@
+"""Plans: what is accepted, and what an error says."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reticent.core.errors import PlanError
+from reticent.core.plan import Plan, load_plan, parse_plan, plan_from_json
+from reticent.core.run import without_none
+
+
+def test_the_default_plan_is_valid_and_private() -> None:
+    plan = parse_plan("")
+    assert plan.private is not None
+    assert plan.private.epsilon == 8
+    assert plan.task.name == "fashion"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("federation.round=3", ["unknown key federation.round", "did you mean federation.rounds"]),
+        ("federaton.rounds=3", ["unknown key federaton", "did you mean federation"]),
+        ("student.zzz=1", ["unknown key student.zzz", "known keys here", "prune"]),
+        ("privacy.epsilonn=1", ["unknown key privacy.epsilonn", "did you mean privacy.epsilon"]),
+        ("federation.rounds=0", ["federation.rounds=0", "greater than or equal to 1"]),
+        ("federation.rounds=two", ['federation.rounds="two"', "integer"]),
+        ("federation.rounds=2.5", ["federation.rounds=2.5", "integer"]),
+        ("federation.sampling_rate=1.5", ["federation.sampling_rate=1.5", "less than or equal"]),
+        ("privacy.clip=-1", ["privacy.clip=-1", "greater than 0"]),
+        ("privacy.clip=nan", ["privacy.clip"]),
+        ("privacy.delta=1", ["privacy.delta=1", "less than 1"]),
+        ("privacy.trust=nobody", ['privacy.trust="nobody"', "'local' or 'aggregator'"]),
+        ("privacy=on", ['privacy="on"', 'a section or "off"']),
+        ("task.partition.kind=sorted", ["task.partition.kind", "'iid', 'dirichlet' or 'shards'"]),
+        ("federation.clients_per_round=101", ["clients_per_round=101", "task.clients=100"]),
+        ("federation.min_replies=101", ["min_replies=101", "clients_per_round=100"]),
+        ("federation.steps_per_round=2", ["steps_per_round=2", "must be 1", "noise share"]),
+        ("engine.kind=cloud", ["engine.kind", "'inprocess' or 'ray'"]),
+        ("seed=-1", ["seed=-1"]),
+        ("rounds", ["--set rounds", "section.key=value"]),
+        ("seed.x=1", ["seed=a section", "integer"]),
+    ],
+)
+def test_an_error_names_the_key_the_value_and_what_is_allowed(
+    override: str, words: list[str]
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_plan("", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_epsilon_and_noise_together_are_refused() -> None:
+    with pytest.raises(PlanError, match="both"):
+        parse_plan("[privacy]\nepsilon = 1.0\nnoise_multiplier = 1.0")
+
+
+def test_a_privacy_section_without_a_target_is_refused() -> None:
+    with pytest.raises(PlanError, match='privacy = "off"'):
+        parse_plan("[privacy]\nclip = 1.0")
+
+
+def test_overrides_of_the_default_promise_start_from_it() -> None:
+    assert (
+        parse_plan("", ["privacy.delta=1e-6"]).private
+        == parse_plan("[privacy]\nepsilon = 8.0\ndelta = 1e-6").private
+    )
+    noise = parse_plan("", ["privacy.noise_multiplier=1.0"]).private
+    assert noise is not None
+    assert noise.epsilon is None
+
+
+def test_local_trust_allows_several_steps() -> None:
+    plan = parse_plan(
+        "", ["privacy.trust=local", "privacy.epsilon=4", "federation.steps_per_round=5"]
+    )
+    assert plan.federation.steps_per_round == 5
+
+
+def test_privacy_can_be_off_and_stays_off_when_written_and_read() -> None:
+    plan = parse_plan('privacy = "off"')
+    assert plan.private is None
+    text = tomli_w.dumps(without_none(plan.model_dump(mode="json")))
+    assert parse_plan(text).private is None
+
+
+def test_a_plan_survives_toml_and_json() -> None:
+    plan = parse_plan("", ["privacy.epsilon=3.5", "updates.codec=['identity']", "seed=7"])
+    again = parse_plan(tomli_w.dumps(without_none(plan.model_dump(mode="json"))))
+    assert again == plan
+    assert plan_from_json(plan.canonical()) == plan
+    assert again.digest == plan.digest
+
+
+def test_the_engine_cannot_change_the_digest_and_the_rest_can() -> None:
+    base = parse_plan("")
+    assert parse_plan("", ["engine.workers=7"]).digest == base.digest
+    assert parse_plan("", ["seed=1"]).digest != base.digest
+    assert parse_plan("", ["privacy.delta=1e-6"]).digest != base.digest
+
+
+def test_the_quorum_is_nine_tenths_unless_given() -> None:
+    assert parse_plan("").federation.quorum == 90
+    assert parse_plan("", ["federation.clients_per_round=11"]).federation.quorum == 10
+    assert parse_plan("", ["federation.min_replies=5"]).federation.quorum == 5
+
+
+def test_files_that_are_not_plans(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be read"):
+        load_plan(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[task\n")
+    with pytest.raises(PlanError, match="not TOML"):
+        load_plan(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="not UTF-8"):
+        load_plan(broken)
+    with pytest.raises(PlanError, match="not JSON"):
+        plan_from_json("{")
+
+
+@given(st.text(max_size=40))
+def test_any_override_is_a_plan_or_a_plan_error(text: str) -> None:
+    try:
+        assert isinstance(parse_plan("", [text]), Plan)
+    except PlanError as error:
+        assert str(error)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(Plan.model_fields)), st.integers() | st.text()))
+def test_any_values_are_a_plan_or_a_plan_error(data: dict) -> None:
+    try:
+        text = tomli_w.dumps(data)
+        tomllib.loads(text)
+    except (ValueError, TypeError):
+        return
+    try:
+        parse_plan(text)
+    except PlanError as error:
+        assert str(error)

@@ -1,0 +1,70 @@
+"""Where noise comes from: right scale, no repetition, no dependence on order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reticent.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+
+SOURCES = [SeededRandomness(3), SystemRandomness()]
+
+
+def plausible(sample: np.ndarray, cdf: object, level: float = 1e-6) -> bool:
+    return stats.kstest(sample, cdf).pvalue > level  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=["seeded", "system"])
+def test_normal_draws_have_unit_scale_and_two_thirds_is_rejected(source: Randomness) -> None:
+    sample = source.stream("noise", 1).normal(20_001)
+    assert sample.shape == (20_001,)
+    assert plausible(sample, stats.norm(0, 1).cdf)
+    assert not plausible(sample * 2 / 3, stats.norm(0, 1).cdf)
+    assert abs(np.corrcoef(sample[:-1], sample[1:])[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=["seeded", "system"])
+def test_uniform_draws_fill_the_unit_interval(source: Randomness) -> None:
+    sample = source.stream("batch", 1).uniform(20_000)
+    assert sample.min() >= 0
+    assert sample.max() < 1
+    assert plausible(sample, stats.uniform(0, 1).cdf)
+    assert not plausible(sample**1.2, stats.uniform(0, 1).cdf)
+
+
+def test_no_two_clients_rounds_or_steps_share_seeded_noise() -> None:
+    source = SeededRandomness(0)
+    paths = [("noise", "run", c, r, s) for c in range(4) for r in range(4) for s in range(4)]
+    paths += [("batch", "run", 0, 0, 0), ("noise", "nur", 0, 0, 0), ("noise", "run", 1, 11, 1)]
+    draws = np.stack([source.stream(*p).normal(200) for p in paths])
+    overlap = np.corrcoef(draws) - np.eye(len(paths))
+    assert np.abs(overlap).max() < 0.4
+    assert len(np.unique(draws[:, 0])) == len(paths)
+
+
+def test_seeded_noise_depends_on_the_path_only() -> None:
+    first = SeededRandomness(5).stream("noise", "r", 1, 2).normal(8)
+    SeededRandomness(5).stream("noise", "r", 9, 9).normal(100)
+    again = SeededRandomness(5).stream("noise", "r", 1, 2).normal(8)
+    other = SeededRandomness(6).stream("noise", "r", 1, 2).normal(8)
+    assert (first == again).all()
+    assert (first != other).all()
+
+
+def test_system_noise_never_repeats_even_for_the_same_path() -> None:
+    source = SystemRandomness()
+    a, b = (source.stream("noise", "r", 1, 2).normal(50) for _ in range(2))
+    assert (a != b).all()
+
+
+def test_a_stream_advances() -> None:
+    for source in SOURCES:
+        stream = source.stream("x")
+        assert stream.bytes(16) != stream.bytes(16)
+        assert (stream.normal(10) != stream.normal(10)).all()
+
+
+def test_descriptions_say_which_is_safe() -> None:
+    assert "simulation only" in SeededRandomness(0).description
+    assert "AES-256" in SystemRandomness().description

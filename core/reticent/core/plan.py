@@ -59,7 +59,7 @@ class TaskSection(Section):
 class Teacher(Section):
     """Training of the teacher on the public split."""
 
-    epochs: Count = 40
+    epochs: Count = 30
     learning_rate: Positive = 0.01
 
 
@@ -127,7 +127,7 @@ class Privacy(Section):
     epsilon: Positive | None = None
     noise_multiplier: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    clip: Positive = 1.0
+    clip: Positive = 0.5
     budget: Positive | None = None
 
     @model_validator(mode="after")
@@ -148,8 +148,8 @@ class Privacy(Section):
 class Optimizer(Section):
     """The server's optimizer over the averaged pseudo-gradient (Reddi et al. 2021)."""
 
-    kind: Literal["sgd", "adam"] = "sgd"
-    learning_rate: Positive = 1.0
+    kind: Literal["sgd", "adam"] = "adam"
+    learning_rate: Positive = 0.004
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
@@ -178,7 +178,7 @@ class Federation(Section):
     clients_per_round: Count = 100
     min_replies: Count | None = None
     steps_per_round: Count = 1
-    sampling_rate: Probability = 0.2
+    sampling_rate: Probability = 0.1
     learning_rate: Positive = 0.5
     retries: Annotated[int, Field(ge=0)] = 2
     timeout: Positive = 600.0

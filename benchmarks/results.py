@@ -4,8 +4,8 @@
     python benchmarks/results.py fashion-full --seeds 1 --runs runs/results --only aggregator-8
 
 Each configuration is one run directory; runs that are finished are read, not repeated, and runs
-that were stopped are resumed. Hyperparameters were chosen by central DP-SGD on a part of the official
-training file that was held out for it; no test example took part in the choice.
+that were stopped are resumed. Hyperparameters were chosen by central DP-SGD on a part of the
+official training file that was held out for it; no test example took part in the choice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AGGREGATOR = {
         "federation.server.learning_rate=0.008",
     ],
 }
-# Under local trust every client adds the full noise, so few full-batch rounds are the best use of it.
+# Under local trust every client adds the full noise: few full-batch rounds make the best of it.
 LOCAL = {
     task: [
         "federation.rounds=10",

@@ -147,8 +147,8 @@ def _spent(privacy: dict[str, Any]) -> str:
     if privacy["trust"] == "off":
         return "privacy   off: ε = ∞, nothing is promised"
     return (
-        f"privacy   against readers of the models ε {_shown(privacy['epsilon'])}, against the server "
-        f"ε {_shown(privacy['server_epsilon'])} (δ {privacy['delta']:g}, one example, "
+        f"privacy   against readers of the models ε {_shown(privacy['epsilon'])}, against the "
+        f"server ε {_shown(privacy['server_epsilon'])} (δ {privacy['delta']:g}, one example, "
         "add or remove)"
     )
 

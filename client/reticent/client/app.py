@@ -72,7 +72,8 @@ def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Me
     """Let nothing but one encoded update or one fixed refusal leave (the outermost mod).
 
     Exceptions become a code and a text that do not depend on the exception; a reply that holds
-    any other record is dropped.
+    any other record is dropped. What passes is wrapped anew, because the names of an array's type
+    and the metadata of a reply could carry words of their own.
     """
     try:
         reply = call_next(message, context)
@@ -83,20 +84,24 @@ def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Me
     except Exception:
         # Whatever went wrong may have been caused by private data; its text stays here.
         return _refuse(Refusal.FAILED, message)
-    if not reply.has_content() or not _is_update(reply.content):
+    payload = _update_in(reply)
+    if not payload:
         return _refuse(Refusal.NOT_RELEASED, message)
-    return reply
+    return Message(RecordDict({"update": pack(payload)}), reply_to=message)
 
 
 def _refuse(refusal: Refusal, message: Message) -> Message:
     return Message(Error(int(refusal), refusal.text), reply_to=message)
 
 
-def _is_update(content: RecordDict) -> bool:
+def _update_in(reply: Message) -> bytes:
+    """Return the payload of a reply that holds one update and nothing else, otherwise ``b""``."""
+    if not reply.has_content() or list(reply.content) != ["update"]:
+        return b""
     try:
-        return list(content) == ["update"] and bool(unpack(content, "update"))
+        return unpack(reply.content, "update")
     except PayloadError:
-        return False
+        return b""
 
 
 def _constants(content: RecordDict, context: Context, order: Order) -> bytes:

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reticent.core.errors import ArtifactError, DataError, ReticentError
 
-from .integer import IntegerModel, IntegerSpec, build, parse_graph
+from .integer import IntegerModel, IntegerSpec, Weighted, build, parse_graph
 
 FORMAT_VERSION = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -374,12 +374,12 @@ def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
 
 
 def _output_step(model: IntegerModel) -> float:
-    grids = [r.output for r in model.graph.layers if hasattr(r, "output")]
+    grids = [r.output for r in model.graph.layers if isinstance(r, Weighted)]
     return [model.graph.input, *grids][-1].scale
 
 
 def _privacy(privacy: Mapping[str, Any] | Literal["off"]) -> dict[str, Any]:
-    stated = {"epsilon": math.inf} if isinstance(privacy, str) else dict(privacy)
+    stated: dict[str, Any] = {"epsilon": math.inf} if isinstance(privacy, str) else dict(privacy)
     epsilon = stated.get("epsilon")
     if epsilon == math.inf:
         stated["epsilon"] = epsilon = "infinity"
@@ -392,8 +392,9 @@ def _privacy(privacy: Mapping[str, Any] | Literal["off"]) -> dict[str, Any]:
 
 
 def _number(value: object) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and math.isfinite(value) and value >= 0
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value >= 0
 
 
 def _plain(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

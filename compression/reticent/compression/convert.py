@@ -256,12 +256,13 @@ def _record(step: _Step, ranges: Ranges) -> Record:
     name, relu = step.name, step.relu
     match layer:
         case nn.Conv2d():
+            conv: Any = layer  # torch types its pairs as tuples of any length
             return ConvRecord(
                 name=name,
-                stride=layer.stride,
-                padding=layer.padding,
-                dilation=layer.dilation,
-                groups=layer.groups,
+                stride=conv.stride,
+                padding=conv.padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
                 relu=relu,
                 output=_grid(ranges.outputs[name]),
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ def quantized_weights(model: nn.Module) -> Iterator[None]:
 def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            yield module.weight
+            yield cast(nn.Parameter, module.weight)
 
 
 def _rounded(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -77,9 +77,9 @@ def build_artifact(
     start.layout.write(final, state.average)
     if not isinstance(final, nn.Sequential):
         raise ArtifactError(
-            f"student {type(final).__name__}: only nn.Sequential students can be converted to int8; "
-            "write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, MaxPool2d "
-            "and Flatten"
+            f"student {type(final).__name__}: only nn.Sequential students can be converted to "
+            "int8; write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, "
+            "MaxPool2d and Flatten"
         )
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)

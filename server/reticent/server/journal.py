@@ -131,10 +131,17 @@ class Journal:
         return row[0] if row else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics of every committed round, in order."""
+        """Return the metrics of every committed round, in order.
+
+        Raises:
+            RunError: If they are damaged.
+        """
         with _explained(self._run.journal):
             rows = self._db.execute("SELECT metrics FROM rounds ORDER BY round").fetchall()
-        return [json.loads(r[0]) for r in rows]
+        try:
+            return [json.loads(r[0]) for r in rows]
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{self._run.journal}: damaged: {error}") from error
 
     def participations(self) -> dict[str, int]:
         """Return how many applied rounds each client took part in."""

@@ -158,7 +158,7 @@ class PrivateAveraging(Strategy):
             numpy_generator(self._plan.seed, "broadcast", server_round),
         )
         record = ArrayRecord({"payload": _packed(payload)})
-        order = ConfigRecord(self._order(server_round).to_config())
+        order = ConfigRecord({**self._order(server_round).to_config()})
         cohort = [n for n in self.cohort(server_round, grid) if n not in self._tally.accepted]
         # A list, because Flower's own grid goes through the messages twice; they share records.
         return list(self._messages(cohort, record, order, server_round))

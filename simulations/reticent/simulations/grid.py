@@ -134,8 +134,7 @@ def serve(app: ServerApp, grid: Grid) -> None:
 def call_client(app: ClientApp, message: Message, state: RecordDict) -> Message:
     """Run a ClientApp on one message, as Flower's runtime does; any exception is error code 2."""
     client = client_of(message.metadata.dst_node_id)
-    node_config = {"partition-id": client}
-    context = Context(_RUN_ID, message.metadata.dst_node_id, node_config, state, {})
+    context = Context(_RUN_ID, message.metadata.dst_node_id, {"partition-id": client}, state, {})
     try:
         return app(message=message, context=context)
     except Exception:

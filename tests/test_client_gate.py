@@ -1,0 +1,396 @@
+"""The gate: nothing but one encoded update or one fixed refusal leaves a device."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from reticent.client.app import build_client_app, gate, pack, unpack
+from reticent.client.environment import Environment
+from reticent.client.round import Refused
+from reticent.compression.codec import build_codec
+from reticent.core.errors import DataError, LedgerError, PayloadError
+from reticent.core.plan import Plan, parse_plan
+from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
+from reticent.core.seeds import numpy_generator
+from reticent.core.tasks import Examples
+from reticent.core.update import Layout
+from reticent.privacy.ledger import Budget, Ledger
+from reticent.privacy.randomness import SeededRandomness
+from reticent.simulations.grid import enter_task, to_bytes
+
+SECRET = "patient-4711-is-ill"
+NO_DATA_CLIENT = 3
+
+
+class SmallTask:
+    """Six random examples a client; one client's data cannot be loaded."""
+
+    name, classes, input_shape, clients, nominal_examples = "small", 3, (4,), 4, 6
+
+    def public(self) -> Examples:
+        return self._drawn(100)
+
+    def test(self) -> Examples:
+        return self._drawn(101)
+
+    def client(self, index: int) -> Examples:
+        if index == NO_DATA_CLIENT:
+            raise DataError(f"/home/{SECRET}/images: cannot be read")
+        return self._drawn(index)
+
+    def teacher(self) -> nn.Module:
+        return nn.Linear(4, 3)
+
+    def student(self, model: str) -> nn.Module:
+        return nn.Linear(4, 3)
+
+    def _drawn(self, seed: int) -> Examples:
+        rng = numpy_generator(seed, "small")
+        inputs = rng.standard_normal((6, 4)).astype(np.float32)
+        return Examples(torch.from_numpy(inputs), torch.from_numpy(rng.integers(3, size=6)))
+
+
+def make_task(section: object, seed: int) -> SmallTask:
+    """What the plan of these tests names."""
+    return SmallTask()
+
+
+PLAN_TEXT = f"""
+[task]
+name = "{__name__}:make_task"
+clients = 4
+[student]
+distill = {{ kind = "none" }}
+prune = {{ kind = "none" }}
+quantize = {{ kind = "none" }}
+[federation]
+rounds = 5
+clients_per_round = 4
+[updates]
+codec = ["identity"]
+broadcast = ["identity"]
+"""
+PRIVATE = parse_plan(PLAN_TEXT, ["privacy.noise_multiplier=1.0"])
+OPEN = parse_plan(PLAN_TEXT, ["privacy=off"])
+LAYOUT = Layout.of(nn.Linear(4, 3))
+CONSTANTS = Constants(b"", np.zeros((0, 0), dtype=np.float32)).encode()
+BROADCAST = build_codec(("identity",)).encode(
+    np.zeros(LAYOUT.size, dtype=np.float32), LAYOUT.blocks, numpy_generator(0)
+)
+UNLIMITED = Budget(math.inf, 1e-5)
+
+
+def order_of(plan: Plan = PRIVATE, /, **changes: Any) -> dict[str, Any]:
+    digest = hashlib.sha256(CONSTANTS).hexdigest()
+    noise = 1.0 if plan.private else 0.0
+    order = Order(PROTOCOL, "run", plan.digest, 1, digest, noise, 0.6)
+    return {**order.to_config(), **changes}
+
+
+def message_of(content: RecordDict | None = None) -> Message:
+    enter_task()
+    message = Message(content or RecordDict(), 2, "train", group_id="1")
+    message.metadata.__dict__["_message_id"] = "1"
+    return message
+
+
+def content_of(order: dict[str, Any], **records: Any) -> RecordDict:
+    given = {"broadcast": pack(BROADCAST), "constants": pack(CONSTANTS), **records}
+    content = RecordDict({k: v for k, v in given.items() if v is not None})
+    content["order"] = ConfigRecord(order)
+    return content
+
+
+class Device:
+    """A ClientApp with a real ledger, as one client of the plan."""
+
+    def __init__(self, folder: Path, plan: Plan = PRIVATE) -> None:
+        self.ledger = Ledger.open(folder)
+        self.budget = UNLIMITED
+        self.client = 0
+        self.state = RecordDict()
+        self.app: ClientApp = build_client_app(self.environment, lambda _: plan.canonical())
+
+    def environment(self, _: Context) -> Environment:
+        randomness = SeededRandomness(0)
+        return Environment(self.client, "device", self.ledger, self.budget, randomness, False)
+
+    def ask(self, content: RecordDict) -> Message:
+        context = Context(1, 2, {}, self.state, {})
+        return self.app(message=message_of(content), context=context)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Device:
+    return Device(tmp_path)
+
+
+def refusal(reply: Message) -> Refusal:
+    assert reply.has_error() and not reply.has_content()
+    code = Refusal(reply.error.code)
+    assert reply.error.reason == code.text
+    return code
+
+
+def through_gate(act: Callable[[Message], Message]) -> Message:
+    message = message_of()
+    context = Context(1, 2, {}, RecordDict(), {})
+    return gate(message, context, lambda asked, _: act(asked))
+
+
+def reply_with(content: RecordDict) -> Message:
+    return through_gate(lambda asked: Message(content, reply_to=asked))
+
+
+def array(data: bytes, **changes: Any) -> Array:
+    return Array(
+        **{"dtype": "uint8", "shape": (len(data),), "stype": "custom", **changes}, data=data
+    )
+
+
+names = st.sampled_from(["update", "payload", "metrics", "", "Update", "order"]) | st.text(
+    max_size=5
+)
+arrays = st.dictionaries(names, st.binary(max_size=8).map(array), max_size=3).map(ArrayRecord)
+numbers = st.integers(-(2**62), 2**62) | st.floats(allow_nan=False)
+metrics = st.dictionaries(names, numbers, max_size=3).map(MetricRecord)
+configs = st.dictionaries(names, st.text(max_size=5) | st.binary(max_size=5), max_size=3).map(
+    ConfigRecord
+)
+contents = st.dictionaries(names, arrays | metrics | configs, max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(contents)
+def test_only_one_update_passes(records: dict[str, Any]) -> None:
+    reply = reply_with(RecordDict(records))
+    update = records.get("update")
+    released = len(records) == 1 and isinstance(update, ArrayRecord) and list(update) == ["payload"]
+    if released and update["payload"].data:
+        assert unpack(reply.content, "update") == update["payload"].data
+    else:
+        assert refusal(reply) is Refusal.NOT_RELEASED
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(min_size=1, max_size=200))
+def test_an_update_passes_with_its_bytes(payload: bytes) -> None:
+    reply = reply_with(RecordDict({"update": pack(payload)}))
+    assert reply.has_content() and not reply.has_error()
+    assert list(reply.content) == ["update"]
+    assert unpack(reply.content, "update") == payload
+
+
+@settings(max_examples=50, deadline=None)
+@given(names.filter(lambda n: n != "update"), arrays | metrics | configs)
+def test_a_record_beside_the_update_stops_it(name: str, record: Any) -> None:
+    content = RecordDict({"update": pack(b"x"), name: record})
+    assert refusal(reply_with(content)) is Refusal.NOT_RELEASED
+
+
+def test_an_array_beside_the_payload_stops_it() -> None:
+    record = ArrayRecord({"payload": array(b"x"), "more": array(b"y")})
+    assert refusal(reply_with(RecordDict({"update": record}))) is Refusal.NOT_RELEASED
+
+
+@pytest.mark.parametrize("changes", [{"dtype": SECRET}, {"stype": SECRET}, {"shape": (4711,)}])
+def test_the_description_of_an_array_does_not_leave(changes: dict[str, Any]) -> None:
+    record = ArrayRecord({"payload": array(b"bytes", **changes)})
+    reply = reply_with(RecordDict({"update": record}))
+    sent = reply.content.array_records["update"]["payload"]
+    assert (sent.dtype, sent.stype, sent.shape, sent.data) == ("uint8", "custom", (5,), b"bytes")
+    assert SECRET.encode() not in to_bytes(reply)
+
+
+def test_an_error_of_the_apps_own_making_does_not_leave() -> None:
+    reply = through_gate(lambda asked: Message(Error(7, SECRET), reply_to=asked))
+    assert refusal(reply) is Refusal.NOT_RELEASED
+    assert SECRET.encode() not in to_bytes(reply)
+
+
+class Unheard(Exception):
+    """A type that the gate cannot know."""
+
+
+RAISED = [
+    (ValueError, Refusal.FAILED),
+    (KeyError, Refusal.FAILED),
+    (RuntimeError, Refusal.FAILED),
+    (MemoryError, Refusal.FAILED),
+    (OSError, Refusal.FAILED),
+    (AssertionError, Refusal.FAILED),
+    (StopIteration, Refusal.FAILED),
+    (Unheard, Refusal.FAILED),
+    (PayloadError, Refusal.FAILED),
+    (LedgerError, Refusal.FAILED),
+    (DataError, Refusal.NO_DATA),
+]
+
+
+@pytest.mark.parametrize(("kind", "expected"), RAISED)
+def test_the_text_of_an_exception_stays(kind: type[Exception], expected: Refusal) -> None:
+    def fail(_: Message) -> Message:
+        raise kind(SECRET) from ValueError(SECRET)
+
+    reply = through_gate(fail)
+    assert refusal(reply) is expected
+    assert SECRET.encode() not in to_bytes(reply)
+
+
+@pytest.mark.parametrize(("kind", "expected"), RAISED)
+def test_the_gate_is_around_the_whole_app(kind: type[Exception], expected: Refusal) -> None:
+    def environment(_: Context) -> Environment:
+        raise kind(SECRET)
+
+    app = build_client_app(environment, lambda _: PRIVATE.canonical())
+    context = Context(1, 2, {}, RecordDict(), {})
+    reply = app(message=message_of(content_of(order_of())), context=context)
+    assert refusal(reply) is expected
+    assert SECRET.encode() not in to_bytes(reply)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=30), st.sampled_from(list(Refusal)))
+def test_a_refusal_is_the_same_whatever_its_cause(text: str, code: Refusal) -> None:
+    def refuse(cause: str) -> Error:
+        def fail(_: Message) -> Message:
+            raise Refused(code) from ValueError(cause)
+
+        return through_gate(fail).error
+
+    first, second = refuse(text), refuse(SECRET)
+    assert (first.code, first.reason) == (second.code, second.reason) == (int(code), code.text)
+
+
+def test_a_good_order_is_answered_and_charged_once(device: Device) -> None:
+    reply = device.ask(content_of(order_of()))
+    vector = build_codec(("identity",)).decode(unpack(reply.content, "update"), LAYOUT.blocks)
+    assert vector.any()
+    again = device.ask(content_of(order_of(), constants=None))  # the constants were kept
+    assert unpack(again.content, "update") == unpack(reply.content, "update")
+    assert len(device.ledger.events("device")) == 1
+
+
+BAD_ORDERS: list[tuple[dict[str, Any], Refusal]] = [
+    ({"protocol": 2}, Refusal.BAD_ORDER),
+    ({"protocol": "1"}, Refusal.BAD_ORDER),
+    ({"round": 0}, Refusal.BAD_ORDER),
+    ({"round": 1.0}, Refusal.BAD_ORDER),
+    ({"round": True}, Refusal.BAD_ORDER),
+    ({"run": 5}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": math.nan}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": math.inf}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": -1.0}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": 0.0}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": 1}, Refusal.BAD_ORDER),
+    ({"denominator": 0.0}, Refusal.BAD_ORDER),
+    ({"denominator": math.nan}, Refusal.BAD_ORDER),
+    ({"extra": 1}, Refusal.BAD_ORDER),
+    ({"plan": "0" * 64}, Refusal.WRONG_PLAN),
+    ({"plan": OPEN.digest}, Refusal.WRONG_PLAN),
+    ({"constants": "0" * 64}, Refusal.CONSTANTS_MISSING),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), BAD_ORDERS)
+def test_a_bad_order_is_refused_and_not_charged(
+    device: Device, changes: dict[str, Any], expected: Refusal
+) -> None:
+    assert refusal(device.ask(content_of(order_of(**changes)))) is expected
+    assert device.ledger.events("device") == []
+
+
+@pytest.mark.parametrize("key", sorted(order_of()))
+def test_an_order_that_lacks_a_key_is_refused(device: Device, key: str) -> None:
+    order = {k: v for k, v in order_of().items() if k != key}
+    assert refusal(device.ask(content_of(order))) is Refusal.BAD_ORDER
+
+
+def test_noise_is_refused_where_the_plan_has_none(tmp_path: Path) -> None:
+    device = Device(tmp_path, OPEN)
+    noisy = content_of(order_of(OPEN, noise_multiplier=1.0))
+    assert refusal(device.ask(noisy)) is Refusal.BAD_ORDER
+    assert device.ask(content_of(order_of(OPEN))).has_content()  # the same order without noise
+
+
+MISSING: list[tuple[dict[str, Any], Refusal]] = [
+    ({"constants": None}, Refusal.CONSTANTS_MISSING),
+    ({"broadcast": None}, Refusal.BAD_ORDER),
+    ({"broadcast": ArrayRecord({"other": array(b"x")})}, Refusal.BAD_ORDER),
+    ({"broadcast": pack(BROADCAST[:-1])}, Refusal.BAD_BROADCAST),
+    ({"broadcast": pack(BROADCAST[:-1] + b"\x7f")}, Refusal.BAD_BROADCAST),
+    ({"broadcast": pack(b"no codec made this")}, Refusal.BAD_BROADCAST),
+    ({"constants": pack(CONSTANTS + b" ")}, Refusal.CONSTANTS_MISSING),
+]
+
+
+@pytest.mark.parametrize(("records", "expected"), MISSING)
+def test_a_message_with_broken_records_is_refused_and_not_charged(
+    device: Device, records: dict[str, Any], expected: Refusal
+) -> None:
+    assert refusal(device.ask(content_of(order_of(), **records))) is expected
+    assert device.ledger.events("device") == []
+
+
+def test_a_message_without_an_order_is_refused(device: Device) -> None:
+    assert refusal(device.ask(RecordDict({"broadcast": pack(BROADCAST)}))) is Refusal.BAD_ORDER
+
+
+def test_constants_of_the_right_digest_that_cannot_be_read_are_refused(device: Device) -> None:
+    garbage = b"not safetensors"
+    order = order_of(constants=hashlib.sha256(garbage).hexdigest())
+    reply = device.ask(content_of(order, constants=pack(garbage)))
+    assert refusal(reply) is Refusal.BAD_BROADCAST
+
+
+def test_constants_of_another_digest_are_not_kept(device: Device) -> None:
+    device.ask(content_of(order_of(), constants=pack(b"forged")))
+    assert "constants" not in device.state
+    assert refusal(device.ask(content_of(order_of(), constants=None))) is Refusal.CONSTANTS_MISSING
+
+
+def test_over_budget_is_refused_and_nothing_is_charged(device: Device) -> None:
+    assert device.ask(content_of(order_of())).has_content()
+    spent = device.ledger.spent("device", 1e-5)
+    device.budget = Budget(spent * 1.0001, 1e-5)
+    reply = device.ask(content_of(order_of(round=2)))
+    assert refusal(reply) is Refusal.BUDGET
+    assert device.ledger.spent("device", 1e-5) == spent
+    assert len(device.ledger.events("device")) == 1
+    device.budget = replace(device.budget, epsilon=10 * spent)
+    assert device.ask(content_of(order_of(round=2))).has_content()
+
+
+def test_a_round_that_was_paid_for_is_not_asked_for_with_less_noise(device: Device) -> None:
+    assert device.ask(content_of(order_of())).has_content()
+    assert refusal(device.ask(content_of(order_of(noise_multiplier=0.5)))) is Refusal.LEDGER
+
+
+def test_data_that_cannot_be_loaded_are_no_data(device: Device) -> None:
+    device.client = NO_DATA_CLIENT
+    reply = device.ask(content_of(order_of()))
+    assert refusal(reply) is Refusal.NO_DATA
+    assert SECRET.encode() not in to_bytes(reply)

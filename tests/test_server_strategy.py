@@ -1,0 +1,386 @@
+"""The strategy: broken replies are dropped with a reason, and the round goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from torch import nn
+
+from reticent.client.app import pack, unpack
+from reticent.compression.codec import build_codec
+from reticent.core.errors import NetworkError
+from reticent.core.plan import Plan, parse_plan
+from reticent.core.protocol import Constants, Order, Refusal
+from reticent.core.seeds import numpy_generator
+from reticent.core.update import Layout, Vector
+from reticent.privacy.schedule import participations, schedule_for
+from reticent.server.optimizer import ServerState, apply_round
+from reticent.server.strategy import PrivateAveraging, RoundPlan, Tally
+from reticent.simulations.grid import InProcessGrid, enter_task, node_of
+
+CONSTANTS = Constants(b"", np.zeros((0, 0), dtype=np.float32)).encode()
+LAYOUT = Layout.of(nn.Linear(8, 4))
+CODEC = build_codec(("identity",))
+Answer = Callable[[Message], list[Message]]
+
+
+def plan_of(clients: int, per_round: int, rounds: int, *overrides: str) -> Plan:
+    given = [
+        f"task.clients={clients}",
+        f"federation.clients_per_round={per_round}",
+        f"federation.rounds={rounds}",
+        'updates.codec=["identity"]',
+        'updates.broadcast=["identity"]',
+        "privacy.noise_multiplier=1.0",
+    ]
+    return parse_plan("", [*given, *overrides])
+
+
+class Script:
+    """Answers each message as a function says, and remembers what was asked."""
+
+    window = 3
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.asked: list[tuple[int, int, bool]] = []
+
+    def answer(self, messages: list[Message]) -> Iterator[Message]:
+        for message in messages:
+            first = "constants" in message.content
+            self.asked.append((round_in(message), message.metadata.dst_node_id, first))
+            yield from self._answer(message)
+
+    def nodes(self, number: int) -> list[int]:
+        return [node for asked, node, _ in self.asked if asked == number]
+
+    def informed(self, number: int) -> set[int]:
+        return {node for asked, node, first in self.asked if asked == number and first}
+
+
+class Federation:
+    """A strategy on a grid with a scripted backend."""
+
+    def __init__(self, plan: Plan, answer: Answer) -> None:
+        enter_task()
+        self.script = Script(answer)
+        self.grid = InProcessGrid(plan.task.clients, self.script)
+        self.tallies: list[Tally] = []
+        self.states: list[ServerState] = []
+        digest = hashlib.sha256(CONSTANTS).hexdigest()
+        self.rounds = RoundPlan("run", schedule_for(plan), 10.0, LAYOUT, CONSTANTS, digest)
+        self.start = ServerState.begin(np.linspace(-1, 1, LAYOUT.size, dtype=np.float32))
+        self.strategy = PrivateAveraging(plan, self.rounds, self.start, self._commit)
+
+    def _commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
+        self.states.append(state)
+        self.tallies.append(tally)
+
+    def run(self) -> Tally:
+        """Run every round and return what arrived in the last."""
+        self.strategy.start(self.grid)
+        return self.tallies[-1]
+
+
+def round_in(message: Message) -> int:
+    return Order.from_config(dict(message.content.config_records["order"])).round
+
+
+def vector_of(node: int, number: int = 1) -> Vector:
+    draws = numpy_generator(node, "update", number).standard_normal(LAYOUT.size)
+    return draws.astype(np.float32)
+
+
+def encoded(vector: Vector) -> bytes:
+    return CODEC.encode(vector, LAYOUT.blocks, numpy_generator(0))
+
+
+def reply(message: Message, payload: bytes) -> Message:
+    return Message(RecordDict({"update": pack(payload)}), reply_to=message)
+
+
+def honest(message: Message) -> list[Message]:
+    vector = vector_of(message.metadata.dst_node_id, round_in(message))
+    return [reply(message, encoded(vector))]
+
+
+def patched(vector: Vector, value: float) -> bytes:
+    """A payload with a value that the codec would not encode, and a checksum that fits it."""
+    marker = np.float32(1234.5)
+    given = vector.copy()
+    given[3] = marker
+    payload = encoded(given)
+    assert payload.count(marker.tobytes()) == 1
+    payload = payload.replace(marker.tobytes(), np.float32(value).tobytes())
+    head, rest = payload[:13], payload[17:]
+    return head + struct.pack("<I", zlib.crc32(rest, zlib.crc32(head))) + rest
+
+
+def other_records(message: Message) -> list[Message]:
+    return [Message(RecordDict({"gift": pack(encoded(vector_of(1)))}), reply_to=message)]
+
+
+def more_records(message: Message) -> list[Message]:
+    content = RecordDict({"update": pack(encoded(vector_of(1))), "count": ConfigRecord({"n": 5})})
+    return [Message(content, reply_to=message)]
+
+
+def another_array(message: Message) -> list[Message]:
+    data = encoded(vector_of(1))
+    array = Array(dtype="uint8", shape=(len(data),), stype="custom", data=data)
+    return [Message(RecordDict({"update": ArrayRecord({"model": array})}), reply_to=message)]
+
+
+def replies(payload: bytes) -> Answer:
+    return lambda message: [reply(message, payload)]
+
+
+def fails(code: int, text: str = "") -> Answer:
+    return lambda message: [Message(Error(code, text), reply_to=message)]
+
+
+NOT_ONE = "the reply is not one encoded update"
+UNREADABLE = "the payload cannot be decoded"
+BROKEN: list[tuple[Answer, str]] = [
+    (fails(2, "Traceback: /home/me"), "the client gave no reply (Flower error 2)"),
+    (fails(5), "the client gave no reply (Flower error 5)"),
+    *((fails(int(r), "words of the client's own"), r.text) for r in Refusal),
+    (other_records, NOT_ONE),
+    (more_records, NOT_ONE),
+    (another_array, NOT_ONE),
+    (replies(bytes(65 + 8 * LAYOUT.size)), "the payload is larger than any update of this plan"),
+    (replies(b""), UNREADABLE),
+    (replies(encoded(vector_of(1))[:-1]), UNREADABLE),
+    (replies(encoded(vector_of(1))[:20]), UNREADABLE),
+    (replies(patched(vector_of(1), float("nan"))), UNREADABLE),
+    (replies(patched(vector_of(1), float("inf"))), UNREADABLE),
+    (replies(encoded(1e6 * vector_of(1))), "the update is larger than the plan's bound"),
+]
+
+
+def but(node: int, answer: Answer) -> Answer:
+    """Everybody is honest but one node."""
+    return lambda m: answer(m) if m.metadata.dst_node_id == node else honest(m)
+
+
+def mean_of(nodes: list[int]) -> np.ndarray:
+    return np.mean([vector_of(n).astype(np.float64) for n in nodes], axis=0)
+
+
+def assert_is_step_along(federation: Federation, plan: Plan, gradient: np.ndarray) -> None:
+    expected = apply_round(federation.start, gradient, plan.federation.server, 0.9)
+    np.testing.assert_allclose(federation.states[0].weights, expected.weights, rtol=1e-6)
+
+
+def test_patching_keeps_a_payload_readable() -> None:
+    changed = CODEC.decode(patched(vector_of(1), 2.5), LAYOUT.blocks)
+    assert changed[3] == 2.5
+
+
+@pytest.mark.parametrize(("answer", "reason"), BROKEN)
+def test_a_broken_reply_is_dropped_with_its_reason(answer: Answer, reason: str) -> None:
+    plan = plan_of(4, 4, 1, "federation.min_replies=3")
+    bad = node_of(1)
+    federation = Federation(plan, but(bad, answer))
+    tally = federation.run()
+    good = [node_of(0), node_of(2), node_of(3)]
+    assert tally.dropped == Counter({reason: 1})
+    assert tally.accepted == set(good) and tally.sum.count == 3
+    assert tally.bytes_up == 3 * len(encoded(vector_of(1)))
+    assert_is_step_along(federation, plan, mean_of(good))
+
+
+def test_the_bound_is_what_decides() -> None:
+    plan = plan_of(4, 4, 1)
+    unit = np.full(LAYOUT.size, LAYOUT.size**-0.5, dtype=np.float32)
+    bound = Federation(plan, honest).rounds.bound
+    below = Federation(plan, but(node_of(1), replies(encoded(np.float32(0.999 * bound) * unit))))
+    assert below.run().sum.count == 4
+    above = plan_of(4, 4, 1, "federation.min_replies=3")
+    far = Federation(above, but(node_of(1), replies(encoded(np.float32(1.001 * bound) * unit))))
+    assert far.run().dropped == Counter({"the update is larger than the plan's bound": 1})
+
+
+def test_a_repeated_reply_counts_once() -> None:
+    def twice(message: Message) -> list[Message]:
+        return [*honest(message), *honest(message), reply(message, encoded(-vector_of(9)))]
+
+    plan = plan_of(4, 4, 1)
+    federation = Federation(plan, but(node_of(1), twice))
+    tally = federation.run()
+    assert tally.sum.count == 4 and len(tally.accepted) == 4
+    assert_is_step_along(federation, plan, mean_of([node_of(c) for c in range(4)]))
+
+
+def test_a_reply_of_another_round_does_not_count() -> None:
+    def late(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        old = Message(message.content, node, "train", group_id="99")
+        old.metadata.__dict__["_message_id"] = "old"
+        return honest(old)
+
+    plan = plan_of(4, 4, 1, "federation.min_replies=3")
+    federation = Federation(plan, but(node_of(1), late))
+    tally = federation.run()
+    assert tally.accepted == {node_of(0), node_of(2), node_of(3)}
+    assert_is_step_along(federation, plan, mean_of(sorted(tally.accepted)))
+
+
+def test_a_short_round_asks_only_the_missing_again() -> None:
+    sick = {node_of(1): 1, node_of(4): 2}  # how often each fails
+    left = Counter(sick)
+
+    def sometimes(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        if left[node]:
+            left[node] -= 1
+            return fails(2)(message)
+        return honest(message)
+
+    plan = plan_of(6, 6, 1, "federation.min_replies=6", "federation.retries=2")
+    federation = Federation(plan, sometimes)
+    tally = federation.run()
+    everyone = [node_of(c) for c in range(6)]
+    assert federation.script.nodes(1) == [*everyone, node_of(1), node_of(4), node_of(4)]
+    assert tally.dropped == Counter({"the client gave no reply (Flower error 2)": 3})
+    assert_is_step_along(federation, plan, mean_of(everyone))
+
+
+def test_a_silent_client_is_asked_again() -> None:
+    silent = [node_of(2)]
+
+    def once(message: Message) -> list[Message]:
+        return [] if silent and silent.pop() else honest(message)
+
+    plan = plan_of(4, 4, 1, "federation.min_replies=4")
+    federation = Federation(plan, but(node_of(2), once))
+    assert federation.run().sum.count == 4
+    assert federation.script.nodes(1).count(node_of(2)) == 2
+    assert len(federation.script.nodes(1)) == 5
+
+
+def test_giving_up_names_counts_and_reasons_and_keeps_rounds() -> None:
+    def answer(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        if round_in(message) < 3 or node == node_of(0):
+            return honest(message)
+        return fails(int(Refusal.BUDGET))(message) if node == node_of(1) else fails(2)(message)
+
+    plan = plan_of(4, 4, 5, "federation.min_replies=3", "federation.retries=1")
+    federation = Federation(plan, answer)
+    with pytest.raises(NetworkError) as caught:
+        federation.run()
+    text = str(caught.value)
+    assert "round 3: 1 of 4 clients" in text and "3 are needed, asked 2 times" in text
+    assert f"2 x {Refusal.BUDGET.text}" in text
+    assert "4 x the client gave no reply (Flower error 2)" in text
+    assert "rounds 1 to 2 are kept" in text
+    assert [s.round for s in federation.states] == [1, 2]
+    assert federation.strategy.state is federation.states[-1]
+    assert len(federation.script.nodes(3)) == 4 + 3
+
+
+def test_no_retries_means_one_try() -> None:
+    plan = plan_of(4, 4, 1, "federation.retries=0")
+    federation = Federation(plan, lambda _: [])
+    with pytest.raises(NetworkError, match="asked 1 times .no reply at all"):
+        federation.run()
+    assert len(federation.script.asked) == 4 and federation.states == []
+
+
+def test_constants_are_sent_once_and_again_after_a_drop() -> None:
+    bad = node_of(2)
+
+    def answer(message: Message) -> list[Message]:
+        failing = round_in(message) == 2 and message.metadata.dst_node_id == bad
+        return fails(int(Refusal.CONSTANTS_MISSING))(message) if failing else honest(message)
+
+    plan = plan_of(4, 4, 4, "federation.min_replies=3")
+    federation = Federation(plan, answer)
+    federation.run()
+    informed = [federation.script.informed(n) for n in range(1, 5)]
+    assert informed == [{node_of(c) for c in range(4)}, set(), {bad}, set()]
+    sent = [t.first_bytes_down for t in federation.tallies]
+    assert sent == [4 * len(CONSTANTS), 0, len(CONSTANTS), 0]
+
+
+def test_a_message_holds_the_order_the_model_and_the_constants() -> None:
+    seen: list[RecordDict] = []
+
+    def answer(message: Message) -> list[Message]:
+        seen.append(message.content)
+        return honest(message)
+
+    plan = plan_of(4, 4, 1)
+    federation = Federation(plan, answer)
+    federation.run()
+    for content in seen:
+        assert sorted(content) == ["broadcast", "constants", "order"]
+        assert unpack(content, "constants") == CONSTANTS
+        weights = CODEC.decode(unpack(content, "broadcast"), LAYOUT.blocks)
+        assert np.array_equal(weights, federation.start.weights)
+        order = Order.from_config(dict(content.config_records["order"]))
+        assert (order.plan, order.round, order.noise_multiplier) == (plan.digest, 1, 1.0)
+
+
+SIZES = [(10, 3, 20), (10, 5, 7), (12, 4, 9), (7, 7, 3), (20, 1, 45), (11, 6, 5), (9, 2, 1)]
+
+
+def cohorts(plan: Plan) -> list[list[int]]:
+    federation = Federation(plan, honest)
+    rounds = range(1, plan.federation.rounds + 1)
+    return [federation.strategy.cohort(n, federation.grid) for n in rounds]
+
+
+@pytest.mark.parametrize(("clients", "per_round", "rounds"), SIZES)
+def test_cohorts_keep_the_bound_on_participations(
+    clients: int, per_round: int, rounds: int
+) -> None:
+    plan = plan_of(clients, per_round, rounds)
+    dealt = cohorts(plan)
+    assert all(len(set(c)) == len(c) == per_round for c in dealt)
+    counts = Counter(node for cohort in dealt for node in cohort)
+    assert set(counts) <= {node_of(c) for c in range(clients)}
+    assert max(counts.values()) <= participations(plan)
+    per_pass = clients // per_round
+    for first in range(0, rounds, per_pass):
+        within = [n for cohort in dealt[first : first + per_pass] for n in cohort]
+        assert len(set(within)) == len(within)
+
+
+def test_the_bound_on_participations_is_met() -> None:
+    plan = plan_of(12, 4, 9)  # three whole passes over everybody
+    counts = Counter(node for cohort in cohorts(plan) for node in cohort)
+    assert set(counts.values()) == {participations(plan)} == {3}
+
+
+def test_cohorts_depend_on_the_seed_and_on_nothing_else() -> None:
+    plan = plan_of(30, 5, 12)
+    dealt = cohorts(plan)
+    assert cohorts(plan) == dealt
+    assert cohorts(plan_of(30, 5, 12, "seed=1")) != dealt
+    federation = Federation(plan, honest)
+    assert federation.strategy.cohort(7, federation.grid) == dealt[6]  # as after a resume
+    assert dealt[:6] != dealt[6:]  # passes are shuffled anew
+
+
+def test_who_is_asked_is_the_cohort() -> None:
+    plan = plan_of(10, 3, 6)
+    federation = Federation(plan, honest)
+    federation.run()
+    assert [federation.script.nodes(n) for n in range(1, 7)] == cohorts(plan)
+
+
+def test_too_few_nodes_are_an_error_that_counts_them() -> None:
+    plan = plan_of(8, 8, 1, "federation.timeout=0.001")
+    federation = Federation(plan, honest)
+    small = InProcessGrid(3, federation.script)
+    with pytest.raises(NetworkError, match="3 clients are connected after .*, 8 are needed"):
+        federation.strategy.start(small)

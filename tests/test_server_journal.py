@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(
     assert checkpoint(run, 2).name in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [1, 100, 50_000])
+@pytest.mark.parametrize("size", [100, 50_000])
 def test_garbage_instead_of_a_journal_is_an_error(run: Run, size: int) -> None:
     run.journal.write_bytes(np.random.default_rng(0).bytes(size))
     with pytest.raises(RunError, match="journal.db"):

@@ -198,14 +198,18 @@ def test_a_broken_reply_is_dropped_with_its_reason(answer: Answer, reason: str) 
 
 
 def test_the_bound_is_what_decides() -> None:
-    plan = plan_of(4, 4, 1)
-    unit = np.full(LAYOUT.size, LAYOUT.size**-0.5, dtype=np.float32)
+    plan = plan_of(4, 4, 1, "federation.min_replies=3")
     bound = Federation(plan, honest).rounds.bound
-    below = Federation(plan, but(node_of(1), replies(encoded(np.float32(0.999 * bound) * unit))))
-    assert below.run().sum.count == 4
-    above = plan_of(4, 4, 1, "federation.min_replies=3")
-    far = Federation(above, but(node_of(1), replies(encoded(np.float32(1.001 * bound) * unit))))
-    assert far.run().dropped == Counter({"the update is larger than the plan's bound": 1})
+    unit = np.full(LAYOUT.size, LAYOUT.size**-0.5, dtype=np.float32)
+
+    def outcome(norm: float) -> Tally:
+        payload = encoded((norm * unit).astype(np.float32))
+        return Federation(plan, but(node_of(1), replies(payload))).run()
+
+    assert outcome(0.999 * bound).sum.count == 4
+    assert outcome(1.001 * bound).dropped == Counter(
+        {"the update is larger than the plan's bound": 1}
+    )
 
 
 def test_a_repeated_reply_counts_once() -> None:

@@ -22,8 +22,9 @@ from reticent.core.update import Layout, Vector
 from .journal import Journal
 from .public_training import accuracy, soft_labels, train_public
 
-# Fixed, because the order of float32 additions, and so the model, depends on it.
-_THREADS = 2
+# Fixed, because the order of float32 additions, and so the model, depends on it; one, because two
+# threads that wait for each other on a busy machine are many times slower than one.
+_THREADS = 1
 
 Say = Callable[[str], None]
 

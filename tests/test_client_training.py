@@ -158,7 +158,7 @@ def test_a_client_without_examples_sends_noise_too() -> None:
     assert stats.kstest(noise, "norm", (0, scale * 2 / 3)).pvalue < 1e-6
 
 
-def test_no_two_clients_rounds_or_runs_share_noise(tmp_path: Path) -> None:
+def test_no_two_clients_or_rounds_share_noise(tmp_path: Path) -> None:
     plan = plan_of(NEVER)
     constants = Constants(b"", NO_SOFT).encode()
     trainer = trainer_of(plan)

@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(
 @pytest.mark.parametrize("size", [100, 50_000])
 def test_garbage_instead_of_a_journal_is_an_error(run: Run, size: int) -> None:
     run.journal.write_bytes(np.random.default_rng(0).bytes(size))
-    with pytest.raises(RunError, match="journal.db"):
+    with pytest.raises(RunError, match=r"journal\.db"):
         Journal(run).latest()
 
 
@@ -147,9 +147,9 @@ def test_garbage_inside_a_journal_is_an_error(run: Run) -> None:
     data[4096:] = np.random.default_rng(0).bytes(len(data) - 4096)  # all pages but the first
     run.journal.write_bytes(data)
     damaged = Journal(run)
-    with pytest.raises(RunError, match="journal.db"):
+    with pytest.raises(RunError, match=r"journal\.db"):
         damaged.latest()
-    with pytest.raises(RunError, match="journal.db"):
+    with pytest.raises(RunError, match=r"journal\.db"):
         damaged.metrics()
     damaged.close()
 
@@ -159,7 +159,7 @@ def test_metrics_that_are_not_json_are_an_error(run: Run, journal: Journal) -> N
     with sqlite3.connect(run.journal) as database:
         database.execute("UPDATE rounds SET metrics = 'garbage'")
     database.close()
-    with pytest.raises(RunError, match="journal.db"):
+    with pytest.raises(RunError, match=r"journal\.db"):
         journal.rewrite_metrics()
     assert run.read_metrics() == [metrics_of(1)]
 

@@ -294,7 +294,7 @@ def test_giving_up_names_counts_and_reasons_and_keeps_rounds() -> None:
 def test_no_retries_means_one_try() -> None:
     plan = plan_of(4, 4, 1, "federation.retries=0")
     federation = Federation(plan, lambda _: [])
-    with pytest.raises(NetworkError, match="asked 1 times .no reply at all"):
+    with pytest.raises(NetworkError, match=r"asked 1 times \(no reply at all\)"):
         federation.run()
     assert len(federation.script.asked) == 4 and federation.states == []
 
@@ -386,5 +386,5 @@ def test_too_few_nodes_are_an_error_that_counts_them() -> None:
     plan = plan_of(8, 8, 1, "federation.timeout=0.001")
     federation = Federation(plan, honest)
     small = InProcessGrid(3, federation.script)
-    with pytest.raises(NetworkError, match="3 clients are connected after .*, 8 are needed"):
+    with pytest.raises(NetworkError, match=r"3 clients are connected after .*, 8 are needed"):
         federation.strategy.start(small)

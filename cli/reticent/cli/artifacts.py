@@ -19,8 +19,10 @@ def public_key_of(artifact: Path, given: Path | None) -> Path:
     """Return the key to verify with: the one given, else the one of the run the artifact is in.
 
     Raises:
-        ArtifactError: If neither is there.
+        ArtifactError: If neither is there, or there is no artifact.
     """
+    if not artifact.is_dir():
+        raise ArtifactError(f"{artifact}: no such folder: must be an artifact")
     if given is not None:
         return given
     beside = artifact.resolve().parent / "keys" / PUBLIC_KEY

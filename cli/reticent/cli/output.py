@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -67,8 +68,13 @@ class Progress:
         return f"   {left:.0f} s left"
 
 
+def epsilon_text(value: float | str) -> str:
+    """Return an epsilon with two decimals, rounded up as the report does: it is an upper bound."""
+    return "∞" if isinstance(value, str) else f"{math.ceil(round(value * 100, 6)) / 100:,.2f}"
+
+
 def _epsilon(value: float | None) -> str:
-    return "ε = ∞" if value is None else f"ε {value:.2f}"
+    return "ε = ∞" if value is None else f"ε {epsilon_text(value)}"
 
 
 def _dropped(metrics: dict[str, Any]) -> str:

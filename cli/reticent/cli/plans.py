@@ -9,7 +9,7 @@ import click
 
 from reticent.core.errors import PlanError
 
-from .output import emit, human_bytes, table
+from .output import emit, epsilon_text, human_bytes, table
 from .simulations import overrides_option, read_plan
 
 
@@ -75,11 +75,11 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         rows += [
             ["noise multiplier σ", f"{privacy['noise_multiplier']:.4f}"],
             ["rounds of one client, at most", f"{privacy['participations']}"],
-            ["ε against readers of the models", _epsilon(privacy["epsilon"])],
-            ["ε against the server", _epsilon(privacy["server_epsilon"])],
-            ["ε of one round", _epsilon(privacy["round_epsilon"])],
-            ["ε with half the noise", _epsilon(privacy["half_noise_epsilon"])],
-            ["ε without amplification by sampling", _epsilon(privacy["unamplified_epsilon"])],
+            ["ε against readers of the models", epsilon_text(privacy["epsilon"])],
+            ["ε against the server", epsilon_text(privacy["server_epsilon"])],
+            ["ε of one round", epsilon_text(privacy["round_epsilon"])],
+            ["ε with half the noise", epsilon_text(privacy["half_noise_epsilon"])],
+            ["ε without amplification by sampling", epsilon_text(privacy["unamplified_epsilon"])],
         ]
     rows += [
         ["bytes up, one client and round", human_bytes(traffic["up"])],
@@ -92,7 +92,3 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         ["memory of this process", human_bytes(work["memory"])],
     ]
     return rows
-
-
-def _epsilon(value: float | str) -> str:
-    return "∞" if isinstance(value, str) else f"{value:,.2f}"

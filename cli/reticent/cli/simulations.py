@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from reticent.core.errors import PlanError
 from reticent.core.plan import Plan, load_plan, parse_plan
 from reticent.core.run import Run, open_run
 
-from .output import Progress, emit, human_bytes, table
+from .output import Progress, epsilon_text, human_bytes, table
 
 overrides_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the plan."
@@ -64,7 +65,7 @@ def simulate(
     show.clear()
     reports = _write_reports(run)
     if as_json:
-        emit({"run": str(run.folder), "reports": reports, **run.read_summary()})
+        click.echo(json.dumps({"run": str(run.folder), "reports": reports, **run.read_summary()}))
         return
     click.echo(_closing(run, time.monotonic() - began))
 
@@ -146,12 +147,8 @@ def _closing(run: Run, seconds: float) -> str:
 def _spent(privacy: dict[str, Any]) -> str:
     if privacy["trust"] == "off":
         return "privacy   off: ε = ∞, nothing is promised"
+    readers, server = (epsilon_text(privacy[key]) for key in ("epsilon", "server_epsilon"))
     return (
-        f"privacy   against readers of the models ε {_shown(privacy['epsilon'])}, against the "
-        f"server ε {_shown(privacy['server_epsilon'])} (δ {privacy['delta']:g}, one example, "
-        "add or remove)"
+        f"privacy   against readers of the models ε {readers}, against the server ε {server} "
+        f"(δ {privacy['delta']:g}, one example, add or remove)"
     )
-
-
-def _shown(value: float | str) -> str:
-    return "∞" if isinstance(value, str) else f"{value:,.2f}"

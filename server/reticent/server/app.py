@@ -81,7 +81,8 @@ def run_federation(settings: Settings, grid: Grid) -> None:
             settings.say(f"resuming after round {state.round}")
         constants = _round_plan(settings, plan, task, schedule, start, journal)
         clerk = _Clerk(settings, plan, task, schedule, start, journal)
-        strategy = PrivateAveraging(plan, constants, state, clerk.commit)
+        taken_part = {int(node): rounds for node, rounds in journal.participations().items()}
+        strategy = PrivateAveraging(plan, constants, state, clerk.commit, taken_part)
         strategy.start(grid)
         finish(run, plan, task, schedule, start, strategy.state, journal, settings.say)
     finally:
@@ -146,6 +147,7 @@ class _Clerk:
         metrics: dict[str, Any] = {
             "round": state.round,
             "replies": tally.sum.count,
+            "asked": tally.asked,
             "dropped": dict(tally.dropped),
             "bytes_up": tally.bytes_up,
             "bytes_down": tally.bytes_down,

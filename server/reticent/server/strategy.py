@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -19,7 +20,7 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order, Refusal
 from reticent.core.seeds import numpy_generator
 from reticent.core.update import Layout, Vector
-from reticent.privacy.schedule import Schedule
+from reticent.privacy.schedule import Schedule, participations
 
 from .optimizer import Accumulator, ServerState, apply_round
 
@@ -65,6 +66,7 @@ class Tally:
     sum: Accumulator
     accepted: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     first_bytes_down: int = 0
@@ -81,9 +83,22 @@ class PrivateAveraging(Strategy):
     """
 
     def __init__(
-        self, plan: Plan, constants: RoundPlan, state: ServerState, committed: Committed
+        self,
+        plan: Plan,
+        constants: RoundPlan,
+        state: ServerState,
+        committed: Committed,
+        taken_part: Mapping[int, int] | None = None,
     ) -> None:
-        """Continue from ``state``; ``committed`` makes each applied round durable."""
+        """Continue from ``state``.
+
+        Args:
+            plan: The plan.
+            constants: Public constants of every round.
+            state: State after the last committed round.
+            committed: Makes an applied round durable.
+            taken_part: Rounds that each node took part in so far.
+        """
         self._plan = plan
         self._constants = constants
         self.state = state
@@ -91,6 +106,8 @@ class PrivateAveraging(Strategy):
         self._codec: Codec = build_codec(plan.updates.codec)
         self._broadcast: Codec = build_codec(plan.updates.broadcast)
         self._informed: set[int] = set()
+        self._taken_part = Counter(taken_part or {})
+        self._cohort: list[int] = []
         self._tally = Tally(Accumulator(constants.layout.size))
 
     def summary(self) -> None:
@@ -126,6 +143,7 @@ class PrivateAveraging(Strategy):
         began = time.monotonic()
         federation = self._plan.federation
         self._tally = Tally(Accumulator(self._constants.layout.size))
+        self._cohort = self.cohort(number, grid)
         for _ in range(federation.retries + 1):
             messages = self.configure_train(number, arrays, config, grid)
             replies = grid.send_and_receive(messages, timeout=federation.timeout)
@@ -137,6 +155,7 @@ class PrivateAveraging(Strategy):
         gradient = self._tally.sum.mean()
         state = apply_round(self.state, gradient, federation.server, federation.average)
         self._committed(state, self._tally, time.monotonic() - began)
+        self._taken_part.update(self._tally.accepted)
         self.state = state
 
     def _give_up(self, number: int) -> None:
@@ -159,7 +178,8 @@ class PrivateAveraging(Strategy):
         )
         record = ArrayRecord({"payload": _packed(payload)})
         order = ConfigRecord({**self._order(server_round).to_config()})
-        cohort = [n for n in self.cohort(server_round, grid) if n not in self._tally.accepted]
+        cohort = [n for n in self._cohort if n not in self._tally.accepted]
+        self._tally.asked += len(cohort)
         # A list, because Flower's own grid goes through the messages twice; they share records.
         return list(self._messages(cohort, record, order, server_round))
 
@@ -187,21 +207,27 @@ class PrivateAveraging(Strategy):
         """Return the clients of round ``number``, from shuffled passes over all nodes.
 
         Within a pass of ``nodes // clients_per_round`` rounds nobody is asked twice, which bounds
-        the participations of each client (:func:`reticent.privacy.schedule.participations`).
+        the participations of each client (:func:`reticent.privacy.schedule.participations`). Where
+        nodes come and go that bound is kept by not asking a node that has reached it.
 
         Raises:
             NetworkError: If fewer nodes are connected than the quorum.
         """
-        size = self._plan.federation.clients_per_round
+        federation, most = self._plan.federation, participations(self._plan)
         nodes = sorted(self._wait_for_nodes(grid))
-        size = min(size, len(nodes))
-        if size == len(nodes):
-            return nodes
-        per_pass = len(nodes) // size
+        per_pass = max(1, len(nodes) // federation.clients_per_round)
         generator = numpy_generator(self._plan.seed, "cohort", (number - 1) // per_pass)
-        order = generator.permutation(len(nodes))
-        first = (number - 1) % per_pass * size
-        return sorted(nodes[i] for i in order[first : first + size])
+        first = (number - 1) % per_pass * federation.clients_per_round
+        order = np.roll(generator.permutation(len(nodes)), -first)
+        free = (nodes[i] for i in order if self._taken_part[nodes[i]] < most)
+        chosen = sorted(islice(free, federation.clients_per_round))
+        if len(chosen) < federation.quorum:
+            raise NetworkError(
+                f"round {number}: {len(chosen)} connected clients have taken part in fewer than "
+                f"the {most} rounds that the plan's privacy target allows each; "
+                f"{federation.quorum} are needed"
+            )
+        return chosen
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         federation = self._plan.federation

@@ -37,7 +37,9 @@ def simulate(
         ReticentError: Whatever went wrong; committed rounds are kept and ``resume=True`` continues
             after the last of them, to the same bits as a run that was never stopped.
     """
-    check_plan(plan)  # what cannot work is an error before anything is written
+    # What cannot work, missing or damaged data included, is an error before anything is written.
+    task, _ = check_plan(plan)
+    task.test()
     run = open_run(folder, plan) if resume else create_run(folder, plan)
     with locked(run):
         _quiet_flower()

@@ -175,6 +175,7 @@ def _traffic(
     total: Counter[str] = Counter()
     for line in metrics:
         total.update({k: line[k] for k in ("replies", "bytes_up", "bytes_down", "bytes_constants")})
+        total["asked"] += line.get("asked", line["replies"])
     replies, constants = total["replies"], total["bytes_constants"]
     dense = 4 * int(summary["parameters"]["total"])
     return {
@@ -183,7 +184,7 @@ def _traffic(
         "total_down": total["bytes_down"],
         "total_constants": constants,
         "up": total["bytes_up"] / replies if replies else None,
-        "down": total["bytes_down"] / replies if replies else None,
+        "down": total["bytes_down"] / total["asked"] if total["asked"] else None,
         "constants": constants / clients if clients else None,
         "fp32": dense,
         "total_fp32": 2 * dense * replies,

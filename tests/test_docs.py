@@ -1,0 +1,99 @@
+"""The documents name what the code has, with the defaults it has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+
+from reticent.cli.main import cli
+from reticent.core import errors
+from reticent.core.plan import Plan, parse_plan
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROW = re.compile(r"^\| `([a-z_.]+)` \| [^|]+ \| (none|`[^`]+`) \|", re.MULTILINE)
+
+
+def plan_rows(text: str) -> dict[str, Any]:
+    rows = ROW.findall(text)
+    assert len({key for key, _ in rows}) == len(rows)
+    return {key: None if value == "none" else json.loads(value[1:-1]) for key, value in rows}
+
+
+def leaves(data: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path}{name} ")
+        else:
+            yield f"{path}{name}", command
+
+
+def section_of(text: str, heading: str) -> str:
+    return text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_the_plan_page_has_every_key_with_its_default_and_no_other() -> None:
+    documented = plan_rows((DOCS / "plan.md").read_text(encoding="utf-8"))
+    assert documented == dict(leaves(parse_plan("").model_dump(mode="json")))
+
+
+def test_a_wrong_default_in_the_plan_page_would_be_found() -> None:
+    text = (DOCS / "plan.md").read_text(encoding="utf-8")
+    wrong = text.replace("| `seed` | integer | `0` |", "| `seed` | integer | `1` |")
+    assert plan_rows(wrong) != plan_rows(text)
+
+
+def test_the_plan_page_has_every_section_of_the_plan() -> None:
+    text = (DOCS / "plan.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## \[([a-z]+)\]$", text, re.MULTILINE))
+    assert sections == set(Plan.model_fields) - {"seed"}
+
+
+def test_the_plan_in_the_plan_page_is_a_plan() -> None:
+    text = (DOCS / "plan.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert parse_plan(example).federation.rounds == 30
+
+
+def test_the_command_page_has_every_command_and_exactly_its_options() -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    found = dict(commands(cli))
+    assert set(re.findall(r"^## reticent (.+)$", text, re.MULTILINE)) == set(found)
+    for name, command in found.items():
+        section = section_of(text, f"reticent {name}")
+        documented = set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE))
+        options = {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
+        assert documented == options, name
+
+
+def test_the_command_page_and_the_help_have_every_exit_status_and_no_other() -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    table = section_of(text, "Exit status")
+    documented = {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+    kinds = [k for k in vars(errors).values() if isinstance(k, type)]
+    codes = {k.exit_code for k in kinds if issubclass(k, errors.ReticentError)}
+    assert documented == codes | {0, 2, 130}
+    shown = CliRunner().invoke(cli, ["--help"]).output.split("Exit status:")[1].split("Options:")[0]
+    assert {int(n) for n in re.findall(r"\b\d+\b", shown)} == documented
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = sorted(DOCS.glob("*.md"))
+    assert len(pages) >= 5
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([a-z_]+\.md)[^)]*\)", text):
+            assert (DOCS / target).is_file(), f"{page.name}: {target}"

@@ -1,4 +1,4 @@
-"""Whole federations: reproducible, resumable, equal to plain federated averaging when all is off."""
+"""Whole federations: reproducible, resumable, equal to plain averaging when all is off."""
 
 from __future__ import annotations
 

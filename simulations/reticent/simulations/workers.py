@@ -184,7 +184,7 @@ def _work(pipe: Connection, devices: Devices, plan_json: str) -> None:
                 site.charge(messages)
             for message in messages:
                 pipe.send_bytes(to_bytes(site.answer(message)))
-    except EOFError:
-        return
+    except (EOFError, OSError):
+        return  # the run ended, or was killed: nobody is listening
     finally:
         site.close()

@@ -10,17 +10,17 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from reticent.core.errors import DataError, LedgerError
-from reticent.core.plan import Plan
 from reticent.core.run import Run
-from reticent.core.tasks import Task, load_task
+from reticent.core.tasks import load_task
 from reticent.privacy.accounting import epsilon
-from reticent.privacy.schedule import Schedule, participations, schedule_for
+from reticent.privacy.schedule import participations, schedule_for
 
 from .evaluation import test_accuracy
 from .finish import finish
+from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
-from .preparation import Start, prepare, start_accuracies
+from .preparation import prepare, start_accuracies
 from .strategy import PrivateAveraging, RoundPlan, Tally
 
 
@@ -79,12 +79,13 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         state = journal.latest() or ServerState.begin(start.weights)
         if state.round:
             settings.say(f"resuming after round {state.round}")
-        constants = _round_plan(settings, plan, task, schedule, start, journal)
-        clerk = _Clerk(settings, plan, task, schedule, start, journal)
+        job = Job(run, plan, task, schedule, start, journal)
+        constants = _round_plan(settings.identity, job)
+        clerk = _Clerk(settings, job)
         taken_part = {int(node): rounds for node, rounds in journal.participations().items()}
         strategy = PrivateAveraging(plan, constants, state, clerk.commit, taken_part)
         strategy.start(grid)
-        finish(run, plan, task, schedule, start, strategy.state, journal, settings.say)
+        finish(job, strategy.state, settings.say)
     finally:
         journal.close()
 
@@ -98,51 +99,37 @@ def _check_anchor(settings: Settings, journal: Journal) -> None:
         )
 
 
-def _round_plan(
-    settings: Settings,
-    plan: Plan,
-    task: Task,
-    schedule: Schedule | None,
-    start: Start,
-    journal: Journal,
-) -> RoundPlan:
-    identity = journal.fact("run")
-    if identity is None:
-        identity = settings.identity
-        journal.record("run", identity)
-    denominator = plan.federation.sampling_rate * task.nominal_examples
+def _round_plan(identity: str, job: Job) -> RoundPlan:
+    known = job.journal.fact("run")
+    if known is None:
+        job.journal.record("run", identity)
+    denominator = job.plan.federation.sampling_rate * job.task.nominal_examples
     if denominator <= 0:
-        raise DataError(f"task {task.name}: nominal_examples must be at least 1")
+        raise DataError(f"task {job.task.name}: nominal_examples must be at least 1")
+    start = job.start
     return RoundPlan(
-        identity, schedule, denominator, start.layout, start.constants, start.constants_digest
+        known or identity,
+        job.schedule,
+        denominator,
+        start.layout,
+        start.constants,
+        start.constants_digest,
     )
 
 
 class _Clerk:
     """Turns an applied round into a committed one, with its metrics."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        plan: Plan,
-        task: Task,
-        schedule: Schedule | None,
-        start: Start,
-        journal: Journal,
-    ) -> None:
-        self._settings = settings
-        self._plan = plan
-        self._schedule = schedule
-        self._start = start
-        self._journal = journal
-        self._test = task.test()
-        if journal.fact("accuracy") is None:
-            for name, value in start_accuracies(start, task).items():
-                journal.record(f"accuracy:{name}", repr(value))
-            journal.record("accuracy", "known")
+    def __init__(self, settings: Settings, job: Job) -> None:
+        self._settings, self._job = settings, job
+        self._test = job.task.test()
+        if job.journal.fact("accuracy") is None:
+            for name, value in start_accuracies(job.start, job.task).items():
+                job.journal.record(f"accuracy:{name}", repr(value))
+            job.journal.record("accuracy", "known")
 
     def commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
-        federation = self._plan.federation
+        federation = self._job.plan.federation
         tested = state.round % federation.eval_every == 0 or state.round == federation.rounds
         metrics: dict[str, Any] = {
             "round": state.round,
@@ -157,18 +144,18 @@ class _Clerk:
             "epsilon": self._epsilon(state.round) if tested else None,
         }
         clients = [str(node) for node in sorted(tally.accepted)]
-        self._journal.commit(state, metrics, clients, self._settings.anchor())
+        self._job.journal.commit(state, metrics, clients, self._settings.anchor())
         self._settings.progress(metrics)
 
     def _accuracy(self, state: ServerState) -> float:
-        start = self._start
-        return test_accuracy(self._plan, start.student, start.layout, state.average, self._test)
+        start = self._job.start
+        return test_accuracy(self._job.plan, start.student, start.layout, state.average, self._test)
 
     def _epsilon(self, rounds: int) -> float | None:
         """Return epsilon of a client that took part whenever it could; None when privacy is off."""
-        if self._schedule is None:
+        plan, s = self._job.plan, self._job.schedule
+        if s is None:
             return None
-        s = self._schedule
-        federation = self._plan.federation.model_copy(update={"rounds": rounds})
-        so_far = participations(self._plan.model_copy(update={"federation": federation}))
+        federation = plan.federation.model_copy(update={"rounds": rounds})
+        so_far = participations(plan.model_copy(update={"federation": federation}))
         return epsilon([s.over(s.round_event(), so_far)], s.delta)

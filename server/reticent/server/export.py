@@ -5,38 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from reticent.compression.artifact import load_artifact, load_public_key
 from reticent.compression.bench import Latency, measure, size_on_disk
-from reticent.compression.convert import calibrate, convert
 from reticent.compression.integer import build
 from reticent.core.errors import RunError
-from reticent.core.plan import Plan
 from reticent.core.run import Run
-from reticent.core.tasks import Task, load_task
+from reticent.core.tasks import load_task
 from reticent.privacy.schedule import schedule_for
 
-from .finish import build_artifact, latencies
+from .finish import build_artifact, int8_of, latencies
+from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
-from .preparation import Start, prepare
+from .preparation import prepare
 from .public_training import accuracy
 
 
-class _Finished(NamedTuple):
-    plan: Plan
-    task: Task
-    start: Start
-    state: ServerState
-    journal: Journal
-
-
 @contextmanager
-def _finished(run: Run) -> Iterator[_Finished]:
+def _finished(run: Run) -> Iterator[tuple[Job, ServerState]]:
     plan = run.plan()
     if not run.journal.is_file():
         raise RunError(f"{run.folder}: has no journal: the run has not started")
@@ -50,7 +41,8 @@ def _finished(run: Run) -> Iterator[_Finished]:
                 f"{run.folder}: {done} of {plan.federation.rounds} rounds are committed; finish it "
                 f"with `reticent simulate --run {run.folder} --resume`"
             )
-        yield _Finished(plan, task, prepare(plan, task, journal, lambda _: None), state, journal)
+        start = prepare(plan, task, journal, lambda _: None)
+        yield Job(run, plan, task, schedule_for(plan), start, journal), state
     finally:
         journal.close()
 
@@ -62,10 +54,8 @@ def export_run(run: Run, folder: Path | None) -> dict[str, Any]:
         RunError: If the run has not finished or is damaged.
         ArtifactError: If the student cannot be converted or the folder cannot be written.
     """
-    with _finished(run) as f:
-        schedule = schedule_for(f.plan)
-        target = folder or run.artifact
-        return build_artifact(run, f.plan, f.task, schedule, f.start, f.state, f.journal, target)
+    with _finished(run) as (job, state):
+        return build_artifact(job, state, folder or run.artifact)
 
 
 def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
@@ -75,14 +65,14 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
         RunError: If the run has not finished or is damaged.
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
-    with _finished(run) as f:
-        final = cast(nn.Sequential, f.start.student)
-        f.start.layout.write(final, f.state.average)
-        spec = convert(final, calibrate(final, f.task.public().inputs))
-        times = latencies(f.start, final, spec, f.task, repeats)
-        test = f.task.test()
-        sized = {"teacher": f.start.teacher, "fp32": final, "int8": spec}
-        models = {"teacher": f.start.teacher, "fp32": final, "int8": build(spec)}
+    with _finished(run) as (job, state):
+        start, final = job.start, cast(nn.Sequential, job.start.student)
+        start.layout.write(final, state.average)
+        spec = int8_of(final, job.task)
+        times = latencies(job, final, spec, repeats)
+        test = job.task.test()
+        sized = {"teacher": start.teacher, "fp32": final, "int8": spec}
+        models = {"teacher": start.teacher, "fp32": final, "int8": build(spec)}
         return [
             _row(name, size_on_disk(sized[name]), times[name], accuracy(model, test))
             for name, model in models.items()

@@ -22,58 +22,37 @@ from reticent.compression.bench import Latency, side_by_side, size_on_disk
 from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
-from reticent.core.plan import Plan
-from reticent.core.run import Run, write_atomic
+from reticent.core.run import write_atomic
 from reticent.core.tasks import Task
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
-from reticent.privacy.schedule import Schedule
 
-from .journal import Journal
+from .job import Job
 from .optimizer import ServerState
-from .preparation import Start
 from .public_training import accuracy, logits_of
 
 _SELF_TEST = 8
 _LATENCY_REPEATS = 200
 
 
-def finish(
-    run: Run,
-    plan: Plan,
-    task: Task,
-    schedule: Schedule | None,
-    start: Start,
-    state: ServerState,
-    journal: Journal,
-    say: Callable[[str], None],
-) -> None:
+def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     """Write ``artifact/`` and ``summary.json``; doing it again gives the same model.
 
     Raises:
         ArtifactError: If the student has a layer that has no integer form.
     """
-    summary = build_artifact(run, plan, task, schedule, start, state, journal, run.artifact)
-    write_atomic(run.summary, json.dumps(summary, indent=2).encode())
-    say(f"artifact written to {run.artifact}")
+    summary = build_artifact(job, state, job.run.artifact)
+    write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
+    say(f"artifact written to {job.run.artifact}")
 
 
-def build_artifact(
-    run: Run,
-    plan: Plan,
-    task: Task,
-    schedule: Schedule | None,
-    start: Start,
-    state: ServerState,
-    journal: Journal,
-    folder: Path,
-) -> dict[str, Any]:
+def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]:
     """Convert the final model to int8, measure it, write it to ``folder`` and return the summary.
 
     Raises:
         ArtifactError: If the student has a layer that has no integer form.
     """
-    final = start.student
+    start, final = job.start, job.start.student
     start.layout.write(final, state.average)
     if not isinstance(final, nn.Sequential):
         raise ArtifactError(
@@ -83,49 +62,47 @@ def build_artifact(
         )
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
-    spec = _spec(final, task)
+    spec = int8_of(final, job.task)
     summary = {
-        "plan": plan.digest,
+        "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
         "parameters": {"kept": start.layout.size, "total": start.layout.total},
-        "privacy": _privacy(plan, schedule, journal),
-        "accuracy": _accuracies(task, start, final, spec, journal),
-        **_measured(spec, final, start, task),
+        "privacy": _privacy(job),
+        "accuracy": _accuracies(job, final, spec),
+        **_measured(job, final, spec),
     }
-    _write_artifact(run, plan, task, spec, summary, folder)
+    _write_artifact(job, spec, summary, folder)
     return summary
 
 
-def _accuracies(
-    task: Task, start: Start, final: nn.Sequential, spec: IntegerSpec, journal: Journal
-) -> dict[str, float]:
+def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
-    known = {n: float(journal.fact(f"accuracy:{n}") or "nan") for n in names}
+    known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
     # The public-only student is converted too: the baseline to beat is int8 as well.
-    baseline = _spec(cast(nn.Sequential, start.public_only), task)
+    baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task)
+    test = job.task.test()
     return {
         **known,
-        "public_only_int8": accuracy(build(baseline), task.test()),
-        "fp32": accuracy(final, task.test()),
-        "int8": accuracy(build(spec), task.test()),
+        "public_only_int8": accuracy(build(baseline), test),
+        "fp32": accuracy(final, test),
+        "int8": accuracy(build(spec), test),
     }
 
 
-def _spec(model: nn.Sequential, task: Task) -> IntegerSpec:
+def int8_of(model: nn.Sequential, task: Task) -> IntegerSpec:
+    """Return the int8 form of a folded student, with activation ranges from public data."""
     return convert(model, calibrate(model, task.public().inputs))
 
 
-def _measured(
-    spec: IntegerSpec, final: nn.Sequential, start: Start, task: Task
-) -> dict[str, dict[str, Any]]:
-    public = task.public().inputs
+def _measured(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, dict[str, Any]]:
+    public = job.task.public().inputs
     ranges = calibrate(final, public)
     integer = build(spec)
     agreement = compare(fake_quantized_model(final, ranges), integer, public)
     against_float = compare(final, integer, public)
-    latency = latencies(start, final, spec, task)
-    sizes = {"teacher": start.teacher, "fp32": final, "int8": spec}
+    latency = latencies(job, final, spec)
+    sizes = {"teacher": job.start.teacher, "fp32": final, "int8": spec}
     return {
         "agreement": {
             "fake_quantized": agreement.argmax,
@@ -139,26 +116,26 @@ def _measured(
 
 
 def latencies(
-    start: Start, final: nn.Module, spec: IntegerSpec, task: Task, repeats: int = _LATENCY_REPEATS
+    job: Job, final: nn.Module, spec: IntegerSpec, repeats: int = _LATENCY_REPEATS
 ) -> dict[str, Latency]:
     """Return single-thread latencies of teacher, fp32 and int8 student, measured in turns."""
-    one = task.public().inputs[:1]
-    rows = {"teacher": (start.teacher, one), "fp32": (final, one), "int8": (build(spec), one)}
+    one = job.task.public().inputs[:1]
+    rows = {"teacher": (job.start.teacher, one), "fp32": (final, one), "int8": (build(spec), one)}
     with torch.no_grad():
         return side_by_side(rows, repeats=repeats)
 
 
-def _privacy(plan: Plan, schedule: Schedule | None, journal: Journal) -> dict[str, Any]:
+def _privacy(job: Job) -> dict[str, Any]:
     """Return epsilon of the client that took part most often, against both adversaries."""
-    rounds = max(journal.participations().values(), default=0)
-    if schedule is None or plan.private is None:
+    rounds = max(job.journal.participations().values(), default=0)
+    if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
-    s = schedule
+    s = job.schedule
     readers = epsilon([s.over(s.round_event(), rounds)], s.delta) if rounds else 0.0
     server = epsilon([s.over(s.server_event(), rounds)], s.delta) if rounds else 0.0
     return {
         "trust": s.trust,
-        "unit": plan.private.unit,
+        "unit": job.plan.private.unit,
         "relation": "add-or-remove-one",
         "delta": s.delta,
         "noise_multiplier": s.noise_multiplier,
@@ -169,19 +146,13 @@ def _privacy(plan: Plan, schedule: Schedule | None, journal: Journal) -> dict[st
 
 
 def _number(value: float) -> float | str:
-    return "infinity" if math.isinf(value) else round(value, 4)
+    return "infinity" if math.isinf(value) else value
 
 
-def _write_artifact(
-    run: Run,
-    plan: Plan,
-    task: Task,
-    spec: IntegerSpec,
-    summary: dict[str, Any],
-    folder: Path,
-) -> None:
-    key_file = run.keys / "signing_key.pem"
-    key = load_signing_key(key_file) if key_file.exists() else make_signing_key(run.keys)
+def _write_artifact(job: Job, spec: IntegerSpec, summary: dict[str, Any], folder: Path) -> None:
+    task, keys = job.task, job.run.keys
+    key_file = keys / "signing_key.pem"
+    key = load_signing_key(key_file) if key_file.exists() else make_signing_key(keys)
     inputs = task.public().inputs[:_SELF_TEST]
     write_artifact(
         folder,
@@ -192,9 +163,9 @@ def _write_artifact(
             input_shape=tuple(task.input_shape),
             preprocessing=getattr(task, "preprocessing", "as the task's loader gives them"),
         ),
-        plan_digest=plan.digest,
+        plan_digest=job.plan.digest,
         metrics={k: summary[k] for k in ("accuracy", "agreement", "latency_us", "rounds", "model")},
-        privacy="off" if plan.private is None else summary["privacy"],
+        privacy="off" if job.plan.private is None else summary["privacy"],
         sizes=summary["bytes"],
         self_test=SelfTest(inputs, logits_of(build(spec), inputs)),
         private_key=key,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from flwr.serverapp import ServerApp
 
 from reticent.client.app import build_client_app
@@ -20,13 +22,10 @@ def serve_with_ray(app: ServerApp, plan: Plan, devices: Devices) -> None:
     Raises:
         DependencyError: If Ray is not installed.
     """
-    try:
-        import ray  # noqa: F401
-        from flwr.simulation import run_simulation
-    except ImportError as error:
-        raise DependencyError(
-            "engine.kind=\"ray\" needs Ray: pip install 'reticent[simulation]'"
-        ) from error
+    if importlib.util.find_spec("ray") is None:
+        raise DependencyError("engine.kind=\"ray\" needs Ray: pip install 'reticent[simulation]'")
+    from flwr.simulation import run_simulation
+
     text = plan.canonical()
     client = build_client_app(devices.of_context, lambda _: text)
     run_simulation(

@@ -31,6 +31,7 @@ def plan_of(privacy: str, clients: int = 12, cohort: int = 4) -> Plan:
     return parse_plan(
         f"{privacy}\n[task]\nclients = {clients}\n"
         f"[federation]\nrounds = {ROUNDS}\nclients_per_round = {cohort}\neval_every = 2\n"
+        "sampling_rate = 0.2\n"
     )
 
 

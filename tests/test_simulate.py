@@ -163,6 +163,13 @@ def test_devices_stop_at_their_budget_and_the_run_ends_with_the_reason(tmp_path:
         assert max(ledger.spent(d, 1e-5) for d in ledger.devices()) <= 7.0
 
 
+def test_the_public_baseline_is_not_touched_by_the_rounds(tmp_path: Path) -> None:
+    run = simulate(plan_of("student.prune.kind=none", "federation.rounds=2"), tmp_path / "run")
+    found = run.read_summary()["accuracy"]
+    assert abs(found["public_only_int8"] - found["public_only"]) < 0.03
+    assert abs(found["fp32"] - found["public_only"]) > 0.03, "the rounds changed nothing"
+
+
 PLAIN = [
     "privacy=off",
     "student.prune.kind=none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +80,10 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     dense = _train_student(plan, task, teacher, _raw_student(plan, task), "student")
     public_only = _folded(dense)
     mask = _mask(plan, public_only)
-    student = public_only if mask is None else _tuned(plan, task, teacher, public_only, mask)
+    # A copy even when nothing is pruned: the rounds write into the student, not into the baseline.
+    student = (
+        deepcopy(public_only) if mask is None else _tuned(plan, task, teacher, public_only, mask)
+    )
     layout = Layout.of(student, mask)
     constants = Constants(layout.kept, _soft_labels(plan, task, teacher)).encode()
     say(f"student trained: {layout.size:,} of {layout.total:,} parameters kept")

@@ -5,8 +5,7 @@
 
 Each configuration is one run directory; runs that are finished are read, not repeated, and runs
 that were stopped are resumed. Hyperparameters were chosen by central DP-SGD on a part of the
-official training file that was held out for it; no image of the
-official test file took part in the choice.
+official training file that was held out for it; no image of the official test file took part.
 """
 
 from __future__ import annotations

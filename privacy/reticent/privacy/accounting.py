@@ -5,6 +5,9 @@ dp-accounting) is the value to report: nearly exact, and rounded up. ``rdp`` (a 
 divergences) is looser, but stays valid when parameters are chosen adaptively. ``prv`` (Opacus) is
 a second implementation of what ``pld`` computes, to check it against. None of them averages
 parameters or composes event by event epsilon, and none returns less than the truth.
+
+``pld`` and ``rdp`` know both neighbouring relations of :class:`.PoissonGaussian`; ``prv`` knows
+``add-or-remove-one`` only and refuses the other.
 """
 
 from __future__ import annotations
@@ -12,36 +15,38 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import lru_cache, reduce
+from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.special import gammaln
 
-from reticent.core.errors import DependencyError, PrivacyError
+from reticent.core.errors import PrivacyError
 
 from .events import Event, NonPrivate, PoissonGaussian, merge
+from .losses import CELLS, USUAL, compose, usable_delta
+from .renyi import ORDERS, renyi
 
-if TYPE_CHECKING:
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+__all__ = [
+    "ACCOUNTANTS",
+    "ORDERS",
+    "describe",
+    "epsilon",
+    "epsilon_curve",
+    "renyi",
+    "require_delta",
+    "require_one_unit",
+    "spent",
+]
 
 ACCOUNTANTS = ("pld", "rdp", "prv")
-FINEST, USUAL = 1e-7, 1e-3  # discretisation intervals of the privacy loss, in nats
-CELLS = 1e6  # aim for at most this many grid cells after composition
 LARGEST_PRV, MOST_PRV_CELLS = 250.0, 4e6  # beyond, Opacus' PRV accountant is slow or never ends
-_WHOLE = [*range(2, 65), *(round(64 * 2 ** (k / 4)) for k in range(1, 25))]
-_BETWEEN = [*(1 + 10 ** (k / 8 - 4) for k in range(32)), *(k / 8 for k in range(9, 80) if k % 8)]
-ORDERS: NDArray[np.float64] = np.array(sorted([*_WHOLE, *_BETWEEN]))
 
 
 def epsilon(events: Iterable[Event], delta: float, accountant: str = "pld") -> float:
     """Return an upper bound on the epsilon of all ``events`` together, at ``delta``.
 
-    No events give 0 and a :class:`NonPrivate` event gives infinity. The order of the events does
-    not matter; equal calls are answered from memory.
+    No events give 0, as do :class:`.DeclaredPublic` ones, and a :class:`.NonPrivate` event gives
+    infinity. The order of the events does not matter; equal calls are answered from memory.
 
     Args:
         events: What happened, with any mixture of parameters.
@@ -50,26 +55,35 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "pld") -> f
 
     Raises:
         PrivacyError: If ``delta`` or ``accountant`` is not allowed, if events of different units
-            or relations are mixed, or if ``prv`` is asked for an epsilon that is out of its reach.
+            or relations are mixed, or if ``prv`` is asked for the relation ``replace-one`` or for
+            an epsilon that is out of its reach.
     """
     require_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise PrivacyError(f"accountant={accountant!r}: must be one of {', '.join(ACCOUNTANTS)}")
-    merged = merge(events)
-    if any(isinstance(event, NonPrivate) for event in merged):
+    gaussians = spent(events)
+    if gaussians is None:
         return math.inf
+    return _epsilon(gaussians, float(delta), accountant) if gaussians else 0.0
+
+
+def spent(events: Iterable[Event]) -> tuple[PoissonGaussian, ...] | None:
+    """Return what ``events`` spend, merged and in a fixed order; None if something was not private.
+
+    Raises:
+        PrivacyError: If events of different units or relations are mixed.
+    """
+    merged = merge(events)
     gaussians = [event for event in merged if isinstance(event, PoissonGaussian)]
-    require_one_unit(gaussians)
-    key = sorted(gaussians, key=lambda e: (e.sampling_rate, e.noise_multiplier))
-    return _epsilon(tuple(key), float(delta), accountant) if key else 0.0
+    if any(isinstance(event, NonPrivate) for event in merged):
+        return None
+    _require_alike(gaussians)
+    return tuple(sorted(gaussians, key=lambda e: (e.sampling_rate, e.noise_multiplier)))
 
 
-def epsilon_curve(event: PoissonGaussian, rounds: Sequence[int], delta: float) -> list[float]:
+def epsilon_curve(event: Event, rounds: Sequence[int], delta: float) -> list[float]:
     """Return the ``pld`` epsilon after each number of rounds of one ``event`` each (0 allowed)."""
-    return [
-        epsilon([replace(event, steps=event.steps * count)] if count else [], delta)
-        for count in rounds
-    ]
+    return [epsilon([event.times(count)] if count else [], delta) for count in rounds]
 
 
 def describe(accountant: str = "pld") -> str:
@@ -96,12 +110,17 @@ def require_delta(delta: float) -> None:
         raise PrivacyError(f"delta={delta!r}: must be > 0 and < 1")
 
 
-def require_one_unit(events: Iterable[PoissonGaussian]) -> None:
+def require_one_unit(events: Iterable[Event]) -> None:
     """Raise :class:`PrivacyError` if ``events`` are about different units or relations."""
-    kinds = sorted({f"{event.unit}/{event.relation}" for event in events})
+    _require_alike([event for event in merge(events) if isinstance(event, PoissonGaussian)])
+
+
+def _require_alike(events: Sequence[PoissonGaussian]) -> None:
+    kinds = {(event.unit, event.relation) for event in events}
     if len(kinds) > 1:
+        names = sorted(f"{unit}/{relation}" for unit, relation in kinds)
         raise PrivacyError(
-            f"events of {' and '.join(kinds)}: must agree in unit and relation, because an epsilon "
+            f"events of {' and '.join(names)}: must agree in unit and relation, because an epsilon "
             "over different ones has no meaning"
         )
 
@@ -111,69 +130,16 @@ def _epsilon(events: tuple[PoissonGaussian, ...], delta: float, accountant: str)
     return {"pld": _pld, "rdp": _rdp, "prv": _prv}[accountant](events, delta)
 
 
-# Privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022)
-
-
 def _pld(events: tuple[PoissonGaussian, ...], delta: float) -> float:
-    # Fourier transforms leave errors of about 1e-16 a step; give that much of delta away.
-    usable = delta - 1e-15 * (len(events) + sum(event.steps for event in events))
-    if usable < delta / 2:
+    usable = usable_delta(events, delta)
+    if usable is None:
         return _rdp(events, delta)
-    interval = _interval(events)
-    parts = [
-        _step(e.sampling_rate, e.noise_multiplier, interval).self_compose(e.steps) for e in events
-    ]
-    return float(reduce(lambda a, b: a.compose(b), parts).get_epsilon_for_delta(usable))
-
-
-@lru_cache(maxsize=64)
-def _step(rate: float, noise: float, interval: float) -> PrivacyLossDistribution:
-    try:
-        from dp_accounting.pld import privacy_loss_distribution
-    except ImportError as error:  # pragma: no cover
-        raise DependencyError(
-            "dp-accounting is not installed: pip install 'reticent[server]'"
-        ) from error
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise, sampling_prob=rate, value_discretization_interval=interval
-    )
-
-
-def _interval(events: tuple[PoissonGaussian, ...]) -> float:
-    """Choose the grid: fine against the spread of a step's loss, coarse enough to be quick.
-
-    A pessimistic grid is an upper bound at every interval, so this choice is about the digits and
-    the time only. Connecting the dots adds at most interval**2 / 4 to the variance of a step's
-    loss; a twentieth of its standard deviation keeps the error of epsilon below about 1e-3 of it.
-    With very little noise (a server that sees single shares) the loss is large, and the grid
-    follows its size, which again leaves the relative error small.
-    """
-    q, s, steps = (
-        np.array([getattr(e, name) for e in events], dtype=float)
-        for name in ("sampling_rate", "noise_multiplier", "steps")
-    )
-    inverse = s**-2.0
-    chi_square = q**2 * np.expm1(np.minimum(inverse, 50.0))
-    variance = np.minimum(chi_square, q * (inverse + inverse**2 / 4))
-    fine = 0.05 * math.sqrt(float(variance @ steps / steps.sum()))
-    reach = float((q * inverse / 2) @ steps) + 8 * math.sqrt(float(variance @ steps))
-    single = float(np.max(inverse / 2 + 10 / s))
-    coarse = max(reach / CELLS, single / (CELLS / 20))
-    return _round_down(max(min(fine, USUAL), coarse, FINEST))
-
-
-def _round_down(value: float) -> float:
-    # To 1, 2 or 5 times a power of ten, so that similar events share their distributions.
-    power = 10.0 ** math.floor(math.log10(value))
-    return max(m * power for m in (1, 2, 5) if m == 1 or m * power <= value)
-
-
-# Renyi divergences (Mironov, Talwar and Zhang 2019, section 3.3)
+    return float(compose(events).get_epsilon_for_delta(usable))
 
 
 def _rdp(events: tuple[PoissonGaussian, ...], delta: float) -> float:
     total = np.sum(
-        [event.steps * renyi(event.sampling_rate, event.noise_multiplier) for event in events],
+        [e.steps * renyi(e.sampling_rate, e.noise_multiplier, e.relation) for e in events],
         axis=0,
     )
     # Canonne, Kamath and Steinke 2020, proposition 12; every order gives a valid bound.
@@ -181,58 +147,13 @@ def _rdp(events: tuple[PoissonGaussian, ...], delta: float) -> float:
     return max(0.0, float(bounds.min()))
 
 
-@lru_cache(maxsize=4096)
-def renyi(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float64]:
-    """Return the Renyi divergences of one step at :data:`ORDERS`, in nats; do not write to it."""
-    q, s = sampling_rate, noise_multiplier
-    if q == 1:
-        return ORDERS / (2 * s**2)
-    return np.array([_log_moment(q, s, order) / (order - 1) for order in ORDERS.tolist()])
-
-
-def _log_moment(q: float, s: float, order: float) -> float:
-    """Return log E[((1 - q) + q exp((2x - 1) / 2s^2))^order] for x ~ N(0, s^2), or more."""
-    # Minkowski's inequality in L^order: never less than the moment, and tight for little noise.
-    bound = order * _log_mix(q, (order - 1) / (2 * s**2))
-    if order == int(order):
-        return min(bound, _log_moment_whole(q, s, int(order)))
-    if s < 0.1:
-        return bound
-    # A relative margin for the quadrature, far above its error (1e-12).
-    return min(bound, _log_moment_between(q, s, order) * (1 + 1e-9))
-
-
-def _log_mix(q: float, exponent: float) -> float:
-    return float(np.logaddexp(math.log1p(-q), math.log(q) + exponent))
-
-
-def _log_moment_whole(q: float, s: float, order: int) -> float:
-    k = np.arange(order + 1, dtype=float)
-    binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-    terms = binomial + k * math.log(q) + (order - k) * math.log1p(-q) + k * (k - 1) / (2 * s**2)
-    # Cancellation may leave a hair less than 1: a moment of a likelihood ratio is at least 1.
-    return max(0.0, _log_sum(terms))
-
-
-def _log_moment_between(q: float, s: float, order: float) -> float:
-    # The trapezoid rule converges exponentially for integrands analytic in a strip; the nearest
-    # singularity lies pi s^2 off the real line.
-    width = min(s / 16, s**2 / 3)
-    x = np.arange(-12 * s, order + 12 * s, width)
-    ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * s**2))
-    density = -((x / s) ** 2) / 2 - math.log(s * math.sqrt(2 * math.pi))
-    return max(0.0, _log_sum(order * ratio + density) + math.log(width))
-
-
-def _log_sum(terms: NDArray[np.float64]) -> float:
-    top = terms.max()
-    return float(top + np.log(np.exp(terms - top).sum()))
-
-
-# Privacy random variables (Gopi, Lee and Wutschitz 2021)
-
-
 def _prv(events: tuple[PoissonGaussian, ...], delta: float) -> float:
+    """Privacy random variables (Gopi, Lee and Wutschitz 2021)."""
+    if events[0].relation != "add-or-remove-one":
+        raise PrivacyError(
+            f"accountant='prv' with relation={events[0].relation!r}: must be "
+            "'add-or-remove-one', the only relation it knows; use 'pld'"
+        )
     bound = _rdp(events, delta)
     error = min(max(bound / 1000, 1e-3), 1e-2)
     mesh = error / math.sqrt(sum(e.steps for e in events) * math.log(12e3 / delta) / 2)

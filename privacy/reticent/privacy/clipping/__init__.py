@@ -1,0 +1,16 @@
+"""Clipped sums of per-example gradients: flat or per-layer bounds, hooks or ghost norms.
+
+========================  ====================================================================
+module                    what it holds
+========================  ====================================================================
+:mod:`.sums`              :class:`ClippedGradients`: the guarantee, micro-batches, masks
+:mod:`.bounds`            how long one example's gradient may be, tensor by tensor
+:mod:`.terms`             gradients of single examples, as rows or as outer products
+:mod:`.hooks`             any model: rows, from Opacus' hooks
+:mod:`.ghost`             plain chains of layers: norms without the gradients, one backward pass
+========================  ====================================================================
+"""
+
+from .sums import ClippedGradients, Loss
+
+__all__ = ["ClippedGradients", "Loss"]

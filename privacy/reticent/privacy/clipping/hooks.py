@@ -1,0 +1,81 @@
+"""Per-example gradients of any model, from Opacus' hooks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import nn
+
+from reticent.core.errors import DataError
+
+from .terms import Rows
+
+LEFTOVERS = ("activations", "max_batch_len")
+"""What the hooks leave on a layer between its forward and its backward pass."""
+
+
+class HookedGradients:
+    """Writes out the gradient of every example, layer by layer, by Opacus' hooks.
+
+    Opacus keeps what it has seen on the layers and parameters themselves, where a pass that is
+    aborted leaves it for the next. Here every pass starts and ends with none of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Attach the hooks to ``model``."""
+        self._model = model
+        self._hooks = GradSampleHooks(model, loss_reduction="sum")
+
+    def terms(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        swap: Callable[[nn.Module], AbstractContextManager[object]],
+    ) -> list[Rows]:
+        """Return the gradients of every parameter, in order.
+
+        Raises:
+            DataError: If a parameter has no gradient for each example.
+        """
+        with self._clean(), swap(self._model), warnings.catch_warnings():
+            # The first layer's input needs no gradient, which torch remarks on every time.
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            loss(self._model(inputs), labels).backward()
+            return [_rows(p, len(labels)) for p in self._model.parameters()]
+
+    @contextmanager
+    def _clean(self) -> Iterator[None]:
+        self._reset()  # also if an interrupt fell into the clean-up below
+        try:
+            yield
+        finally:
+            self._reset()
+
+    def _reset(self) -> None:
+        for module in self._model.modules():
+            for name in LEFTOVERS:
+                vars(module).pop(name, None)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+            vars(parameter).pop("_current_grad_sample", None)
+            vars(parameter).update(grad_sample=None, _forward_counter=0)
+
+
+def _rows(parameter: nn.Parameter, count: int) -> Rows:
+    sample = getattr(parameter, "grad_sample", None)
+    if not isinstance(sample, torch.Tensor):
+        raise DataError(
+            f"no per-example gradient for a parameter of shape {tuple(parameter.shape)}: "
+            "every parameter must be used exactly once by a layer that Opacus supports"
+        )
+    if len(sample) != count:
+        raise DataError(
+            f"a layer with a parameter of shape {tuple(parameter.shape)} took {len(sample)} rows "
+            f"for {count} examples: the first dimension must be the batch in every layer"
+        )
+    return Rows(sample.flatten(1))

@@ -1,0 +1,155 @@
+"""Clipped sums of per-example gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from reticent.core.errors import DataError
+from reticent.core.update import Layout
+
+from .bounds import Bounds, Clipping, check_clip
+from .ghost import GhostGradients, chain_of
+from .hooks import HookedGradients
+from .terms import Term
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Maps logits ``(n, classes)`` and labels ``(n,)`` to the *sum* of the examples' losses."""
+
+Method = Literal["hooks", "ghost"]
+
+
+class ClippedGradients:
+    """Sums of clipped per-example gradients of one model.
+
+    Guarantee: for every batch, parameters and clip C, adding or removing one example changes the
+    returned vector by at most C in L2 norm (add-or-remove-one relation; Abadi et al. 2016,
+    section 3.1), and replacing one by at most 2C (replace-one). This bounds, it does not hide: the
+    caller adds the noise, and the promise is against whoever sees noised sums only. It holds
+    because
+
+    ============================  =================================================
+    input                         what enters the sum
+    ============================  =================================================
+    flat: norm > C                the gradient scaled to norm C (in float32)
+    flat: norm <= C               the gradient itself
+    per-layer: norm of l > C_l    tensor l scaled to norm C_l = C sqrt(d_l / d)
+    per-layer: norm of l <= C_l   tensor l itself
+    anything non-finite           zero, in all tensors, also if it is in one only
+    pruned coordinate             nothing, and no share of the norm
+    tensor that is pruned whole   nothing; its bound is zero
+    empty batch                   the zero vector (the caller still adds noise)
+    pass that was aborted         nothing, neither then nor in the next sum
+    ============================  =================================================
+
+    and no layer may mix examples (batch normalisation is refused) or hold buffers. A gradient of
+    norm above 1e18 counts as non-finite, and so does, with ``ghost``, such an input of a layer.
+    Float32 rounding of the sum is not part of the guarantee.
+
+    Attributes:
+        method: ``ghost`` for a plain chain of layers, where it is faster (see :mod:`.ghost`), else
+            ``hooks``. Both give the same sums up to float32 rounding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        microbatch: int = 64,
+        clipping: Clipping = "flat",
+        method: Method | None = None,
+    ) -> None:
+        """Prepare ``model``; ``microbatch`` bounds the memory of one pass.
+
+        Args:
+            model: The student, every parameter of which is in ``layout``.
+            layout: Names, shapes and mask of the parameters.
+            microbatch: Most examples in one forward and backward pass.
+            clipping: ``flat`` or ``per-layer``.
+            method: Given only to compare the two; otherwise the kinds of the layers decide.
+
+        Raises:
+            DataError: If the model holds buffers or layers that mix examples, or is no plain chain
+                and ``method`` is ``ghost``.
+            PlanError: If there is no such clipping.
+        """
+        mixing = [n for n, m in model.named_modules() if "BatchNorm" in type(m).__name__]
+        buffers = [n for n, _ in model.named_buffers()]
+        if mixing or buffers:
+            raise DataError(
+                f"the student has batch normalisation or buffers ({', '.join(mixing + buffers)}): "
+                "they would mix or store private examples; fold them or use GroupNorm"
+            )
+        if microbatch < 1:
+            raise DataError(f"microbatch={microbatch}: must be at least 1")
+        self._model = model
+        self._layout = layout
+        self._microbatch = microbatch
+        self._masks = _masks(layout)
+        self._bounds = Bounds.of(layout, clipping)
+        layers = None if method == "hooks" else chain_of(model)
+        if layers is None and method == "ghost":
+            raise DataError('method="ghost": the student is not a plain chain of known layers')
+        self.method: Method = "hooks" if layers is None else "ghost"
+        self._gradients = (
+            HookedGradients(model) if layers is None else GhostGradients(model, layers)
+        )
+
+    def sum(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        loss: Loss,
+        clip: float,
+        swap: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+    ) -> NDArray[np.float64]:
+        """Return the sum of the examples' gradients, each clipped to ``clip``, float64 ``(size,)``.
+
+        Nothing is kept between calls: after an exception the next call is as the first.
+
+        Args:
+            inputs: ``(n, *input_shape)``.
+            labels: ``(n,)``.
+            loss: The sum of the examples' losses.
+            clip: L2 bound C of one example's gradient.
+            swap: Entered around forward and backward (a weight swap for quantization-aware
+                training).
+
+        Raises:
+            DataError: If there are not as many inputs as labels, or a parameter has no gradient
+                for each example.
+            PlanError: If ``clip`` is not between 1e-12 and 1e12.
+        """
+        if len(inputs) != len(labels):
+            raise DataError(f"{len(inputs)} inputs and {len(labels)} labels: must be as many")
+        check_clip(clip)
+        total = torch.zeros(self._layout.total, dtype=torch.float32)
+        self._model.train()
+        for start in range(0, len(labels), self._microbatch):
+            part = slice(start, start + self._microbatch)
+            # No name is given to the terms: they would live on during the next pass.
+            total += self._clipped(
+                self._gradients.terms(inputs[part], labels[part], loss, swap), clip
+            )
+        return total.numpy()[self._layout.index].astype(np.float64)
+
+    def _clipped(self, terms: Sequence[Term], clip: float) -> torch.Tensor:
+        masked = zip(terms, self._masks, strict=True)
+        squares = torch.stack([term.squares(mask) for term, mask in masked], dim=1)
+        kept, factors = self._bounds.factors(squares, clip)
+        parts = [term.weighted(kept, factors[:, i]) for i, term in enumerate(terms)]
+        # Coordinates that are pruned are left out by the caller.
+        return torch.cat(parts)
+
+
+def _masks(layout: Layout) -> list[torch.Tensor | None]:
+    """Return 1 and 0 in the shape of each parameter; None where all of it is kept."""
+    flat = torch.from_numpy(layout.mask.astype(np.float32)).split(list(layout.sizes))
+    shaped = zip(flat, layout.shapes, layout.blocks, strict=True)
+    return [None if kept == len(m) else m.view(shape) for m, shape, kept in shaped]

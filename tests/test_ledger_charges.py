@@ -105,7 +105,8 @@ def test_mixed_histories_are_stopped_by_the_renyi_sum(ledger: Ledger) -> None:
     ledger.charge("a", "run", 0, EVENT, FREE)
     with pytest.raises(BudgetExceeded):
         ledger.charge("a", "run", 1, OTHER, Budget((pld + rdp) / 2, DELTA))
-    ledger.charge("a", "run", 1, OTHER, Budget(rdp * 1.0001, DELTA))
+    # The filter's one order, fixed in advance, costs a little against the best in hindsight.
+    ledger.charge("a", "run", 1, OTHER, Budget(rdp * 1.03, DELTA))
     assert ledger.spent("a", DELTA) == pld
 
 

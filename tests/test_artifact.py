@@ -27,9 +27,6 @@ from reticent.compression.artifact import (
     SelfTest,
     TaskInfo,
     load_artifact,
-    load_public_key,
-    load_signing_key,
-    make_signing_key,
     verify_artifact,
     write_artifact,
 )
@@ -37,6 +34,7 @@ from reticent.compression.convert import calibrate, convert
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError, DataError
 from reticent.core.seeds import torch_generator
+from reticent.core.signing import make_signing_key, read_private_key, read_public_key
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key()
@@ -295,12 +293,12 @@ def test_keys_round_trip_are_private_and_never_overwritten(tmp_path: Path, whole
     private, public = tmp_path / "keys/signing_key.pem", tmp_path / "keys/signing_key.pub.pem"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     raw = key.private_bytes_raw()
-    assert load_signing_key(private).private_bytes_raw() == raw
-    folder = write(tmp_path / "model", private_key=load_signing_key(private))
-    assert load_artifact(folder, load_public_key(public)).manifest.task == TASK
+    assert read_private_key(private).private_bytes_raw() == raw
+    folder = write(tmp_path / "model", private_key=read_private_key(private))
+    assert load_artifact(folder, read_public_key(public)).manifest.task == TASK
     with pytest.raises(ArtifactError, match="already there"):
         make_signing_key(tmp_path / "keys")
-    assert load_signing_key(private).private_bytes_raw() == raw
+    assert read_private_key(private).private_bytes_raw() == raw
 
 
 def test_other_keys_are_refused(tmp_path: Path) -> None:
@@ -313,7 +311,7 @@ def test_other_keys_are_refused(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"junk")
     for name in ("x.pub", "junk", "absent"):
         with pytest.raises(ArtifactError):
-            load_public_key(tmp_path / name)
+            read_public_key(tmp_path / name)
     for name in ("x.pem", "junk", "absent"):
         with pytest.raises(ArtifactError):
-            load_signing_key(tmp_path / name)
+            read_private_key(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import math
 from collections.abc import Callable
@@ -27,18 +28,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reticent.client.app import build_client_app, gate, pack, unpack
+from reticent.client.app import Outgoing, build_client_app, egress, gate, pack, unpack
 from reticent.client.environment import Environment
 from reticent.client.round import Refused
 from reticent.compression.codec import build_codec
-from reticent.core.errors import DataError, LedgerError, PayloadError
+from reticent.core.errors import DataError, LedgerError, PayloadError, PrivacyError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
 from reticent.core.seeds import numpy_generator
 from reticent.core.tasks import Examples
 from reticent.core.update import Layout
+from reticent.privacy.events import PoissonGaussian
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SeededRandomness
+from reticent.privacy.release import PUBLIC_KINDS, Public, Released
 from reticent.simulations.grid import enter_task, to_bytes
 
 SECRET = "patient-4711-is-ill"
@@ -101,12 +104,14 @@ BROADCAST = build_codec(("identity",)).encode(
     np.zeros(LAYOUT.size, dtype=np.float32), LAYOUT.blocks, numpy_generator(0)
 )
 UNLIMITED = Budget(math.inf, 1e-5)
+EVENT = PoissonGaussian(0.1, 1.0, 1)
 
 
 def order_of(plan: Plan = PRIVATE, /, **changes: Any) -> dict[str, Any]:
     digest = hashlib.sha256(CONSTANTS).hexdigest()
     noise = 1.0 if plan.private else 0.0
-    order = Order(PROTOCOL, "run", plan.digest, 1, digest, noise, 0.6)
+    clip = plan.private.clip if plan.private else 0.0
+    order = Order(PROTOCOL, "run", plan.digest, 1, digest, noise, 0.6, clip)
     return {**order.to_config(), **changes}
 
 
@@ -183,45 +188,90 @@ configs = st.dictionaries(names, st.text(max_size=5) | st.binary(max_size=5), ma
 contents = st.dictionaries(names, arrays | metrics | configs, max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(contents)
-def test_only_one_update_passes(records: dict[str, Any]) -> None:
-    reply = reply_with(RecordDict(records))
-    update = records.get("update")
-    payload = b""
-    if len(records) == 1 and isinstance(update, ArrayRecord) and list(update) == ["payload"]:
-        payload = update["payload"].data
-    if payload:
-        assert unpack(reply.content, "update") == payload
-    else:
-        assert refusal(reply) is Refusal.NOT_RELEASED
+def test_no_record_passes_whatever_its_name_and_kind(records: dict[str, Any]) -> None:
+    assert refusal(reply_with(RecordDict(records))) is Refusal.NOT_RELEASED
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=1, max_size=200))
-def test_an_update_passes_with_its_bytes(payload: bytes) -> None:
-    reply = reply_with(RecordDict({"update": pack(payload)}))
-    assert reply.has_content() and not reply.has_error()
-    assert list(reply.content) == ["update"]
-    assert unpack(reply.content, "update") == payload
+def test_the_very_bytes_of_a_release_do_not_pass_unless_they_are_released(payload: bytes) -> None:
+    """The record that a real reply consists of, made by hand: nobody was charged for it."""
+    forged = RecordDict({"update": pack(payload)})
+    assert refusal(reply_with(forged)) is Refusal.NOT_RELEASED
+    genuine = through_gate(lambda asked: egress(asked, Released(payload, EVENT)))
+    assert list(genuine.content) == ["update"]
+    assert unpack(genuine.content, "update") == payload
+
+
+@settings(max_examples=100, deadline=None)
+@given(contents.filter(bool), st.binary(min_size=1, max_size=20))
+def test_a_record_beside_a_release_stops_it(records: dict[str, Any], payload: bytes) -> None:
+    def add(asked: Message) -> Message:
+        reply = egress(asked, Released(payload, EVENT))
+        reply.content.update(records)
+        return reply
+
+    assert refusal(through_gate(add)) is Refusal.NOT_RELEASED
 
 
 @settings(max_examples=50, deadline=None)
-@given(names.filter(lambda n: n != "update"), arrays | metrics | configs)
-def test_a_record_beside_the_update_stops_it(name: str, record: Any) -> None:
-    content = RecordDict({"update": pack(b"x"), name: record})
-    assert refusal(reply_with(content)) is Refusal.NOT_RELEASED
+@given(st.binary(min_size=1, max_size=50), st.binary(max_size=50))
+def test_a_public_value_travels_beside_the_release(payload: bytes, words: bytes) -> None:
+    statement = Public(words, "statement")
+    reply = through_gate(lambda asked: egress(asked, Released(payload, EVENT), statement))
+    assert list(reply.content) == ["update", "statement"]
+    assert unpack(reply.content, "update") == payload
+    assert unpack(reply.content, "statement") == words
 
 
-def test_an_array_beside_the_payload_stops_it() -> None:
-    record = ArrayRecord({"payload": array(b"x"), "more": array(b"y")})
-    assert refusal(reply_with(RecordDict({"update": record}))) is Refusal.NOT_RELEASED
+@pytest.mark.parametrize("raw", [b"raw", SECRET, {"loss": 0.3}, torch.zeros(3), None])
+def test_egress_takes_nothing_that_is_not_wrapped(raw: Any) -> None:
+    with pytest.raises(TypeError, match="Released"):
+        egress(message_of(), raw)
+    if raw is not None:
+        with pytest.raises(TypeError, match="Public"):
+            egress(message_of(), Released(b"x", EVENT), raw)
+    assert refusal(through_gate(lambda asked: egress(asked, raw))) is Refusal.FAILED
 
 
-@pytest.mark.parametrize("changes", [{"dtype": SECRET}, {"stype": SECRET}, {"shape": (4711,)}])
-def test_the_description_of_an_array_does_not_leave(changes: dict[str, Any]) -> None:
-    record = ArrayRecord({"payload": array(b"bytes", **changes)})
-    reply = reply_with(RecordDict({"update": record}))
+def test_an_empty_release_does_not_pass() -> None:
+    reply = through_gate(lambda asked: egress(asked, Released(b"", EVENT)))
+    assert refusal(reply) is Refusal.NOT_RELEASED
+
+
+def test_a_public_value_of_an_undeclared_kind_cannot_be_made() -> None:
+    with pytest.raises(PrivacyError, match="'accuracy': must be one of statement"):
+        Public(b"0.93", "accuracy")
+    assert set(PUBLIC_KINDS) == {"statement"}
+
+
+def makers(name: str) -> list[str]:
+    """The source files that call the class ``name``."""
+    root = Path(__file__).resolve().parent.parent
+    folders = ("core", "compression", "privacy", "client", "server", "simulations", "cli")
+    found: list[str] = []
+    for path in (path for folder in folders for path in (root / folder).rglob("*.py")):
+        calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+        if any(isinstance(call.func, ast.Name) and call.func.id == name for call in calls):
+            found.append(path.relative_to(root).as_posix())
+    return sorted(found)
+
+
+def test_released_and_public_values_are_made_in_one_place_each() -> None:
+    assert makers("Released") == ["client/reticent/client/round.py"]
+    assert makers("Public") == ["client/reticent/client/identity.py"]
+    assert makers("Outgoing") == ["client/reticent/client/app.py"]
+
+
+def test_what_the_gate_wraps_carries_no_words_of_the_app() -> None:
+    class Talkative(Outgoing):
+        def __init__(self) -> None:
+            super().__init__(Released(b"bytes", EVENT), None)
+            self.note = SECRET
+
+    reply = through_gate(lambda asked: Message(Talkative(), reply_to=asked))
     sent = reply.content.array_records["update"]["payload"]
     assert (sent.dtype, sent.stype, sent.shape, sent.data) == ("uint8", "custom", (5,), b"bytes")
     assert SECRET.encode() not in to_bytes(reply)
@@ -297,7 +347,7 @@ def test_a_good_order_is_answered_and_charged_once(device: Device) -> None:
 
 
 BAD_ORDERS: list[tuple[dict[str, Any], Refusal]] = [
-    ({"protocol": 2}, Refusal.BAD_ORDER),
+    ({"protocol": PROTOCOL + 1}, Refusal.BAD_ORDER),
     ({"protocol": "1"}, Refusal.BAD_ORDER),
     ({"round": 0}, Refusal.BAD_ORDER),
     ({"round": 1.0}, Refusal.BAD_ORDER),

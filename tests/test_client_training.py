@@ -99,7 +99,8 @@ def start_of(trainer: LocalTrainer, scale: float = 0.1) -> Vector:
 
 def order_of(plan: Plan, constants: bytes = b"", number: int = 1, noise: float = 1.5) -> Order:
     digest = hashlib.sha256(constants).hexdigest()
-    return Order(PROTOCOL, "run", plan.digest, number, digest, noise, 10.0)
+    clip = plan.private.clip if plan.private else 0.0
+    return Order(PROTOCOL, "run", plan.digest, number, digest, noise, 10.0, clip)
 
 
 def update(
@@ -171,7 +172,7 @@ def test_no_two_clients_or_rounds_share_noise(tmp_path: Path) -> None:
             device = Environment(client, str(client), ledger, budget, randomness, False)
             order = order_of(plan, constants, number)
             released = run_round(order, plan.canonical(), constants, payload, device)
-            rows.append(codec.decode(released.payload, trainer.layout.blocks))
+            rows.append(codec.decode(released.value, trainer.layout.blocks))
     correlation = np.corrcoef(np.stack(rows)) - np.eye(len(rows))
     assert np.abs(correlation).max() < 5.5 / trainer.layout.size**0.5
 

@@ -20,21 +20,25 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from reticent.client import deployment as device
+from reticent.client.budget import remembered_budget
 from reticent.client.round import noisy_step, run_round
 from reticent.client.training import student_model
-from reticent.compression.artifact import load_artifact, load_public_key
+from reticent.compression.artifact import load_artifact
 from reticent.compression.codec import build_codec
 from reticent.core.errors import PlanError, RunError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
 from reticent.core.run import Run
 from reticent.core.seeds import numpy_generator
+from reticent.core.signing import read_private_key, read_public_key
 from reticent.core.tasks import load_task
 from reticent.core.update import Layout
-from reticent.privacy.ledger import Ledger
+from reticent.privacy.anchor import countersign, public_hex
+from reticent.privacy.ledger import Budget, Head, Ledger
 from reticent.privacy.randomness import SeededRandomness, SystemRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
 from reticent.server import deployment as server
+from reticent.server.countersign import create_state
 from reticent.server.journal import Journal
 from reticent.server.optimizer import Accumulator, ServerState, apply_round
 from reticent.server.preparation import prepare
@@ -77,19 +81,21 @@ def order(number: int = 1, run: str = "a", scale: float = 1.0) -> Order:
     digest = hashlib.sha256(CONSTANTS).hexdigest()
     sigma = scale * scheduled().noise_multiplier
     denominator = PLAN.federation.sampling_rate * TASK.nominal_examples
-    return Order(PROTOCOL, run, PLAN.digest, number, digest, sigma, denominator)
+    return Order(PROTOCOL, run, PLAN.digest, number, digest, sigma, denominator, scheduled().clip)
 
 
 def packed(data: bytes) -> ArrayRecord:
     return ArrayRecord({"payload": Array("uint8", (len(data),), stype="custom", data=data)})
 
 
-def ask(context: Context, wanted: Order) -> Message:
+def ask(context: Context, wanted: Order, anchor: bytes = b"") -> Message:
     """Send one order through the ClientApp that a SuperNode would start."""
     enter_task()
     fields: dict[str, Any] = {**wanted.to_config()}
     content = RecordDict({"order": ConfigRecord(fields)})
     content["broadcast"], content["constants"] = packed(BROADCAST), packed(CONSTANTS)
+    if anchor:
+        content["anchor"] = packed(anchor)
     message = Message(content, 2, "train", group_id=str(wanted.round))
     message.metadata.__dict__["_message_id"] = "1"
     return device.app(message=message, context=context)
@@ -97,7 +103,7 @@ def ask(context: Context, wanted: Order) -> Message:
 
 def released(reply: Message) -> bytes:
     assert not reply.has_error()
-    assert list(reply.content) == ["update"]
+    assert list(reply.content) == ["update", "statement"]
     return reply.content.array_records["update"]["payload"].data
 
 
@@ -146,7 +152,7 @@ def test_a_seeded_device_would_repeat_itself(tmp_path: Path) -> None:
         own = device._environment(owner(tmp_path / name))
         fields = {**vars(own), "randomness": SeededRandomness(0)}
         text = PLAN.canonical()
-        return run_round(order(), text, CONSTANTS, BROADCAST, type(own)(**fields)).payload
+        return run_round(order(), text, CONSTANTS, BROADCAST, type(own)(**fields)).value
 
     assert seeded("one") == seeded("two")
 
@@ -205,6 +211,34 @@ def test_a_run_directory_is_resumed_but_not_shared(tmp_path: Path) -> None:
         server._settings(context(folder=""))
     with pytest.raises(PlanError, match="run-config plan"):
         server._settings(context("rounds = "))
+
+
+def test_a_budget_with_a_window_is_the_owners_too(tmp_path: Path) -> None:
+    context = owner(tmp_path, **{"budget-window-days": 30.0})
+    environment = device._environment(context)
+    assert environment.budget == Budget(8.0, 1e-5, 30 * 86400)
+    released(ask(context, order()))
+    assert remembered_budget(tmp_path) == environment.budget
+
+
+def test_a_device_that_pins_a_server_refuses_a_ledger_that_lacks_its_anchor(
+    tmp_path: Path,
+) -> None:
+    keys = create_state(tmp_path / "server").parent
+    settings = {"server-key": str(keys / "signing_key.pub.pem"), "budget-epsilon": 99.0}
+    context = owner(tmp_path / "device", **settings)
+    name = public_hex(read_private_key(keys / "signing_key.pem").public_key())
+    identity = device._environment(context).identity
+    assert identity is not None
+    assert [public_hex(key) for key in identity.servers] == [name]
+    anchor = countersign(
+        read_private_key(keys / "signing_key.pem"), identity.name, Head(7, "ab" * 32)
+    )
+    released(ask(context, order()))
+    reply = ask(context, order(2), anchor=anchor.encode())
+    assert (reply.error.code, reply.error.reason) == (1009, Refusal.ROLLED_BACK.text)
+    # It stays so, for orders without the anchor too.
+    assert ask(context, order(2)).error.code == Refusal.ROLLED_BACK
 
 
 @pytest.fixture
@@ -273,7 +307,7 @@ def check_rounds(run: Run) -> None:
 
 def check_artifact(run: Run) -> None:
     summary = run.read_summary()
-    artifact = load_artifact(run.artifact, load_public_key(run.keys / "signing_key.pub.pem"))
+    artifact = load_artifact(run.artifact, read_public_key(run.keys / "signing_key.pub.pem"))
     assert artifact.manifest.plan_digest == PLAN.digest == summary["plan"]
     assert summary["rounds"] == 2
     privacy = summary["privacy"]
@@ -294,6 +328,9 @@ def check_ledgers(run: Run, folders: list[Path]) -> None:
     for folder in folders:
         with Ledger.open(folder) as ledger:
             ledger.verify()
+            met = list(json.loads((folder / "anchors.json").read_text()).values())
+            assert [sequence for sequence, _ in met] == [2]  # what the server saw in round 1
+            assert ledger.contains(Head(*met[0]))
             assert ledger.devices() == ["device"]
             assert ledger.events("device") == [scheduled().over(scheduled().round_event(), 2)]
             assert ledger.spent("device", 1e-5) == promised

@@ -42,6 +42,9 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("federation.clients_per_round=101", ["clients_per_round=101", "task.clients=100"]),
         ("federation.min_replies=101", ["min_replies=101", "clients_per_round=100"]),
         ("federation.steps_per_round=2", ["steps_per_round=2", "must be 1", "noise share"]),
+        ("privacy.unit=person", ['privacy.unit="person"', "'example' or 'client'"]),
+        ("privacy.relation=swap", ["privacy.relation", "'add-or-remove-one' or 'replace-one'"]),
+        ("privacy.clip_quantile=0.5", ["clip_quantile=0.5", 'unit="client"']),
         ("engine.kind=cloud", ["engine.kind", "'inprocess' or 'ray'"]),
         ("seed=-1", ["seed=-1"]),
         ("rounds", ["--set rounds", "section.key=value"]),
@@ -82,6 +85,42 @@ def test_local_trust_allows_several_steps() -> None:
         "", ["privacy.trust=local", "privacy.epsilon=4", "federation.steps_per_round=5"]
     )
     assert plan.federation.steps_per_round == 5
+
+
+CLIENT = "privacy.unit=client"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["privacy.trust=local"], ['trust="local"', 'must be "aggregator"', "adds the noise"]),
+        (["privacy.clipping=per-layer"], ["per-layer", "single examples"]),
+        (["privacy.examples_per_user=3"], ["examples_per_user", "single examples"]),
+        (["privacy.clip_quantile=1.0"], ["privacy.clip_quantile=1.0", "less than 1"]),
+        (["privacy.clip_quantile=0"], ["privacy.clip_quantile=0", "greater than 0"]),
+    ],
+)
+def test_what_client_level_privacy_cannot_be_joined_with_is_refused(
+    overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_plan("", [CLIENT, *overrides])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_client_level_privacy_allows_several_steps_because_no_share_is_sent() -> None:
+    plan = parse_plan("", [CLIENT, "federation.steps_per_round=5", "privacy.clip_quantile=0.5"])
+    assert plan.federation.steps_per_round == 5
+    assert plan.private is not None and plan.private.clip_quantile == 0.5
+
+
+def test_unit_relation_and_quantile_are_part_of_the_digest() -> None:
+    plans = [
+        parse_plan("", [CLIENT, *more])
+        for more in ([], ["privacy.clip_quantile=0.5"], ["privacy.relation=replace-one"])
+    ]
+    assert len({parse_plan("").digest, *(p.digest for p in plans)}) == 4
 
 
 def test_privacy_can_be_off_and_stays_off_when_written_and_read() -> None:

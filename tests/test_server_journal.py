@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from reticent.core.errors import RunError
 from reticent.core.plan import parse_plan
@@ -36,10 +37,22 @@ def commit(journal: Journal, number: int, clients: tuple[str, ...] = ("2", "3"))
 
 def assert_same(given: ServerState | None, expected: ServerState) -> None:
     assert given is not None and given.round == expected.round
+    assert given.clip == expected.clip
     for name, array in vars(expected).items():
-        if name != "round":
+        if name not in ("round", "clip"):
             found = getattr(given, name)
             assert found.dtype == array.dtype and np.array_equal(found, array)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1, 1 / 3, 5e-324, 1e300])
+def test_the_bound_of_the_next_round_comes_back_to_the_last_bit(
+    journal: Journal, run: Run, clip: float | None
+) -> None:
+    state = replace(state_of(1), clip=clip)
+    journal.commit(state, metrics_of(1), ["2"], None)
+    assert_same(journal.latest(), state)
+    held = load_file(checkpoint(run, 1))
+    assert ("clip" in held) == (clip is not None), "without a bound a checkpoint is as before"
 
 
 @pytest.fixture
@@ -106,7 +119,7 @@ def flip(path: Path) -> None:
 
 
 def forge(path: Path) -> None:
-    arrays = {k: v for k, v in vars(state_of(9)).items() if k != "round"}
+    arrays = {k: v for k, v in vars(state_of(9)).items() if k not in ("round", "clip")}
     save_file(arrays, path)  # a whole checkpoint, but not the one that was committed
 
 

@@ -22,7 +22,8 @@ from reticent.core.seeds import numpy_generator
 from reticent.core.update import Layout, Vector
 from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.optimizer import ServerState, apply_round
-from reticent.server.strategy import PrivateAveraging, RoundPlan, Tally
+from reticent.server.rounds import RoundPlan, Tally
+from reticent.server.strategy import PrivateAveraging
 from reticent.simulations.grid import InProcessGrid, enter_task, node_of
 
 CONSTANTS = Constants(b"", np.zeros((0, 0), dtype=np.float32)).encode()

@@ -44,6 +44,11 @@ class Deployment:
         """The run directory, on the server."""
         return self.folder / "run"
 
+    @property
+    def server_state(self) -> Path:
+        """The server's signing key and its record of the devices' ledger heads."""
+        return self.folder / "server-state"
+
     def state(self, node: int) -> Path:
         """Return the folder of a device's ledger."""
         return self.folder / f"state{node}"
@@ -54,7 +59,7 @@ class Deployment:
 
     def submit(self) -> str:
         """Start the app of this folder and return the id of the run."""
-        setting = f'run-dir="{self.run}"'
+        setting = f'run-dir="{self.run}" state-dir="{self.server_state}"'
         answer = self.flwr("run", APP, "tls", "--run-config", setting, "--format", "json")
         return json.loads(answer)["run-id"]
 
@@ -94,6 +99,7 @@ def deployment(folder: Path, budget: float = 10.0) -> Iterator[Deployment]:
     processes = Processes(folder)
     running = Deployment(folder, processes, free_port())
     try:
+        processes.run("cli", "reticent", "server", "init", running.server_state)
         _start_superlink(running)
         for node in range(NODES):
             start_supernode(running, node, budget)
@@ -115,7 +121,7 @@ def _start_superlink(running: Deployment) -> None:
         "--disable-runtime-dependency-installation",
     )
     home = folder / "cli-home"
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     connection = f'address = "127.0.0.1:{port}"\nroot-certificates = "{folder / "ca.crt"}"\n'
     (home / "config.toml").write_text(f"[superlink.tls]\n{connection}")
     running.processes.wait("the SuperLink", lambda: _listens(port), 30)
@@ -129,7 +135,8 @@ def start_supernode(running: Deployment, node: int, budget: float, register: boo
         running.flwr("supernode", "register", folder / f"{name}.key.pub", "tls")
     settings = (
         f"partition-id={node} num-partitions={NODES} "
-        f'state-dir="{running.state(node)}" budget-epsilon={budget} budget-delta={DELTA}'
+        f'state-dir="{running.state(node)}" budget-epsilon={budget} budget-delta={DELTA} '
+        f'server-key="{running.server_state / "keys" / "signing_key.pub.pem"}"'
     )
     running.processes.start(
         name,

@@ -105,12 +105,13 @@ def predict(artifact: Path, inputs: Path, key: Path | None, as_json: bool) -> No
     """
     import torch
 
-    from reticent.compression.artifact import load_artifact, load_public_key
+    from reticent.compression.artifact import load_artifact
+    from reticent.core.signing import read_public_key
 
     from .inputs import read_inputs
 
     torch.set_num_threads(1)
-    model = load_artifact(artifact, load_public_key(public_key_of(artifact, key)))
+    model = load_artifact(artifact, read_public_key(public_key_of(artifact, key)))
     logits = model.predict(read_inputs(inputs, model.manifest.task))
     shares = torch.softmax(logits, dim=1)
     best = shares.max(dim=1)

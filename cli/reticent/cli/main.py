@@ -11,8 +11,11 @@ import click
 from reticent.core.errors import ReticentError
 
 from .artifacts import bench, export, predict
+from .audits import audit
+from .devices import device
 from .plans import plan
 from .reports import report
+from .servers import server
 from .simulations import simulate
 
 INTERRUPTED = 130
@@ -29,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (simulate, plan, report, export, bench, predict):
+for command in (simulate, plan, report, audit, export, bench, predict, server, device):
     cli.add_command(command)
 
 

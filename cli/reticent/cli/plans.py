@@ -80,6 +80,8 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
             ["ε of one round", epsilon_text(privacy["round_epsilon"])],
             ["ε with half the noise", epsilon_text(privacy["half_noise_epsilon"])],
             ["ε without amplification by sampling", epsilon_text(privacy["unamplified_epsilon"])],
+            ["rounds of one client that fit its budget", _rounds(privacy["rounds_that_fit"])],
+            ["the same with half the noise", _rounds(privacy["half_noise_rounds"])],
         ]
     rows += [
         ["bytes up, one client and round", human_bytes(traffic["up"])],
@@ -92,3 +94,7 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         ["memory of this process", human_bytes(work["memory"])],
     ]
     return rows
+
+
+def _rounds(count: int | None) -> str:
+    return "no budget given" if count is None else f"{count:,}"

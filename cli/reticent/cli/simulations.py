@@ -144,11 +144,14 @@ def _closing(run: Run, seconds: float) -> str:
     return "\n".join(lines)
 
 
+_RELATIONS = {"add-or-remove-one": "add or remove", "replace-one": "replace"}
+
+
 def _spent(privacy: dict[str, Any]) -> str:
     if privacy["trust"] == "off":
         return "privacy   off: ε = ∞, nothing is promised"
     readers, server = (epsilon_text(privacy[key]) for key in ("epsilon", "server_epsilon"))
     return (
         f"privacy   against readers of the models ε {readers}, against the server ε {server} "
-        f"(δ {privacy['delta']:g}, one example, add or remove)"
+        f"(δ {privacy['delta']:g}, one {privacy['unit']}, {_RELATIONS[privacy['relation']]})"
     )

@@ -10,11 +10,12 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from reticent.core.errors import DataError, PayloadError
+from reticent.core.errors import DataError, LedgerError, PayloadError
 from reticent.core.protocol import Order, Refusal
-from reticent.privacy.release import Released
+from reticent.privacy.release import Public, Released
 
 from .environment import Environment
+from .identity import RolledBack
 from .round import Refused, run_round
 
 EnvironmentOf = Callable[[Context], Environment]
@@ -57,23 +58,47 @@ def build_client_app(environment_of: EnvironmentOf, plan_of: PlanOf) -> ClientAp
         except (PayloadError, KeyError) as error:
             raise Refused(Refusal.BAD_ORDER) from error
         constants = _constants(content, context, order)
-        released = run_round(order, plan_of(context), constants, payload, environment_of(context))
-        return egress(released, message)
+        environment = environment_of(context)
+        _check_anchor(environment, content)
+        released = run_round(order, plan_of(context), constants, payload, environment)
+        return egress(message, released, _statement(environment, order, released))
 
     return app
 
 
-def egress(released: Released, message: Message) -> Message:
-    """Wrap released bytes as the reply to ``message``."""
-    return Message(RecordDict({"update": pack(released.payload)}), reply_to=message)
+class Outgoing(RecordDict):
+    """The content of a reply that :func:`egress` made: the only content that passes the gate.
+
+    It carries its values beside the records, still wrapped in :class:`Released` and
+    :class:`Public`; the gate serialises those and does not look at the records at all.
+    """
+
+    def __init__(self, update: Released[bytes], statement: Public[bytes] | None) -> None:
+        super().__init__()
+        self.update_to_send, self.statement_to_send = update, statement
+
+
+def egress(
+    message: Message, update: Released[bytes], statement: Public[bytes] | None = None
+) -> Message:
+    """Return the reply to ``message``: a released update and, on a real device, its statement.
+
+    Raises:
+        TypeError: If a value is not wrapped: it was not accounted for.
+    """
+    if not isinstance(update, Released) or not isinstance(statement, Public | None):
+        raise TypeError("egress takes a Released update and a Public statement, nothing else")
+    return Message(Outgoing(update, statement), reply_to=message)
 
 
 def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let nothing but one encoded update or one fixed refusal leave (the outermost mod).
+    """Serialise released and public values, or one fixed refusal, and nothing else (outermost mod).
 
-    Exceptions become a code and a text that do not depend on the exception; a reply that holds
-    any other record is dropped. What passes is wrapped anew, because the names of an array's type
-    and the metadata of a reply could carry words of their own.
+    Guarantee: a reply holds at most the bytes of one :class:`Released` and one :class:`Public`
+    value. Exceptions become a code and a text that do not depend on the exception. Any other
+    record, metric, buffer or text, whoever put it there and under whatever name, is dropped with
+    the whole reply, and the server gets the code for that. The reply is built anew, because names
+    of array types and metadata of a reply could carry words of their own.
     """
     try:
         reply = call_next(message, context)
@@ -84,24 +109,48 @@ def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Me
     except Exception:
         # Whatever went wrong may have been caused by private data; its text stays here.
         return _refuse(Refusal.FAILED, message)
-    payload = _update_in(reply)
-    if not payload:
+    content = reply.content if reply.has_content() else None
+    if not isinstance(content, Outgoing) or len(content):
         return _refuse(Refusal.NOT_RELEASED, message)
-    return Message(RecordDict({"update": pack(payload)}), reply_to=message)
+    update, statement = content.update_to_send, content.statement_to_send
+    if not update.value:
+        return _refuse(Refusal.NOT_RELEASED, message)
+    sent = RecordDict({"update": pack(update.value)})
+    if statement is not None:
+        sent["statement"] = pack(statement.value)
+    return Message(sent, reply_to=message)
+
+
+def _check_anchor(environment: Environment, content: RecordDict) -> None:
+    """Refuse to go on with a ledger that lacks what the order's anchor says was there."""
+    if environment.identity is None:
+        return
+    try:
+        anchor = unpack(content, "anchor") if "anchor" in content else b""
+        environment.identity.check(environment.ledger, anchor)
+    except RolledBack as error:
+        raise Refused(Refusal.ROLLED_BACK) from error
+    except PayloadError as error:
+        raise Refused(Refusal.BAD_ORDER) from error
+    except LedgerError as error:
+        raise Refused(Refusal.LEDGER) from error
+
+
+def _statement(
+    environment: Environment, order: Order, released: Released[bytes]
+) -> Public[bytes] | None:
+    if environment.identity is None:
+        return None
+    try:
+        return environment.identity.statement(
+            environment.ledger, order.run, order.round, released.value
+        )
+    except LedgerError as error:
+        raise Refused(Refusal.LEDGER) from error
 
 
 def _refuse(refusal: Refusal, message: Message) -> Message:
     return Message(Error(int(refusal), refusal.text), reply_to=message)
-
-
-def _update_in(reply: Message) -> bytes:
-    """Return the payload of a reply that holds one update and nothing else, otherwise ``b""``."""
-    if not reply.has_content() or list(reply.content) != ["update"]:
-        return b""
-    try:
-        return unpack(reply.content, "update")
-    except PayloadError:
-        return b""
 
 
 def _constants(content: RecordDict, context: Context, order: Order) -> bytes:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import Randomness
 
+from .identity import Identity
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -21,6 +23,8 @@ class Environment:
         keeps_releases: Whether encoded updates are stored before they are sent, so that a retry
             sends the same bytes. Not needed when the randomness is seeded, because training again
             gives the same bytes.
+        identity: The device's key and the anchors it has met; None in a simulation, where one
+            ledger holds every device and its head is anchored in the run's journal.
     """
 
     client: int
@@ -29,3 +33,4 @@ class Environment:
     budget: Budget
     randomness: Randomness
     keeps_releases: bool
+    identity: Identity | None = None

@@ -9,14 +9,16 @@ from functools import lru_cache
 import numpy as np
 
 from reticent.compression.codec import Codec, build_codec
-from reticent.core.errors import DataError, LedgerError, PayloadError, PlanError
+from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
 from reticent.core.plan import Plan, Privacy, plan_from_json
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
 from reticent.core.update import Vector
-from reticent.privacy.events import NonPrivate, PoissonGaussian
+from reticent.privacy.client_level import ClipRule, clipped, finite, is_within, with_bit
+from reticent.privacy.events import Event, NonPrivate
 from reticent.privacy.ledger import BudgetExceeded
 from reticent.privacy.release import Released
+from reticent.privacy.schedule import schedule_with
 
 from .environment import Environment
 from .training import LocalTrainer, NoisyStep
@@ -64,7 +66,7 @@ def check_order(order: Order, plan_text: str) -> Plan:
     """Return the client's own plan if the order belongs to it.
 
     Raises:
-        Refused: If the order names another plan, or its noise contradicts the plan.
+        Refused: If the order names another plan, or its noise or clip contradicts the plan.
     """
     try:
         plan = _plan(plan_text)
@@ -74,16 +76,30 @@ def check_order(order: Order, plan_text: str) -> Plan:
         raise Refused(Refusal.WRONG_PLAN)
     if (order.noise_multiplier > 0) != (plan.private is not None):
         raise Refused(Refusal.BAD_ORDER)
+    if not allows_clip(plan, order.clip):
+        raise Refused(Refusal.BAD_ORDER)
     return plan
+
+
+def allows_clip(plan: Plan, clip: float) -> bool:
+    """Return whether an order of ``plan`` may have this bound: the plan's, or one it can become."""
+    privacy = plan.private
+    if privacy is None:
+        return clip == 0
+    return ClipRule(privacy.clip, privacy.clip_quantile).allows(clip)
 
 
 def run_round(
     order: Order, plan_text: str, constants: bytes, payload: bytes, environment: Environment
-) -> Released:
+) -> Released[bytes]:
     """Run one round and return what is released.
 
     Order of events: the whole round is charged and on disk before an example is touched; the
     encoded update is on disk (on a real device) before it is handed on.
+
+    With unit ``client`` what is released is the bounded update itself, and with an adaptive bound
+    one more bit: whether the update was within the bound. Both are protected by the noise that the
+    server adds to their sums, and against the server by nothing.
 
     Raises:
         Refused: With a fixed code, when the round cannot or must not be run.
@@ -104,20 +120,24 @@ def run_round(
         _store(order, environment, encoded)
     except BudgetExceeded as error:
         raise Refused(Refusal.BUDGET) from error
-    except LedgerError as error:
+    except PlanError as error:  # no event has this noise: the order asks for the impossible
+        raise Refused(Refusal.BAD_ORDER) from error
+    except PrivacyError as error:  # damaged, or it counts in another unit or relation
         raise Refused(Refusal.LEDGER) from error
     return Released(encoded, event)
 
 
-def round_event(plan: Plan, noise_multiplier: float) -> PoissonGaussian | NonPrivate:
-    """Return the event that one round of ``plan`` is charged as on every device."""
-    if plan.private is None:
-        return NonPrivate()
-    federation = plan.federation
-    return PoissonGaussian(federation.sampling_rate, noise_multiplier, federation.steps_per_round)
+def round_event(plan: Plan, noise_multiplier: float) -> Event:
+    """Return the event that one round of ``plan`` is charged as on every device.
+
+    Raises:
+        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
+    """
+    schedule = schedule_with(plan, noise_multiplier)
+    return NonPrivate() if schedule is None else schedule.round_event()
 
 
-def _charge(order: Order, plan: Plan, environment: Environment) -> PoissonGaussian | NonPrivate:
+def _charge(order: Order, plan: Plan, environment: Environment) -> Event:
     event = round_event(plan, order.noise_multiplier)
     environment.ledger.charge(environment.device, order.run, order.round, event, environment.budget)
     return event
@@ -142,19 +162,32 @@ def _train(order: Order, site: Site, start: Vector, environment: Environment) ->
         raise Refused(Refusal.NO_DATA) from error
     path = (order.run, environment.client, order.round)
     step = noisy_step(site.plan, order)
-    update = site.trainer.pseudo_gradient(start, examples, step, environment.randomness, path)
+    # Where single gradients are not clipped, training may diverge: the update is then neutralised.
+    with np.errstate(over="ignore", invalid="ignore"):
+        update = site.trainer.pseudo_gradient(start, examples, step, environment.randomness, path)
     # The seed of the dither comes from the same source as the noise: on a device nobody can guess
     # it, and only the server reads it from the payload.
     key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
     generator = np.random.Generator(np.random.Philox(key=key))
-    quantum = quantization_step(step)
-    return site.codec.encode(update, site.trainer.layout.blocks, generator, quantum)
+    blocks = site.trainer.layout.blocks
+    privacy = site.plan.private
+    if privacy is None or privacy.unit == "example":
+        return site.codec.encode(update, blocks, generator, quantization_step(step))
+    bounded = clipped(update, order.clip).astype(np.float32)
+    encoded = site.codec.encode(bounded, blocks, generator, update_step(order.clip, len(update)))
+    if privacy.clip_quantile is None:
+        return encoded
+    return with_bit(encoded, inside=is_within(finite(update), order.clip))
 
 
 def noisy_step(plan: Plan, order: Order) -> NoisyStep:
-    """Return the public constants of a step: under aggregator trust the noise is a share."""
+    """Return the public constants of a step.
+
+    With unit ``example`` and under aggregator trust the noise is a share. With unit ``client`` a
+    step is plain: the whole update is bounded afterwards, and the noise is the server's.
+    """
     privacy: Privacy | None = plan.private
-    if privacy is None:
+    if privacy is None or privacy.unit == "client":
         return NoisyStep(None, 0.0, order.denominator)
     shares = plan.federation.quorum if privacy.trust == "aggregator" else 1
     noise = order.noise_multiplier * privacy.clip / shares**0.5
@@ -168,3 +201,12 @@ def quantization_step(step: NoisyStep) -> float | None:
     ratio); None, so that the codec scales by the data, when there is no noise.
     """
     return step.noise / step.denominator / 2 if step.noise > 0 else None
+
+
+def update_step(clip: float, size: int) -> float:
+    """Return the quantizer's step for an update of L2 norm ``clip`` at most and ``size`` numbers.
+
+    Half of an average coordinate at the bound: a uniform error of this step has an L2 norm of about
+    0.14 ``clip``, a hundredth of the norm of the server's noise at a few thousand parameters.
+    """
+    return clip / (2 * max(1, size) ** 0.5)

@@ -36,7 +36,8 @@ class NoisyStep:
     """Public constants of one local step.
 
     Attributes:
-        clip: L2 bound of one example's gradient; None when privacy is off.
+        clip: L2 bound of one example's gradient; None when single gradients are not bounded:
+            privacy is off, or the whole update is bounded afterwards (unit ``client``).
         noise: Standard deviation of the noise added to each coordinate of the clipped sum.
         denominator: What the noised sum is divided by.
     """
@@ -70,7 +71,9 @@ class LocalTrainer:
 
     @cached_property
     def _clipped(self) -> ClippedGradients:
-        return ClippedGradients(self._model, self.layout)
+        private = self._plan.private
+        clipping = private.clipping if private else "flat"
+        return ClippedGradients(self._model, self.layout, clipping=clipping)
 
     def pseudo_gradient(
         self,

@@ -25,12 +25,11 @@ from typing import Annotated, Any, Literal
 import safetensors
 import safetensors.torch
 import torch
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reticent.core.errors import ArtifactError, DataError, ReticentError
+from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 
 from .integer import IntegerModel, IntegerSpec, Weighted, build, parse_graph
 
@@ -39,7 +38,6 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 FILES = ("model.safetensors", "model.json", "self_test.safetensors", "MODEL_CARD.md")
 MAX_FILE_BYTES = 256 * 2**20
 MAX_MANIFEST_BYTES = 2**20
-SIGNATURE_BYTES = 64
 
 
 class _Part(BaseModel):
@@ -207,74 +205,14 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
     return artifact
 
 
-def make_signing_key(folder: Path) -> Ed25519PrivateKey:
-    """Make an Ed25519 key; write ``signing_key.pem`` (mode 0600) and ``signing_key.pub.pem``.
-
-    Raises:
-        ArtifactError: If a key is already there (it is never overwritten) or cannot be written.
-    """
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_new(folder / "signing_key.pem", private, 0o600)
-        _write_new(folder / "signing_key.pub.pem", public, 0o644)
-    except FileExistsError as error:
-        raise ArtifactError(f"{error.filename}: a key is already there; keep or move it") from error
-    except OSError as error:
-        raise ArtifactError(f"{folder}: no key written: {error.strerror or error}") from error
-    return key
-
-
-def load_signing_key(path: Path) -> Ed25519PrivateKey:
-    """Read an unencrypted Ed25519 private key from a PEM file.
-
-    Raises:
-        ArtifactError: If the file cannot be read or holds something else.
-    """
-    data = _read_plain(path, MAX_MANIFEST_BYTES)
-    try:
-        key = serialization.load_pem_private_key(data, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ArtifactError(f"{path}: not an unencrypted PEM private key") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ArtifactError(f"{path}: holds a {type(key).__name__}: must be an Ed25519 key")
-    return key
-
-
-def load_public_key(path: Path) -> Ed25519PublicKey:
-    """Read an Ed25519 public key from a PEM file.
-
-    Raises:
-        ArtifactError: If the file cannot be read or holds something else.
-    """
-    data = _read_plain(path, MAX_MANIFEST_BYTES)
-    try:
-        key = serialization.load_pem_public_key(data)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ArtifactError(f"{path}: not a PEM public key") from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise ArtifactError(f"{path}: holds a {type(key).__name__}: must be an Ed25519 key")
-    return key
-
-
 def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dict[str, bytes]]:
     signature = _read_plain(folder / SIGNATURE, SIGNATURE_BYTES)
     text = _read_plain(folder / MANIFEST, MAX_MANIFEST_BYTES)
-    try:
-        public_key.verify(signature, text)
-    except InvalidSignature as error:
+    if not is_signed(public_key, signature, text):
         raise ArtifactError(
             f"{folder}: the signature does not fit: the manifest was changed, or it was signed "
             "with another key"
-        ) from error
+        )
     manifest = _parse_manifest(text)
     _check_names(folder)
     contents: dict[str, bytes] = {}
@@ -454,7 +392,7 @@ def _publish(folder: Path, contents: Mapping[str, bytes], replace: bool) -> None
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     try:
         for name, data in contents.items():
-            _write_new(temporary / name, data, 0o644)
+            write_new(temporary / name, data, 0o644)
         temporary.chmod(0o755)
         _sync(temporary)
         _swap(temporary, folder, replace)
@@ -479,14 +417,6 @@ def _swap(temporary: Path, folder: Path, replace: bool) -> None:
     _sync(folder.parent)
     if replaced:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

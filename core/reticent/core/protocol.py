@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from .errors import PayloadError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_CONSTANTS = 64 * 2**20
 
 
@@ -31,6 +31,7 @@ class Refusal(IntEnum):
     BUDGET = 1006
     LEDGER = 1007
     NOT_RELEASED = 1008
+    ROLLED_BACK = 1009
 
     @property
     def text(self) -> str:
@@ -48,6 +49,7 @@ _REASONS = {
     Refusal.BUDGET: "the privacy budget of the device does not allow the round",
     Refusal.LEDGER: "the ledger of the device cannot be used",
     Refusal.NOT_RELEASED: "the reply held something that was not released",
+    Refusal.ROLLED_BACK: "the ledger of the device lacks a head that a server countersigned",
 }
 
 
@@ -63,6 +65,8 @@ class Order:
         constants: SHA-256 of the encoded :class:`Constants`.
         noise_multiplier: Noise multiplier for the round; 0 exactly when privacy is off.
         denominator: Public number that every step's gradient sum is divided by.
+        clip: L2 bound of one example's gradient or of one client's update, whichever the plan's
+            unit is; 0 exactly when privacy is off.
     """
 
     protocol: int
@@ -72,6 +76,7 @@ class Order:
     constants: str
     noise_multiplier: float
     denominator: float
+    clip: float
 
     def to_config(self) -> dict[str, int | float | str]:
         """Return the order as a flat dictionary of scalars."""
@@ -101,6 +106,8 @@ class Order:
             raise PayloadError(f"order.noise_multiplier={order.noise_multiplier}: must be >= 0")
         if not (math.isfinite(order.denominator) and order.denominator > 0):
             raise PayloadError(f"order.denominator={order.denominator}: must be > 0")
+        if not (math.isfinite(order.clip) and order.clip >= 0):
+            raise PayloadError(f"order.clip={order.clip}: must be >= 0")
         return order
 
 

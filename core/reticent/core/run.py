@@ -23,7 +23,7 @@ class Run:
 
     ``plan.toml`` (resolved), ``plan.sha256``, ``metrics.jsonl`` (one line a committed round),
     ``summary.json`` (written when the run ends), ``journal.db``, ``checkpoints/``, ``ledger/``,
-    ``keys/``, ``artifact/``, ``report.{html,json,md}``.
+    ``keys/``, ``artifact/``, ``report.{html,json,md,sig}``, ``audit.json`` (if it was audited).
     """
 
     folder: Path

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reticent.core.plan import Plan, Privacy
 
+from .accounting import epsilon
 from .calibrate import noise_multiplier_for
-from .events import PoissonGaussian
+from .client_level import COUNT_NOISE, ClipRule, client_event, sum_multiplier
+from .events import Event, NonPrivate, PoissonGaussian
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,32 @@ class Schedule:
     sum. Under ``aggregator`` trust each of at least ``shares`` clients adds a share of variance
     (noise_multiplier * clip)^2 / shares, so that the round's sum carries at least the full noise.
 
-    Guarantee (example level, add-or-remove-one): against everyone who sees the models,
-    ``round_event`` bounds what one round reveals about one example of one client; against the
-    server, which sees each client's own update, only ``server_event`` holds. Sampling of clients
-    is *not* counted: conditioned on a client taking part its other examples do, so the joint draw
-    is not a Poisson draw of examples, and the server sees who took part.
+    Guarantee (unit ``example``): against everyone who sees the models, ``round_event`` bounds what
+    one round reveals about one example of one client, under ``relation``; against the server, which
+    sees each client's own update, only ``server_event`` holds. Sampling of clients is *not*
+    counted: conditioned on a client taking part its other examples do, so the joint draw is not a
+    Poisson draw of examples, and the server sees who took part.
+
+    Guarantee (unit ``client``): against everyone who sees the models, ``round_event`` bounds what
+    one round reveals about all that one client contributes to it
+    (:mod:`reticent.privacy.client_level`). The server adds the noise, and sees bounded updates in
+    the clear: ``server_event`` is non-private. Sampling is not counted here either, so
+    ``sampling_rate`` and ``steps`` are 1, whatever the rate and steps of local training.
+
+    Attributes:
+        sampling_rate: Rate at which one unit joins a step of the mechanism.
+        steps: Steps of the mechanism in a round.
+        participations: Most rounds of one client.
+        clip: L2 bound of one unit's contribution; with ``clip_quantile`` that of the first round.
+        noise_multiplier: Noise over ``clip``; with ``clip_quantile`` that of sum and count
+            together.
+        shares: Clients that the noise of a round is divided over.
+        delta: The delta at which epsilon is stated.
+        trust: ``local`` or ``aggregator``.
+        unit: ``example`` or ``client``.
+        relation: How the neighbour differs.
+        clip_quantile: The quantile of norms that an adaptive bound follows; None if it is fixed.
+        count_noise: Standard deviation of the noise of the adaptive bound's count; None without.
     """
 
     sampling_rate: float
@@ -34,23 +57,42 @@ class Schedule:
     shares: int
     delta: float
     trust: str
+    unit: str = "example"
+    relation: str = "add-or-remove-one"
+    clip_quantile: float | None = None
+    count_noise: float | None = None
 
     @property
     def share_multiplier(self) -> float:
-        """Noise multiplier of what one client adds by itself."""
-        return self.noise_multiplier / math.sqrt(self.shares)
+        """Noise multiplier of what one client adds by itself: 0 when the server adds the noise."""
+        return 0.0 if self.unit == "client" else self.noise_multiplier / math.sqrt(self.shares)
 
-    def round_event(self) -> PoissonGaussian:
+    @property
+    def sum_multiplier(self) -> float:
+        """Noise multiplier of a round's sum, without what an adaptive bound's count has."""
+        return sum_multiplier(self.noise_multiplier, self.count_noise)
+
+    @property
+    def clip_rule(self) -> ClipRule:
+        """How the bound of clients' updates moves."""
+        return ClipRule(self.clip, self.clip_quantile)
+
+    def round_event(self) -> Event:
         """Event of one round against readers of the models."""
-        return PoissonGaussian(self.sampling_rate, self.noise_multiplier, self.steps)
+        if self.unit == "client":
+            return client_event(self.noise_multiplier, self.relation, self.count_noise)
+        return self._example(self.noise_multiplier)
 
-    def server_event(self) -> PoissonGaussian:
+    def server_event(self) -> Event:
         """Event of one round against the server."""
-        return PoissonGaussian(self.sampling_rate, self.share_multiplier, self.steps)
+        return NonPrivate() if self.unit == "client" else self._example(self.share_multiplier)
 
-    def over(self, event: PoissonGaussian, rounds: int) -> PoissonGaussian:
+    def over(self, event: Event, rounds: int) -> Event:
         """Return ``event`` repeated over ``rounds`` rounds."""
         return event.times(rounds)
+
+    def _example(self, noise_multiplier: float) -> PoissonGaussian:
+        return PoissonGaussian(self.sampling_rate, noise_multiplier, self.steps, self.relation)
 
 
 def participations(plan: Plan) -> int:
@@ -68,28 +110,70 @@ def schedule_for(plan: Plan) -> Schedule | None:
 
     Raises:
         PrivacyError: If no noise multiplier in range meets the target.
+        PlanError: If an adaptive bound's count alone would reveal more than the target allows.
     """
     privacy = plan.private
     if privacy is None:
         return None
-    federation, rounds = plan.federation, participations(plan)
+    sigma = privacy.noise_multiplier or _calibrated(plan, privacy)
+    schedule = schedule_with(plan, sigma)
+    if schedule is None or schedule.count_noise is None:
+        return schedule
+    sum_multiplier(sigma, schedule.count_noise)  # refused here, before anything is trained
+    return _within(schedule, privacy.epsilon or math.inf)
+
+
+def _within(schedule: Schedule, target: float) -> Schedule:
+    """Return the schedule with as much more noise as the grids of sum and count together cost.
+
+    Their epsilon is that of one Gaussian up to rounding by the accountant, always upwards, which a
+    device that stops exactly at the target would notice in its last round.
+    """
+    whole = schedule.over(schedule.round_event(), schedule.participations)
+    if epsilon([whole], schedule.delta) <= target:
+        return schedule
+    return _within(replace(schedule, noise_multiplier=1.0001 * schedule.noise_multiplier), target)
+
+
+def schedule_with(plan: Plan, noise_multiplier: float) -> Schedule | None:
+    """Return the plan's schedule at a given noise multiplier, such as an order's; None when off."""
+    privacy = plan.private
+    if privacy is None:
+        return None
+    rate, steps = _sampling(plan)
+    adaptive = privacy.clip_quantile is not None
+    shared = privacy.trust == "aggregator" and privacy.unit == "example"
     return Schedule(
-        sampling_rate=federation.sampling_rate,
-        steps=federation.steps_per_round,
-        participations=rounds,
+        sampling_rate=rate,
+        steps=steps,
+        participations=participations(plan),
         clip=privacy.clip,
-        noise_multiplier=_sigma(
-            privacy, federation.sampling_rate, federation.steps_per_round * rounds
-        ),
-        shares=federation.quorum if privacy.trust == "aggregator" else 1,
+        noise_multiplier=noise_multiplier,
+        shares=plan.federation.quorum if shared else 1,
         delta=privacy.delta,
         trust=privacy.trust,
+        unit=privacy.unit,
+        relation=privacy.relation,
+        clip_quantile=privacy.clip_quantile,
+        count_noise=COUNT_NOISE * plan.federation.clients_per_round if adaptive else None,
     )
 
 
-def _sigma(privacy: Privacy, sampling_rate: float, steps: int) -> float:
-    if privacy.noise_multiplier is not None:
-        return privacy.noise_multiplier
+def _sampling(plan: Plan) -> tuple[float, int]:
+    """Return rate and steps of the mechanism: a round is one full sum of clients' updates."""
+    if plan.private is not None and plan.private.unit == "client":
+        return 1.0, 1
+    return plan.federation.sampling_rate, plan.federation.steps_per_round
+
+
+def _calibrated(plan: Plan, privacy: Privacy) -> float:
     if privacy.epsilon is None:  # excluded by the plan's own check
         raise ValueError("privacy has neither epsilon nor noise_multiplier")
-    return noise_multiplier_for(privacy.epsilon, privacy.delta, sampling_rate, steps)
+    rate, steps = _sampling(plan)
+    return noise_multiplier_for(
+        privacy.epsilon,
+        privacy.delta,
+        rate,
+        steps * participations(plan),
+        relation=privacy.relation,
+    )

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from reticent.core.errors import DataError, LedgerError
+from reticent.core.errors import DataError, LedgerError, RunError
 from reticent.core.run import Run
 from reticent.core.tasks import load_task
 from reticent.privacy.accounting import epsilon
-from reticent.privacy.schedule import participations, schedule_for
+from reticent.privacy.randomness import Randomness, SystemRandomness
+from reticent.privacy.schedule import Schedule, participations, schedule_for
 
+from .countersign import Countersigner
 from .evaluation import test_accuracy
 from .finish import finish
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
 from .preparation import prepare, start_accuracies
-from .strategy import PrivateAveraging, RoundPlan, Tally
+from .rounds import RoundPlan, Tally
+from .strategy import PrivateAveraging
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Settings:
         anchor: Returns the ledger head to record with a round, or None when ledgers are elsewhere.
         holds_anchor: Whether the ledger still holds a recorded head.
         close: Called when the run ends, whatever its end.
+        randomness: Where the server's own noise comes from; the operating system, unless a
+            simulation asks for a seeded source.
+        countersigner: Judges and countersigns the ledgers of real devices; None in a simulation.
     """
 
     run: Run
@@ -45,6 +51,8 @@ class Settings:
     anchor: Callable[[], str | None] = lambda: None
     holds_anchor: Callable[[str], bool] = lambda _: True
     close: Callable[[], None] = lambda: None
+    randomness: Randomness = field(default_factory=SystemRandomness)
+    countersigner: Countersigner | None = None
 
 
 def build_server_app(settings_of: Callable[[Context], Settings]) -> ServerApp:
@@ -76,14 +84,16 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         _check_anchor(settings, journal)
         journal.rewrite_metrics()
         start = prepare(plan, task, journal, settings.say)
-        state = journal.latest() or ServerState.begin(start.weights)
+        state = journal.latest() or ServerState.begin(start.weights, _first_clip(schedule))
         if state.round:
             settings.say(f"resuming after round {state.round}")
         job = Job(run, plan, task, schedule, start, journal)
-        constants = _round_plan(settings.identity, job)
+        constants = _round_plan(settings, job)
         clerk = _Clerk(settings, job)
         taken_part = {int(node): rounds for node, rounds in journal.participations().items()}
-        strategy = PrivateAveraging(plan, constants, state, clerk.commit, taken_part)
+        strategy = PrivateAveraging(
+            plan, constants, state, clerk.commit, taken_part, settings.countersigner
+        )
         strategy.start(grid)
         finish(job, strategy.state, settings.say)
     finally:
@@ -99,22 +109,46 @@ def _check_anchor(settings: Settings, journal: Journal) -> None:
         )
 
 
-def _round_plan(identity: str, job: Job) -> RoundPlan:
+def _first_clip(schedule: Schedule | None) -> float | None:
+    return schedule.clip if schedule is not None and schedule.unit == "client" else None
+
+
+def _round_plan(settings: Settings, job: Job) -> RoundPlan:
     known = job.journal.fact("run")
     if known is None:
-        job.journal.record("run", identity)
+        job.journal.record("run", settings.identity)
+    _record_randomness(settings, job)
     denominator = job.plan.federation.sampling_rate * job.task.nominal_examples
     if denominator <= 0:
         raise DataError(f"task {job.task.name}: nominal_examples must be at least 1")
     start = job.start
     return RoundPlan(
-        known or identity,
+        known or settings.identity,
         job.schedule,
         denominator,
         start.layout,
         start.constants,
         start.constants_digest,
+        settings.randomness,
     )
+
+
+def _record_randomness(settings: Settings, job: Job) -> None:
+    """Record where the server's noise comes from, for the report; a run has one source.
+
+    Raises:
+        RunError: If the run was begun with another source.
+    """
+    if job.schedule is None or job.schedule.unit != "client":
+        return  # the server draws no noise
+    given, known = settings.randomness.description, job.journal.fact("randomness")
+    if known is None:
+        job.journal.record("randomness", given)
+    elif known != given:
+        raise RunError(
+            f"{settings.run.folder}: was begun with noise that is {known}, now it is {given}: one "
+            "run must have one source"
+        )
 
 
 class _Clerk:
@@ -143,6 +177,9 @@ class _Clerk:
             "accuracy": self._accuracy(state) if tested else None,
             "epsilon": self._epsilon(state.round) if tested else None,
         }
+        if tally.noised is not None:
+            # Noised, so that they may be shown; the counts behind them may not.
+            metrics |= {"clip": tally.noised.clip, "within_clip": tally.noised.fraction}
         clients = [str(node) for node in sorted(tally.accepted)]
         self._job.journal.commit(state, metrics, clients, self._settings.anchor())
         self._settings.progress(metrics)

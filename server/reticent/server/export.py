@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from reticent.compression.artifact import load_artifact, load_public_key
+from reticent.compression.artifact import load_artifact
 from reticent.compression.bench import Latency, measure, size_on_disk
 from reticent.compression.integer import build
 from reticent.core.errors import RunError
 from reticent.core.run import Run
+from reticent.core.signing import read_public_key
 from reticent.core.tasks import load_task
 from reticent.privacy.schedule import schedule_for
 
@@ -86,7 +87,7 @@ def bench_artifact(folder: Path, key: Path, repeats: int) -> list[dict[str, Any]
         ArtifactError: If it is damaged or signed by another key.
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
-    artifact = load_artifact(folder, load_public_key(key))
+    artifact = load_artifact(folder, read_public_key(key))
     shape = artifact.manifest.task.input_shape
     inputs = torch.zeros(1, *shape)
     return [

@@ -14,8 +14,6 @@ from torch import nn
 from reticent.compression.artifact import (
     SelfTest,
     TaskInfo,
-    load_signing_key,
-    make_signing_key,
     write_artifact,
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
@@ -23,6 +21,7 @@ from reticent.compression.convert import calibrate, compare, convert, fake_quant
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
 from reticent.core.run import write_atomic
+from reticent.core.signing import make_signing_key, read_private_key
 from reticent.core.tasks import Task
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
@@ -68,7 +67,7 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
         "model": vector_digest(state.average),
         "rounds": state.round,
         "parameters": {"kept": start.layout.size, "total": start.layout.total},
-        "privacy": _privacy(job),
+        "privacy": _privacy(job, state),
         "accuracy": _accuracies(job, final, spec),
         **_measured(job, final, spec),
     }
@@ -125,7 +124,7 @@ def latencies(
         return side_by_side(rows, repeats=repeats)
 
 
-def _privacy(job: Job) -> dict[str, Any]:
+def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
     """Return epsilon of the client that took part most often, against both adversaries."""
     rounds = max(job.journal.participations().values(), default=0)
     if job.schedule is None or job.plan.private is None:
@@ -135,13 +134,30 @@ def _privacy(job: Job) -> dict[str, Any]:
     server = epsilon([s.over(s.server_event(), rounds)], s.delta) if rounds else 0.0
     return {
         "trust": s.trust,
-        "unit": job.plan.private.unit,
-        "relation": "add-or-remove-one",
+        "unit": s.unit,
+        "relation": s.relation,
         "delta": s.delta,
         "noise_multiplier": s.noise_multiplier,
         "epsilon": _number(readers),
         "server_epsilon": _number(server),
         "largest_participation": rounds,
+        **_client_level(job, state),
+    }
+
+
+def _client_level(job: Job, state: ServerState) -> dict[str, Any]:
+    """Return what only client-level privacy has: bounds, the noise of the sum, its source."""
+    s = job.schedule
+    if s is None or s.unit != "client":
+        return {}
+    return {
+        "clip": s.clip,
+        "final_clip": state.clip,
+        "clip_quantile": s.clip_quantile,
+        "sum_multiplier": s.sum_multiplier,
+        "count_noise": s.count_noise,
+        "denominator": job.plan.federation.clients_per_round,
+        "server_randomness": job.journal.fact("randomness"),
     }
 
 
@@ -152,7 +168,7 @@ def _number(value: float) -> float | str:
 def _write_artifact(job: Job, spec: IntegerSpec, summary: dict[str, Any], folder: Path) -> None:
     task, keys = job.task, job.run.keys
     key_file = keys / "signing_key.pem"
-    key = load_signing_key(key_file) if key_file.exists() else make_signing_key(keys)
+    key = read_private_key(key_file) if key_file.exists() else make_signing_key(keys)
     inputs = task.public().inputs[:_SELF_TEST]
     write_artifact(
         folder,

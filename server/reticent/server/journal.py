@@ -91,8 +91,7 @@ class Journal:
         Raises:
             RunError: If the disk is full or cannot be written; the round is then not committed.
         """
-        arrays = {k: v for k, v in vars(state).items() if k != "round"}
-        digest = self._write(f"round-{state.round:06d}", arrays)
+        digest = self._write(f"round-{state.round:06d}", _arrays(state))
         with _explained(self._run.journal), self._transaction():
             self._db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)",
@@ -119,8 +118,7 @@ class Journal:
             ).fetchone()
         if row is None:
             return None
-        arrays = self._read(f"round-{row[0]:06d}", row[1])
-        return ServerState(row[0], **arrays)
+        return _state(row[0], self._read(f"round-{row[0]:06d}", row[1]))
 
     def anchor(self) -> str | None:
         """Return the ledger head that the last committed round recorded."""
@@ -189,6 +187,19 @@ class Journal:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+def _arrays(state: ServerState) -> dict[str, np.ndarray]:
+    """Return what a checkpoint holds; the bound only where there is one."""
+    arrays = {k: v for k, v in vars(state).items() if k not in ("round", "clip")}
+    if state.clip is not None:
+        arrays["clip"] = np.array([state.clip], dtype=np.float64)
+    return arrays
+
+
+def _state(number: int, arrays: dict[str, np.ndarray]) -> ServerState:
+    clip = arrays.pop("clip", None)
+    return ServerState(number, **arrays, clip=None if clip is None else float(clip[0]))
 
 
 @contextmanager

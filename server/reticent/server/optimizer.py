@@ -25,6 +25,7 @@ class ServerState:
         average: Exponential moving average of the models, float32 ``(size,)``.
         first: First moment (momentum), float64.
         second: Second moment (Adam only; zeros otherwise), float64.
+        clip: With unit ``client`` the bound of the next round's updates; None otherwise.
     """
 
     round: int
@@ -32,12 +33,13 @@ class ServerState:
     average: Vector
     first: Floats
     second: Floats
+    clip: float | None = None
 
     @staticmethod
-    def begin(weights: Vector) -> ServerState:
-        """Return the state before the first round."""
+    def begin(weights: Vector, clip: float | None = None) -> ServerState:
+        """Return the state before the first round, with the first bound of clients' updates."""
         zeros = np.zeros(weights.shape, dtype=np.float64)
-        return ServerState(0, weights, weights.copy(), zeros, zeros.copy())
+        return ServerState(0, weights, weights.copy(), zeros, zeros.copy(), clip)
 
 
 def apply_round(
@@ -83,8 +85,8 @@ class Accumulator:
         self._low: Floats = np.zeros(size, dtype=np.float64)
         self.count = 0
 
-    def add(self, vector: Vector) -> None:
-        """Add one float32 vector ``(size,)``."""
+    def add(self, vector: Vector | Floats) -> None:
+        """Add one float32 or float64 vector ``(size,)``."""
         value = vector.astype(np.float64)
         total = self._high + value
         rest = total - self._high
@@ -92,6 +94,10 @@ class Accumulator:
         self._high = total
         self.count += 1
 
+    def total(self) -> Floats:
+        """Return the sum of what was added, float64 ``(size,)``; zeros when nothing was."""
+        return self._high + self._low
+
     def mean(self) -> Floats:
         """Return the mean of what was added, float64 ``(size,)``."""
-        return (self._high + self._low) / self.count
+        return self.total() / self.count

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -19,64 +18,22 @@ from reticent.core.errors import NetworkError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order, Refusal
 from reticent.core.seeds import numpy_generator
-from reticent.core.update import Layout, Vector
-from reticent.privacy.schedule import Schedule, participations
+from reticent.privacy.client_level import split_bit
+from reticent.privacy.schedule import participations
 
+from .client_level import client_level_for
+from .countersign import Countersigner
 from .optimizer import Accumulator, ServerState, apply_round
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """Public constants of every round of a run.
-
-    Attributes:
-        run: Identity of the run.
-        schedule: The mechanism; None when privacy is off.
-        denominator: Expected number of examples in one client's batch.
-        layout: Layout of the student.
-        constants: Encoded public constants, sent once to each client.
-        constants_digest: Their SHA-256.
-    """
-
-    run: str
-    schedule: Schedule | None
-    denominator: float
-    layout: Layout
-    constants: bytes
-    constants_digest: str
-
-    @property
-    def bound(self) -> float:
-        """Largest L2 norm of an update that is accepted.
-
-        So far above what an honest client can send (100 times the expected batch, all gradients
-        aligned, plus four times the noise) that applying it does not depend on honest data.
-        """
-        if self.schedule is None:
-            return math.inf
-        s = self.schedule
-        noise = s.share_multiplier * s.clip / self.denominator * math.sqrt(self.layout.size)
-        return s.steps * (100 * s.clip + 4 * noise)
-
-
-@dataclass
-class Tally:
-    """What arrived in one round."""
-
-    sum: Accumulator
-    accepted: set[int] = field(default_factory=set)
-    dropped: Counter[str] = field(default_factory=Counter)
-    asked: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    first_bytes_down: int = 0
-
+from .rounds import Reading, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
 
 
 class PrivateAveraging(Strategy):
     """Averages the accepted pseudo-gradients with uniform weights and steps the server optimizer.
+
+    With unit ``client`` each decoded update is bounded before it is added, and the sum is noised
+    and divided by the public number of clients (:mod:`.client_level`) instead of being averaged.
 
     Replies are folded one by one, so memory does not depend on the cohort. Nothing about a client
     but its encoded update is used: no example counts, no local metrics.
@@ -89,6 +46,7 @@ class PrivateAveraging(Strategy):
         state: ServerState,
         committed: Committed,
         taken_part: Mapping[int, int] | None = None,
+        countersigner: Countersigner | None = None,
     ) -> None:
         """Continue from ``state``.
 
@@ -98,6 +56,8 @@ class PrivateAveraging(Strategy):
             state: State after the last committed round.
             committed: Makes an applied round durable.
             taken_part: Rounds that each node took part in so far.
+            countersigner: Judges the ledger statements of real devices; None in a simulation,
+                whose devices make none.
         """
         self._plan = plan
         self._constants = constants
@@ -105,8 +65,12 @@ class PrivateAveraging(Strategy):
         self._committed = committed
         self._codec: Codec = build_codec(plan.updates.codec)
         self._broadcast: Codec = build_codec(plan.updates.broadcast)
+        self._mechanism = client_level_for(
+            plan, constants.schedule, constants.run, constants.randomness
+        )
         self._informed: set[int] = set()
         self._taken_part = Counter(taken_part or {})
+        self._countersigner = countersigner
         self._cohort: list[int] = []
         self._tally = Tally(Accumulator(constants.layout.size))
 
@@ -144,6 +108,8 @@ class PrivateAveraging(Strategy):
         federation = self._plan.federation
         self._tally = Tally(Accumulator(self._constants.layout.size))
         self._cohort = self.cohort(number, grid)
+        if self._countersigner is not None:
+            self._countersigner.begin()
         for _ in range(federation.retries + 1):
             messages = self.configure_train(number, arrays, config, grid)
             replies = grid.send_and_receive(messages, timeout=federation.timeout)
@@ -152,11 +118,33 @@ class PrivateAveraging(Strategy):
                 break
         else:
             self._give_up(number)
-        gradient = self._tally.sum.mean()
-        state = apply_round(self.state, gradient, federation.server, federation.average)
+        state = self._applied(number)
         self._committed(state, self._tally, time.monotonic() - began)
+        if self._countersigner is not None:
+            self._countersigner.commit()
         self._taken_part.update(self._tally.accepted)
         self.state = state
+
+    def _applied(self, number: int) -> ServerState:
+        """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
+        tally, federation = self._tally, self._plan.federation
+        if self._mechanism is None:
+            gradient = tally.sum.mean()
+            return apply_round(self.state, gradient, federation.server, federation.average)
+        noised = self._mechanism.release(
+            tally.sum.total(), tally.sum.count, tally.inside, self._clip, number
+        )
+        tally.noised = noised
+        state = apply_round(self.state, noised.mean, federation.server, federation.average)
+        return replace(state, clip=noised.next_clip)
+
+    @property
+    def _clip(self) -> float:
+        """The bound in force: of one example's gradient, or of one client's update."""
+        schedule = self._constants.schedule
+        if schedule is None:
+            return 0.0
+        return schedule.clip if self.state.clip is None else self.state.clip
 
     def _give_up(self, number: int) -> None:
         tally, federation = self._tally, self._plan.federation
@@ -194,13 +182,21 @@ class PrivateAveraging(Strategy):
             if node not in self._informed:
                 content["constants"] = constants
                 self._tally.first_bytes_down += len(self._constants.constants)
+            if self._countersigner is not None and (anchor := self._countersigner.anchor(node)):
+                content["anchor"] = ArrayRecord({"payload": _packed(anchor)})
             yield Message(content, dst_node_id=node, message_type="train", group_id=str(number))
 
     def _order(self, number: int) -> Order:
         c = self._constants
-        sigma = c.schedule.noise_multiplier if c.schedule else 0.0
         return Order(
-            PROTOCOL, c.run, self._plan.digest, number, c.constants_digest, sigma, c.denominator
+            protocol=PROTOCOL,
+            run=c.run,
+            plan=self._plan.digest,
+            round=number,
+            constants=c.constants_digest,
+            noise_multiplier=c.schedule.noise_multiplier if c.schedule else 0.0,
+            denominator=c.denominator,
+            clip=self._clip,
         )
 
     def cohort(self, number: int, grid: Grid) -> list[int]:
@@ -254,35 +250,59 @@ class PrivateAveraging(Strategy):
             if reply.metadata.group_id != str(server_round) or node in self._tally.accepted:
                 continue  # a late or repeated reply
             try:
-                vector, size = self._read(reply)
+                reading = self._read(reply)
+                self._judge(node, reply, server_round)
             except PayloadError as error:
                 self._drop(node, str(error))
                 continue
-            self._tally.sum.add(vector)
+            self._fold(reading)
             self._tally.accepted.add(node)
-            self._tally.bytes_up += size
+            self._tally.bytes_up += reading.size
             self._informed.add(node)
         return None, None
+
+    def _fold(self, reading: Reading) -> None:
+        if self._mechanism is None:
+            self._tally.sum.add(reading.vector)
+            return
+        self._tally.sum.add(self._mechanism.bounded(reading.vector, self._clip))
+        self._tally.inside += reading.inside
+
+    def _judge(self, node: int, reply: Message, number: int) -> None:
+        """Check the ledger statement of a reply whose update is otherwise good.
+
+        Raises:
+            PayloadError: With the reason for which the update must not be used.
+        """
+        if self._countersigner is None:
+            return
+        if "statement" not in reply.content:
+            raise PayloadError("the reply holds no ledger statement")
+        statement = _payload_of(reply.content, "statement")
+        payload = _payload_of(reply.content, "update")
+        self._countersigner.accept(node, statement, self._constants.run, number, payload)
 
     def _drop(self, node: int, reason: str) -> None:
         self._tally.dropped[reason] += 1
         self._informed.discard(node)
 
-    def _read(self, reply: Message) -> tuple[Vector, int]:
-        """Return the decoded update and its encoded size.
+    def _read(self, reply: Message) -> Reading:
+        """Return the decoded update, its encoded size and its bit.
 
         Raises:
             PayloadError: With a reason that is counted, not the client's words.
         """
         if reply.has_error():
             raise PayloadError(_refusal_text(reply.error.code))
-        record = reply.content.get("update") if list(reply.content) == ["update"] else None
-        if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
+        if "update" not in reply.content or not set(reply.content) <= {"update", "statement"}:
             raise PayloadError("the reply is not one encoded update")
-        payload = record["payload"].data
+        payload = _payload_of(reply.content, "update")
+        size, inside = len(payload), False
         limit = 64 + 8 * self._constants.layout.size
-        if len(payload) > limit:
+        if size > limit:
             raise PayloadError("the payload is larger than any update of this plan")
+        if self._mechanism is not None and self._mechanism.count_noise is not None:
+            inside, payload = split_bit(payload)
         try:
             vector = self._codec.decode(payload, self._constants.layout.blocks)
         except PayloadError as error:
@@ -291,7 +311,7 @@ class PrivateAveraging(Strategy):
             raise PayloadError("the update holds non-finite values")
         if float(np.linalg.norm(vector.astype(np.float64))) > self._constants.bound:
             raise PayloadError("the update is larger than the plan's bound")
-        return vector, len(payload)
+        return Reading(vector, size, inside)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -308,6 +328,13 @@ class PrivateAveraging(Strategy):
 
 def _packed(data: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype="custom", data=data)
+
+
+def _payload_of(content: RecordDict, name: str) -> bytes:
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
+        raise PayloadError("the reply is not one encoded update")
+    return record["payload"].data
 
 
 def _refusal_text(code: int) -> str:

@@ -15,6 +15,9 @@ def check_codecs(plan: Plan) -> None:
     is released is the sum of the encoded shares, and that is a function of the sum plus independent
     noise only if the codec's error is independent of the value for a reader of the models.
 
+    With unit ``client`` every codec is admitted: the server bounds what it *decoded* and adds the
+    noise afterwards, so encoding and decoding are part of what one client contributes.
+
     Raises:
         PlanError: If a codec is unknown, or not admitted under the plan's trust.
     """
@@ -22,6 +25,8 @@ def check_codecs(plan: Plan) -> None:
     build_codec(plan.updates.broadcast)
     privacy = plan.private
     if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":
+        return
+    if privacy.unit == "client":
         return
     raise PlanError(
         f"updates.codec={list(plan.updates.codec)}: not admitted when privacy.trust is "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reticent.client.round import quantization_step
+from reticent.client.round import quantization_step, update_step
 from reticent.client.training import LocalTrainer, NoisyStep
 from reticent.compression.codec import build_codec
 from reticent.core.plan import Plan
@@ -19,6 +19,7 @@ from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator
 from reticent.core.tasks import Task, load_task
 from reticent.privacy.accounting import epsilon
+from reticent.privacy.calibrate import max_rounds
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
 
@@ -48,7 +49,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     task, schedule = check_plan(plan)
     trainer = LocalTrainer(plan, task, _half_mask(plan, task))
     step = _step(plan, task, schedule)
-    up, down = _encoded_bytes(plan, trainer, step)
+    up, down = _encoded_bytes(plan, trainer, step, schedule)
     seconds = _step_seconds(trainer, task, step)
     federation = plan.federation
     messages = federation.rounds * federation.clients_per_round
@@ -56,7 +57,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     return {
         "plan": plan.digest,
         "parameters": trainer.layout.size,
-        "privacy": _privacy(schedule),
+        "privacy": _privacy(plan, schedule),
         "bytes": {
             "up": up,
             "down": down,
@@ -92,21 +93,29 @@ def _half_mask(plan: Plan, task: Task) -> Constants:
 
 def _step(plan: Plan, task: Task, schedule: Schedule | None) -> NoisyStep:
     denominator = plan.federation.sampling_rate * task.nominal_examples
-    if schedule is None:
+    if schedule is None or schedule.unit == "client":
         return NoisyStep(None, 0.0, denominator)
     return NoisyStep(schedule.clip, schedule.share_multiplier * schedule.clip, denominator)
 
 
-def _encoded_bytes(plan: Plan, trainer: LocalTrainer, step: NoisyStep) -> tuple[int, int]:
+def _encoded_bytes(
+    plan: Plan, trainer: LocalTrainer, step: NoisyStep, schedule: Schedule | None
+) -> tuple[int, int]:
     layout = trainer.layout
     generator = numpy_generator(plan.seed, "explain", "bytes")
     noise = generator.standard_normal(layout.size).astype(np.float32)
-    scale = step.noise / step.denominator or 1.0
+    scale, quantum = step.noise / step.denominator or 1.0, quantization_step(step)
+    bit = 0
+    if schedule is not None and schedule.unit == "client":
+        # An update at its bound, spread over all coordinates: real ones need somewhat fewer bytes.
+        scale = schedule.clip / float(np.linalg.norm(noise))
+        quantum = update_step(schedule.clip, layout.size)
+        bit = schedule.clip_quantile is not None
     up = build_codec(plan.updates.codec).encode(
-        noise * np.float32(scale), layout.blocks, generator, quantization_step(step)
+        noise * np.float32(scale), layout.blocks, generator, quantum
     )
     down = build_codec(plan.updates.broadcast).encode(noise, layout.blocks, generator)
-    return len(up), len(down)
+    return len(up) + bit, len(down)
 
 
 def _step_seconds(trainer: LocalTrainer, task: Task, step: NoisyStep) -> float:
@@ -126,22 +135,33 @@ def _step_seconds(trainer: LocalTrainer, task: Task, step: NoisyStep) -> float:
     return float(np.median(times[1:])) / trainer.steps
 
 
-def _privacy(schedule: Schedule | None) -> dict[str, Any]:
+def _privacy(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
     if schedule is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s, rounds = schedule, schedule.participations
-    event = s.over(s.round_event(), rounds)
-    half = replace(event, noise_multiplier=s.noise_multiplier / 2)
+    half = replace(s, noise_multiplier=s.noise_multiplier / 2)
+    always = replace(s, sampling_rate=1.0)
     return {
         "trust": s.trust,
+        "unit": s.unit,
+        "relation": s.relation,
         "noise_multiplier": s.noise_multiplier,
         "participations": rounds,
-        "epsilon": _number(epsilon([event], s.delta)),
+        "epsilon": _number(epsilon([s.over(s.round_event(), rounds)], s.delta)),
         "server_epsilon": _number(epsilon([s.over(s.server_event(), rounds)], s.delta)),
         "round_epsilon": _number(epsilon([s.round_event()], s.delta)),
-        "half_noise_epsilon": _number(epsilon([half], s.delta)),
-        "unamplified_epsilon": _number(epsilon([replace(event, sampling_rate=1.0)], s.delta)),
+        "half_noise_epsilon": _number(epsilon([s.over(half.round_event(), rounds)], s.delta)),
+        "unamplified_epsilon": _number(epsilon([s.over(always.round_event(), rounds)], s.delta)),
+        "rounds_that_fit": _rounds_that_fit(plan, s),
+        "half_noise_rounds": _rounds_that_fit(plan, half),
     }
+
+
+def _rounds_that_fit(plan: Plan, schedule: Schedule) -> int | None:
+    """Return how many rounds of one client fit its budget, else the target; None without either."""
+    privacy = plan.private
+    limit = (privacy.budget or privacy.epsilon) if privacy else None
+    return None if limit is None else max_rounds(limit, schedule.delta, schedule.round_event())
 
 
 def _number(value: float) -> float | str:

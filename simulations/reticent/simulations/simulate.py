@@ -13,6 +13,7 @@ from flwr.serverapp import ServerApp
 from reticent.core.plan import Plan
 from reticent.core.run import Run, create_run, locked, open_run
 from reticent.privacy.ledger import Head, Ledger
+from reticent.privacy.randomness import SeededRandomness
 from reticent.server.app import Settings, build_server_app
 
 from .devices import Devices, devices_for
@@ -59,7 +60,7 @@ def _settings(
     say: Callable[[str], None],
     progress: Callable[[dict[str, Any]], None],
 ) -> Settings:
-    ledger = Ledger.open(run.ledger)
+    ledger = Ledger.open(run.ledger, verify=False)
     return Settings(
         run=run,
         identity=plan.digest[:16],
@@ -68,6 +69,7 @@ def _settings(
         anchor=lambda: _text(ledger.head()),
         holds_anchor=lambda text: ledger.contains(_head(text)),
         close=ledger.close,
+        randomness=SeededRandomness(plan.seed),
     )
 
 

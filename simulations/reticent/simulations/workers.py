@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from reticent.client.app import build_client_app, pack, unpack
 from reticent.client.round import round_event
-from reticent.core.errors import LedgerError, PayloadError, RunError
+from reticent.core.errors import PayloadError, PlanError, PrivacyError, RunError
 from reticent.core.plan import plan_from_json
 from reticent.core.protocol import Order
 from reticent.privacy.ledger import Ledger
@@ -35,7 +35,7 @@ class Site:
         enter_task()
         self._devices = devices
         self._plan = plan_from_json(plan_json)
-        self._ledger = Ledger.open(devices.ledger)
+        self._ledger = Ledger.open(devices.ledger, verify=False)  # simulate() did, once
         self._app: ClientApp = build_client_app(
             lambda context: devices.environment(client_index(context), self._ledger),
             lambda _: plan_json,
@@ -61,7 +61,7 @@ class Site:
             event = round_event(self._plan, order.noise_multiplier)
             names = [device_name(client_of(m.metadata.dst_node_id)) for m in messages]
             self._ledger.charge_many(names, order.run, order.round, event, self._devices.budget)
-        except (PayloadError, LedgerError, KeyError):
+        except (PayloadError, PrivacyError, PlanError, KeyError):
             return
 
     def answer(self, message: Message) -> Message:

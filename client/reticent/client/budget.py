@@ -1,0 +1,44 @@
+"""The owner's budget as the device last ran with it, kept beside the ledger."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from reticent.core.errors import LedgerError
+from reticent.core.run import write_atomic
+from reticent.privacy.ledger import Budget
+
+DEVICE = "device"
+"""The one name in a real device's ledger; who it is towards servers is its key."""
+
+
+def remember_budget(folder: Path, budget: Budget) -> None:
+    """Write ``budget.json`` beside the ledger if it differs; nothing is ever decided from it.
+
+    Raises:
+        LedgerError: If it cannot be written.
+    """
+    path = folder / "budget.json"
+    data = json.dumps(asdict(budget), indent=1).encode()
+    try:
+        if not path.exists() or path.read_bytes() != data:
+            write_atomic(path, data)
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def remembered_budget(folder: Path) -> Budget | None:
+    """Return the budget that the device last ran with; None when it never ran.
+
+    Raises:
+        LedgerError: If the file is damaged.
+    """
+    path = folder / "budget.json"
+    try:
+        return Budget(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise LedgerError(f"{path}: cannot be read: {error}") from error

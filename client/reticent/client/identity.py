@@ -1,0 +1,135 @@
+"""A device's key, the statements it signs, and the anchors it has met."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from reticent.core.errors import ArtifactError, LedgerError, PayloadError
+from reticent.core.run import write_atomic
+from reticent.core.signing import private_pem, read_private_key, write_new
+from reticent.privacy.anchor import Signed, check_anchor, public_hex, state
+from reticent.privacy.ledger import Head, Ledger
+from reticent.privacy.release import Public
+
+
+class RolledBack(LedgerError):
+    """The ledger does not hold a head that a server countersigned."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a device is towards servers, and what servers have seen of its ledger.
+
+    Guarantee: once an anchor of a pinned server was met, no round is run on a ledger that does not
+    hold it, for any server and after any restart (the anchors are kept beside the ledger). What
+    this cannot find is listed in :mod:`reticent.privacy.anchor`.
+
+    Attributes:
+        key: The device's own Ed25519 key.
+        servers: Keys whose anchors count; those of others are ignored.
+        folder: Holds ``device.key.pem`` and ``anchors.json``.
+    """
+
+    key: Ed25519PrivateKey
+    servers: tuple[Ed25519PublicKey, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The device's public key as hex."""
+        return public_hex(self.key.public_key())
+
+    def check(self, ledger: Ledger, anchor: bytes) -> None:
+        """Refuse a ledger that lacks a head a server has seen; remember the head of ``anchor``.
+
+        Args:
+            ledger: The device's ledger.
+            anchor: What came with the order; empty when nothing did.
+
+        Raises:
+            RolledBack: If the ledger lacks this anchor, or one met before.
+            PayloadError: If the anchor is malformed or names another device.
+            LedgerError: If the file of anchors is damaged or cannot be written.
+        """
+        known, met = self._known(), self._met(anchor)
+        kept = {**known, **{s: h for s, h in met.items() if _tells_more(ledger, h, known.get(s))}}
+        if kept != known:
+            # Kept even when it refuses this ledger, so that no later server is served either.
+            self._keep(kept)
+        for server, head in [*kept.items(), *met.items()]:
+            _require_held(ledger, head, server)
+
+    def statement(self, ledger: Ledger, run: str, round: int, payload: bytes) -> Public[bytes]:
+        """Return the signed head of ``ledger`` that goes with ``payload``."""
+        signed = state(self.key, ledger.head(), run, round, payload)
+        return Public(signed.encode(), "statement")
+
+    def _met(self, anchor: bytes) -> dict[str, Head]:
+        if not anchor:
+            return {}
+        signed = Signed.decode(anchor)
+        if signed.device != self.name:
+            raise PayloadError("the anchor is of another device")
+        signers = (key for key in self.servers if check_anchor(signed, key))
+        return {public_hex(key): signed.head for key in signers}
+
+    def _known(self) -> dict[str, Head]:
+        path = self.folder / "anchors.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return {str(k): Head(int(sequence), str(mac)) for k, (sequence, mac) in data.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise LedgerError(f"{path}: cannot be read: {error}") from error
+
+    def _keep(self, heads: dict[str, Head]) -> None:
+        path = self.folder / "anchors.json"
+        data = {server: [head.sequence, head.mac] for server, head in heads.items()}
+        try:
+            write_atomic(path, json.dumps(data, indent=1).encode())
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def open_identity(folder: Path, servers: Sequence[Ed25519PublicKey]) -> Identity:
+    """Return the device's identity, making its key in ``folder`` the first time.
+
+    Raises:
+        LedgerError: If the key cannot be made or read, or anchors are there and the key is gone.
+    """
+    path = folder / "device.key.pem"
+    try:
+        if not path.exists():
+            if (folder / "anchors.json").exists():
+                raise LedgerError(
+                    f"{path}: is missing beside anchors.json; put it back: under another key "
+                    "servers would take this for another device"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            write_new(part, private_pem(Ed25519PrivateKey.generate()), 0o600)
+            part.replace(path)  # whole or absent, whenever power is lost
+        key = read_private_key(path)
+    except (OSError, ArtifactError) as error:
+        raise LedgerError(f"{path}: cannot be used: {error}") from error
+    return Identity(key, tuple(servers), folder)
+
+
+def _tells_more(ledger: Ledger, head: Head, known: Head | None) -> bool:
+    return known is None or head.sequence > known.sequence or not ledger.contains(head)
+
+
+def _require_held(ledger: Ledger, head: Head, server: str) -> None:
+    if not ledger.contains(head):
+        raise RolledBack(
+            f"the ledger does not hold entry {head.sequence} as the server with key {server[:16]}… "
+            "countersigned it: it was put back to an older state, or copied; what it lost cannot "
+            "be counted, so this device takes no further part"
+        )

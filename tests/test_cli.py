@@ -214,8 +214,71 @@ def test_report_prints_one_format_or_writes_all(run: Path, capsys: Capture) -> N
     assert json.loads(capsys.readouterr().out)["run"]["plan"] == load_plan(run / "plan.toml").digest
     assert call("report", run) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert {path.name for path in written} == {"report.html", "report.json", "report.md"}
+    names = {"report.html", "report.json", "report.md", "report.sig"}
+    assert {path.name for path in written} == names
     assert all(path.is_file() for path in written)
+
+
+def test_report_verifies_what_it_wrote_with_the_artifacts_key(
+    run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert call("report", copy) == 0
+    capsys.readouterr()
+    assert call("report", "--verify", copy) == 0
+    assert "not who wrote it" in capsys.readouterr().out
+    key = run / "keys" / "signing_key.pub.pem"
+    assert call("report", "--verify", copy, "--key", key) == 0
+    shown = capsys.readouterr().out
+    assert f"verified with {key}" in shown and "not who wrote it" not in shown
+    page = copy / "report.html"
+    page.write_bytes(page.read_bytes().replace(b"Nobody", b"nobody", 1) + b" ")
+    assert "report.html: was altered" in fails(capsys, 7, "report", "--verify", copy)
+    (copy / "keys" / "signing_key.pub.pem").unlink()
+    assert "--key" in fails(capsys, 7, "report", "--verify", copy)
+    assert "cannot be read" in fails(capsys, 7, "report", "--verify", copy, "--key", tmp_path)
+
+
+def test_report_without_a_key_says_that_it_is_not_signed(
+    run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "keys")
+    capsys.readouterr()
+    assert call("report", copy) == 0
+    printed = capsys.readouterr()
+    assert "report.sig" not in printed.out and "not signed" in printed.err
+
+
+def test_report_compares_two_runs(run: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert call("report", run, run) == 0
+    shown = capsys.readouterr().out
+    assert "Noise multiplier σ" in shown and "differs" not in shown
+    assert call("report", run, run, "--format", "json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {"what": "Task", "a": "digits", "b": "digits"}.items() <= rows[1].items()
+
+
+def test_report_prints_its_schema(capsys: Capture) -> None:
+    capsys.readouterr()
+    assert call("report", "--schema") == 0
+    assert json.loads(capsys.readouterr().out)["$id"] == "urn:reticent:report:2"
+
+
+def test_report_refuses_arguments_that_make_no_sense_together(run: Path, capsys: Capture) -> None:
+    for arguments in (
+        (),
+        (run, run, run),
+        (run, "--schema"),
+        (run, run, "--verify"),
+        (run, "--verify", "--format", "md"),
+        (run, "--key", run),
+    ):
+        assert call("report", *arguments) == 2
+    capsys.readouterr()
 
 
 def test_export_writes_an_artifact_that_needs_the_runs_key(

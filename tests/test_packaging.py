@@ -22,6 +22,10 @@ NEEDED = {
     "reticent/core/data/digits-images.idx.gz",
     "reticent/privacy/report/template.html.j2",
     "reticent/privacy/report/report.md.j2",
+    "reticent/privacy/report/compare.html.j2",
+    "reticent/privacy/report/compare.md.j2",
+    "reticent/privacy/report/report-schema-2.json",
+    "reticent/privacy/report/style.css",
 }
 
 

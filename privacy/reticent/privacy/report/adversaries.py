@@ -13,14 +13,22 @@ from ..schedule import Schedule
 from .spending import with_noise
 from .words import certainty, portable, tier
 
-_READERS = "Readers of the models"
-_FELLOWS = "Another client"
-_SERVER = "The server"
+READERS = "Readers of the models"
+FELLOWS = "Another client"
+SERVER = "The server"
+NETWORK = "Someone on the network"
+_MODELS = "the released models of every round"
+
+
+_LENGTHS = "the models, who took part, and the length of every encrypted update"
 
 
 @dataclass(frozen=True)
 class _View:
-    """One adversary: what it sees, what is assumed, and its share of the noise's deviation."""
+    """One adversary: what it sees, what is assumed, and its share of the noise's deviation.
+
+    A ``factor`` of 0 means that it faces no noise at all: its epsilon is infinite.
+    """
 
     name: str
     sees: str
@@ -34,65 +42,108 @@ def adversary_rows(
     """Return a row for each adversary, for the client whose history is ``events``.
 
     Under aggregator trust the server sees single shares, each with the noise multiplier divided by
-    sqrt(shares); a client knows its own share, so for it the sum carries one share less.
+    sqrt(shares); a client knows its own share, so for it the sum carries one share less. With
+    client-level privacy the server adds the noise itself: a client knows nothing of it, and the
+    server faces none.
     """
     if schedule is None:
-        return [_row(view, None, delta) for view in _unprotected()]
-    views = _local() if schedule.trust == "local" else _aggregator(schedule.shares)
-    return [_row(view, with_noise(events, view.factor), delta) for view in views]
+        return [_row(view, events, delta) for view in _unprotected()]
+    if schedule.unit == "client":
+        views = _client_level()
+    else:
+        views = _local() if schedule.trust == "local" else _aggregator(schedule.shares)
+    return [_row(view, events, delta) for view in views]
 
 
-def _row(view: _View, events: list[Event] | None, delta: float) -> dict[str, Any]:
-    value = math.inf if events is None else epsilon(events, delta)
-    gaussians = [e for e in events or () if isinstance(e, PoissonGaussian)]
+def _row(view: _View, events: Sequence[Event], delta: float) -> dict[str, Any]:
+    faced = with_noise(events, view.factor) if view.factor else None
+    value = portable(math.inf if faced is None else epsilon(faced, delta))
     return {
         "name": view.name,
         "sees": view.sees,
         "assumes": view.assumes,
-        "epsilon": portable(value),
-        "delta": None if events is None else delta,
-        "verdict": tier(portable(value)),
-        "certainty_from_half": certainty(portable(value)),
-        "certainty_from_thousandth": certainty(portable(value), 0.001),
-        "events": [asdict(event) for event in gaussians],
+        "epsilon": value,
+        "delta": None if faced is None else delta,
+        "verdict": tier(value),
+        "certainty_from_half": certainty(value),
+        "certainty_from_thousandth": certainty(value, 0.001),
+        "events": [asdict(event) for event in faced or () if isinstance(event, PoissonGaussian)],
     }
 
 
 def _unprotected() -> list[_View]:
     return [
-        _View(_READERS, "the released models of every round", "nothing is promised", 1.0),
-        _View(_SERVER, "every client's own update", "nothing is promised", 1.0),
+        _View(READERS, _MODELS, "nothing is promised", 0.0),
+        _View(SERVER, "every client's own update", "nothing is promised", 0.0),
     ]
 
 
 def _local() -> list[_View]:
     own = "each client adds the full noise itself, so nobody else has to be trusted"
     return [
-        _View(_READERS, "the released models of every round", own, 1.0),
-        _View(_SERVER, "every client's own update, and who took part", own, 1.0),
+        _View(READERS, _MODELS, own, 1.0),
+        _View(SERVER, "every client's own update, and who took part", own, 1.0),
+        _network("; a length follows from the noised values alone", 1.0),
+    ]
+
+
+def _network(why: str, factor: float) -> _View:
+    """Return the view of one who reads lengths: at most what the server sees."""
+    return _View(
+        NETWORK, _LENGTHS, f"connections are encrypted{why}; times are not covered", factor
+    )
+
+
+def _client_level() -> list[_View]:
+    trusted = (
+        "the server bounds every client's update, adds the noise to their sum and shows nobody "
+        "more than the models"
+    )
+    return [
+        _View(READERS, _MODELS, trusted, 1.0),
+        _View(
+            FELLOWS,
+            "the models, and the update that it sent itself",
+            "as above; it knows none of the noise, so its own update helps it against no other "
+            "client, and neither do those of clients that it works with",
+            1.0,
+        ),
+        _View(
+            SERVER,
+            "every client's own bounded update, without noise",
+            "the server is trusted to look only at the sum; nothing is promised if it does not",
+            0.0,
+        ),
+        _network("; a length follows from an update without noise, so nothing is promised", 0.0),
     ]
 
 
 def _aggregator(shares: int) -> list[_View]:
     return [
         _View(
-            _READERS,
-            "the released models of every round",
+            READERS,
+            _MODELS,
             f"at least {shares} clients of each round add their share of the noise and keep it to "
             "themselves, and the server shows nobody more than the models",
             1.0,
         ),
         _View(
-            _FELLOWS,
+            FELLOWS,
             "the models, and the share of noise that it added itself",
             "as above, and it works with no other client (k clients together take away k shares)",
+            # Beside an attacker there is a victim, so at least one share is always left.
             math.sqrt(max(shares - 1, 1) / shares),
         ),
         _View(
-            _SERVER,
+            SERVER,
             "every client's own update, with that client's share of the noise only",
-            "the server is trusted to look only at the sum until secure aggregation exists; this "
-            "number is what remains if it does not",
+            "the server is trusted to look only at the sum, because there is no secure "
+            "aggregation; this number is what remains if it does not",
+            1 / math.sqrt(shares),
+        ),
+        _network(
+            "; a length follows from one share's noised values, so this is at most what the server "
+            "would learn",
             1 / math.sqrt(shares),
         ),
     ]

@@ -1,116 +1,96 @@
-"""The full list of what a privacy report must state; what is missing is said to be missing.
+"""The full list of what a privacy report must state.
 
-The fields follow NIST SP 800-226 (2025) and Ponomareva et al. 2023 (How to DP-fy ML), section 5.3.
+The fields follow NIST SP 800-226 (2025) and Ponomareva et al. 2023 (How to DP-fy ML), section 5.3;
+what is not done is said to be not done.
 """
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import reticent
-
+from .audited import NOT_DONE
 from .words import (
-    NOT_COVERED,
+    bound_text,
     certainty_text,
+    count_text,
     delta_text,
     epsilon_text,
     number_text,
+    relation_text,
 )
 
-UNPROTECTED = (
-    ("Public examples", "teacher, start, mask, calibration: open to anyone by the plan"),
-    ("The test set", "read for every accuracy shown here; it belongs to no client"),
-    ("Choice of settings", "runs made to choose them are not counted here"),
-    ("Who took part, and when", "the server and the network see it"),
-    (
-        "Timing and dropouts",
-        "a reply takes longer when a client's batches are larger; neither that nor its absence is "
-        "noised",
-    ),
-    ("Size of an encoded update", "depends on the noised values only, and is not padded"),
-)
-_EXPOSED = ("Every update", "sent without noise: the server sees what each client computed")
-_SIMULATED = (
-    "The simulation's seed",
-    "whoever knows it knows the noise: a simulation shows the mechanism, it protects nobody",
-)
+NO_USER_LEVEL = "none possible: no bound on examples per user is given"
+_NONE = "none: ε = ∞"
 
 
 def checklist(data: dict[str, Any]) -> list[dict[str, str]]:
     """Return ``{"field", "answer"}`` rows from the other sections of a report."""
     private = data["promise"]["trust"] != "off"
-    mechanism = _mechanism(data) if private else _no_mechanism()
     rows = {
         **_scope(data, private),
-        **mechanism,
-        **_clients(data),
+        **(_mechanism(data) if private else _no_mechanism()),
+        **_clients(data, private),
         **_records(data),
         "Worst-case inference odds": _odds(data),
     }
     return [{"field": field, "answer": answer} for field, answer in rows.items()]
 
 
-def unprotected(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return data accesses that no number in the report covers, each with a remark."""
-    private = data["promise"]["trust"] != "off"
-    known = UNPROTECTED if private else (*UNPROTECTED[:-1], _EXPOSED)
-    return [*known, *([_SIMULATED] if data["run"]["simulated"] else [])]
-
-
 def _scope(data: dict[str, Any], private: bool) -> dict[str, str]:
+    promise = data["promise"]
     names = "; ".join(
         f"{row['name']}: ε = {epsilon_text(row['epsilon'])}" for row in data["adversaries"]
     )
-    clip = number_text(data["promise"].get("clip"))
-    sent = "every update of a client, " if data["promise"]["trust"] == "local" else ""
-    unit = f"one example of one client; its gradient is clipped to L2 norm {clip} in every step"
+    sent = "every update of a client, " if promise["trust"] == "local" else ""
+    covered = (
+        f"{sent}every model of every round, the deployed int8 model and all that is computed from "
+        "them"
+    )
+    if private and promise["clip_quantile"] is not None:
+        covered += "; the noised counts that move the bound, and the bounds"
     return {
-        "Adversaries and trust model": f"{data['promise']['trust']} trust. {names}",
-        "Privacy unit and largest contribution": unit if private else "none: ε = ∞",
-        "Neighbouring relation": "add or remove one example" if private else "none: ε = ∞",
-        "Outputs covered": (
-            f"{sent}every model of every round, the deployed int8 model and all that is computed "
-            "from them"
-            if private
-            else "none: ε = ∞"
-        ),
+        "Adversaries and trust model": f"{promise['trust']} trust. {names}",
+        "Privacy unit and largest contribution": _unit(promise) if private else _NONE,
+        "Neighbouring relation": relation_text(promise) if private else _NONE,
+        "Outputs covered": covered if private else _NONE,
         "Data accesses not covered": "; ".join(
-            f"{what[0].lower()}{what[1:]} ({remark})" for what, remark in unprotected(data)
+            f"{row['what'][0].lower()}{row['what'][1:]} ({row['remark']})"
+            for row in data["not_covered"]
         ),
     }
 
 
+def _unit(promise: dict[str, Any]) -> str:
+    clip = number_text(promise["clip"])
+    if promise["unit"] == "client":
+        start = "" if promise["clip_quantile"] is None else ", at first,"
+        return (
+            f"all that one client contributes; its update in a round is bounded{start} to L2 norm "
+            f"{clip}, and it takes part in at most {promise['participations']} rounds"
+        )
+    how = "" if promise["clipping"] == "flat" else ", split over the parameter tensors,"
+    return (
+        f"one example of one client; its gradient is clipped{how} to L2 norm {clip} in every step"
+    )
+
+
 def _mechanism(data: dict[str, Any]) -> dict[str, str]:
-    p, a, run = data["promise"], data["accounting"], data["run"]
-    rate = number_text(p["sampling_rate"])
+    a = data["accounting"]
     deltas = ", ".join(
         f"{epsilon_text(row['epsilon'])} at δ = {delta_text(row['delta'])}" for row in a["by_delta"]
+    )
+    relations = ", ".join(
+        f"{row['relation']}: {epsilon_text(row['epsilon'])}" for row in a["by_relation"]
     )
     prv = a["prv"]["epsilon"]
     prv_text = "out of its reach" if prv is None else epsilon_text(prv)
     return {
-        "Mechanism": (
-            f"Gaussian noise on sums of clipped gradients (DP-SGD; Abadi et al. 2016): clip "
-            f"{number_text(p['clip'])}, noise multiplier σ = {number_text(p['noise_multiplier'])} "
-            f"({number_text(p['share_multiplier'])} per client), sampling rate q = {rate}, "
-            f"{p['steps_per_round']} step(s) a round, {run['rounds']} rounds, at most "
-            f"{p['participations']} of them with the same client"
-        ),
-        "Sampling performed": (
-            f"each client draws its own Poisson batch at rate q = {rate}; batches and noise come "
-            f"from: {run['randomness']}"
-        ),
-        "Sampling accounted": (
-            f"Poisson sampling of examples at rate q = {rate}. Sampling of clients is not counted, "
-            "because the server and the network see who takes part"
-        ),
+        "Mechanism": _gaussian(data),
+        **_sampling(data),
         "Accountant, version, discretisation": a["accountant"],
         "ε at several δ": deltas,
-        "μ-GDP and its regret": NOT_COVERED,
+        "ε under each neighbouring relation": relations,
+        "μ-GDP and its regret": gdp_text(a["gdp"]),
         "ε by other accountants": (
             f"PRV {prv_text} ({a['prv']['how']}); RDP "
             f"{epsilon_text(a['rdp']['epsilon'])} ({a['rdp']['how']})"
@@ -119,55 +99,160 @@ def _mechanism(data: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def gdp_text(gdp: dict[str, Any] | None) -> str:
+    """Return mu and its regret in a few words."""
+    if gdp is None or gdp["mu"] is None:
+        return "none: no finite μ was found"
+    if gdp["mu"] == "infinity":
+        return "μ = ∞"
+    return (
+        f"μ = {epsilon_text(gdp['mu'])}, regret {_regret(gdp['regret'])} (by how much error rates "
+        "differ from those that μ alone says; 0 is exact; error rates below 1e-10 are left out; "
+        "Gomez et al. 2025)"
+    )
+
+
+def _regret(regret: Any) -> str:
+    return "not known" if regret is None else number_text(regret, 2)
+
+
+def _gaussian(data: dict[str, Any]) -> str:
+    p, run = data["promise"], data["run"]
+    clip, sigma = number_text(p["clip"]), number_text(p["noise_multiplier"])
+    most = (
+        f"{number_text(run['rounds'])} rounds, at most {p['participations']} of them with the same "
+        "client"
+    )
+    if p["unit"] == "client":
+        bound = f"bound {clip}"
+        if p["clip_quantile"] is not None:
+            bound = (
+                f"a bound that begins at {clip} and follows the {number_text(p['clip_quantile'])} "
+                "quantile of the norms by noised counts, which are charged (Andrew et al. 2021)"
+            )
+        return (
+            f"Gaussian noise of the server on sums of bounded client updates (DP-FedAvg; McMahan "
+            f"et al. 2018): {bound}, noise multiplier σ = {sigma}, a fixed denominator of "
+            f"{number_text(run['clients_per_round'])} clients, {run['steps_per_round']} local "
+            f"step(s) a round, {most}"
+        )
+    return (
+        f"Gaussian noise on sums of clipped gradients (DP-SGD; Abadi et al. 2016): clip {clip}, "
+        f"noise multiplier σ = {sigma} ({number_text(p['share_multiplier'])} per client), "
+        f"sampling rate q = {number_text(p['sampling_rate'])}, {p['steps_per_round']} step(s) a "
+        f"round, {most}"
+    )
+
+
+def _sampling(data: dict[str, Any]) -> dict[str, str]:
+    p, run = data["promise"], data["run"]
+    rate = number_text(run["sampling_rate"])
+    drawn = "batches come" if p["unit"] == "client" else "batches and noise come"
+    performed = f"each client draws its own Poisson batches at rate q = {rate}; {drawn}"
+    seen = (
+        "Sampling of clients is not counted, because the server and the network see who takes part"
+    )
+    if p["unit"] == "client":
+        accounted = f"none: a client of a round counts in full (q = 1). {seen}"
+    else:
+        accounted = f"Poisson sampling of examples at rate q = {rate}. {seen}"
+    return {
+        "Sampling performed": f"{performed} from: {run['randomness']}",
+        "Sampling accounted": accounted,
+    }
+
+
 def _no_mechanism() -> dict[str, str]:
     return {
-        "Mechanism": "none: ε = ∞",
+        "Mechanism": _NONE,
         "Sampling performed": "each client draws its own Poisson batch",
-        "Sampling accounted": "none: ε = ∞",
-        "Accountant, version, discretisation": "none: ε = ∞",
+        "Sampling accounted": _NONE,
+        "Accountant, version, discretisation": _NONE,
         "ε at several δ": "∞ at every δ",
-        "μ-GDP and its regret": NOT_COVERED,
+        "ε under each neighbouring relation": "∞ under both",
+        "μ-GDP and its regret": "μ = ∞",
         "ε by other accountants": "∞",
         "ε without amplification by sampling": "∞",
     }
 
 
-def _clients(data: dict[str, Any]) -> dict[str, str]:
+def _clients(data: dict[str, Any], private: bool) -> dict[str, str]:
     spent = data["spent"]
     quantiles = ", ".join(f"{q}: {epsilon_text(v)}" for q, v in spent["quantiles"].items())
+    stopped = f"{count_text(spent['refusals'], 'refusal')} at the hard stop"
     return {
         "Per-client spending": (
-            f"maximum {epsilon_text(spent['maximum'])}; quantiles {quantiles or 'none'}; "
-            f"{number_text(spent['refusals'])} refusals at the hard stop"
+            f"maximum {epsilon_text(spent['maximum'])}; quantiles {quantiles or 'none'}; {stopped}"
         ),
-        "User-level ε": "none possible: no bound on examples per user is given",
+        "User-level ε": _user_level(data) if private else _NONE,
         "Composition window and renewal": (
-            "this run only; a device's ledger counts all runs of that device and is never renewed"
+            "this run only. A device's ledger counts all runs of that device, for every server, "
+            "and is renewed only where its owner set a budget with a window; this report does not "
+            "see other runs"
         ),
     }
 
 
+def _user_level(data: dict[str, Any]) -> str:
+    if data["promise"]["unit"] == "client":
+        return "the ε of this report, for a user with one client; nothing bounds one with several"
+    level = data["accounting"]["user_level"]
+    if level is None:
+        return NO_USER_LEVEL
+    return (
+        f"ε = {epsilon_text(level['epsilon'])} at δ = {delta_text(data['promise']['delta'])}, for "
+        f"someone who owns at most {number_text(level['examples'])} examples of one client (the "
+        "plan's bound; nothing checks it)"
+    )
+
+
 def _records(data: dict[str, Any]) -> dict[str, str]:
-    ledger = data["spent"]["ledger"]
+    ledger, writer = data["spent"]["ledger"], data["writer"]
     elsewhere = "on the devices, not with the server"
     return {
-        "Randomness": data["run"]["randomness"],
+        "Randomness": _randomness(data["run"]),
         "Floating point": (
             "noise is added in float64 and rounded to float32; it is not a discrete mechanism, so "
             "attacks on the representation (Mironov 2012) are not excluded"
         ),
-        "Secure aggregation": NOT_COVERED,
-        "Charge for tuning": NOT_COVERED,
+        "Secure aggregation": "not used: nothing technical keeps the server from single updates",
+        "Charge for tuning": (
+            "not counted: how many runs were made to choose settings is unknown to the tool"
+        ),
         "Charge for the teacher": "none: the teacher is trained on public data only",
-        "Audit (empirical lower bound on ε)": NOT_COVERED,
+        "Audit (empirical lower bound on ε)": audit_text(data["audit"]),
         "Ledger head": f"{ledger['head']} (entry {ledger['sequence']})" if ledger else elsewhere,
         "Ledger integrity": (
             "verified when this report was written: every entry's MAC, in order"
             if ledger
             else elsewhere
         ),
-        "Code": f"reticent {_version()}, sources SHA-256 {code_digest()} (of this report's writer)",
+        "Code": (
+            f"reticent {writer['version']}, sources SHA-256 {writer['sources']} (of this report's "
+            "writer)"
+        ),
     }
+
+
+def _randomness(run: dict[str, Any]) -> str:
+    server = run["server_randomness"]
+    return f"devices: {run['randomness']}" + (f"; the server's noise: {server}" if server else "")
+
+
+def audit_text(audit: dict[str, Any] | None) -> str:
+    """Return the outcome of an audit in a sentence."""
+    if audit is None:
+        return NOT_DONE
+    held = "passed" if audit["randomness"]["passed"] else "FAILED"
+    verdict = "consistent with" if audit["verdict"] == "consistent" else "VIOLATES"
+    return (
+        f"{verdict} the claim: at least ε = {bound_text(audit['lower_bound'])} with "
+        f"{100 * audit['confidence']:g} % confidence, against a claim of "
+        f"{epsilon_text(audit['claimed']['epsilon'])} at δ = "
+        f"{delta_text(audit['claimed']['delta'])} for the {number_text(audit['rounds'])} rounds "
+        f"audited ({audit['method']}, "
+        f"{number_text(audit['canaries'])} canaries); direct test of the randomness {held}"
+    )
 
 
 def _odds(data: dict[str, Any]) -> str:
@@ -176,25 +261,3 @@ def _odds(data: dict[str, Any]) -> str:
         f"{certainty_text(row['certainty_from_half'])}"
         for row in data["adversaries"]
     )
-
-
-def _version() -> str:
-    try:
-        return version("reticent")
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Return the SHA-256, as hex, of the installed Python sources, in order of their paths."""
-    digest = hashlib.sha256()
-    sources = [
-        (path.relative_to(root).as_posix(), path)
-        for root in map(Path, reticent.__path__)
-        for path in root.rglob("*.py")
-    ]
-    for name, path in sorted(sources):
-        content = path.read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from reticent.core.errors import RunError
@@ -12,23 +12,20 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import Refusal
 from reticent.core.run import Run
 
-from ..accounting import describe, epsilon
+from ..accounting import epsilon
 from ..randomness import SeededRandomness, SystemRandomness
 from ..schedule import Schedule
 from .adversaries import adversary_rows
+from .audited import read_audit
 from .checklist import checklist
-from .spending import (
-    QUANTILES,
-    Spending,
-    epsilon_or_none,
-    read_spending,
-    used_schedule,
-    without_sampling,
-)
+from .figures import accounting, planned_curve
+from .plain import not_covered, plain
+from .releases import releases
+from .schema import SCHEMA, SCHEMA_ID
+from .spending import QUANTILES, Spending, read_spending, used_schedule
 from .words import as_float, portable
+from .writer import writer
 
-SCHEMA = 1
-DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _MODELS = (
     ("Teacher", "teacher"),
     ("Student trained on public data only", "public_only"),
@@ -40,10 +37,11 @@ _MODELS = (
 
 
 def collect(run: Run) -> dict[str, Any]:
-    """Return the report of a finished run as JSON-able data.
+    """Return the report of a finished run as JSON-able data, as ``report-schema-2.json`` says.
 
-    Numbers are not rounded; an infinite one is the string ``"infinity"`` and one that is not known
-    is None. The ledger's chain is verified on the way.
+    Numbers are not rounded, except sizes of updates where the promise does not cover them; an
+    infinite one is the string ``"infinity"`` and one that is not known is None. The ledger's chain
+    is verified on the way.
 
     Raises:
         RunError: If the run has not finished, or its files are damaged.
@@ -54,24 +52,41 @@ def collect(run: Run) -> dict[str, Any]:
     schedule = used_schedule(plan, summary)
     rounds = int(summary["privacy"].get("largest_participation", 0)) if schedule else 0
     spending = read_spending(run, plan, schedule, rounds)
+    private, promise = plan.private, _promise(plan, schedule)
+    shown = _size_rule(promise)
     data: dict[str, Any] = {
+        "$schema": SCHEMA_ID,
         "schema": SCHEMA,
+        "writer": writer(),
         "run": _run(run, plan, summary),
-        "promise": _promise(plan, schedule),
-        "adversaries": adversary_rows(schedule, spending.worst, _delta(plan)),
+        "promise": promise,
+        "adversaries": adversary_rows(schedule, spending.worst, private.delta if private else 0.0),
         "spent": _spent(plan, spending, metrics),
-        "accounting": _accounting(schedule, spending),
-        "rounds": [_round(m) for m in metrics],
-        "traffic": _traffic(metrics, summary, spending.clients),
+        "accounting": accounting(
+            schedule, spending.worst, private.examples_per_user if private else None
+        ),
+        "audit": read_audit(run, plan),
+        "rounds": [_round(m, shown) for m in metrics],
+        "planned": _planned(run, plan, schedule),
+        "traffic": _traffic(metrics, summary, spending.clients, shown),
         "models": _models(summary),
         "agreement": summary.get("agreement", {}),
     }
-    data["checklist"] = checklist(data)
-    return _jsonable(data)
+    data = _jsonable(data)
+    artifact = summary.get("bytes", {}).get("int8")
+    data["releases"] = releases(
+        data["promise"], data["run"], data["traffic"], data["rounds"], artifact
+    )
+    # Words are chosen from the numbers as a reader of the JSON finds them.
+    return worded(data)
 
 
-def _delta(plan: Plan) -> float:
-    return plan.private.delta if plan.private else 0.0
+def worded(data: dict[str, Any]) -> dict[str, Any]:
+    """Return ``data`` with its words chosen anew; they are a function of its numbers."""
+    said = {**data, "not_covered": not_covered(data["promise"], data["run"]["simulated"])}
+    said["plain"] = plain(said)
+    said["checklist"] = checklist(said)
+    return said
 
 
 def _summary(run: Run, plan: Plan) -> dict[str, Any]:
@@ -99,25 +114,32 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         "clients_per_round": plan.federation.clients_per_round,
         "quorum": plan.federation.quorum,
         "steps_per_round": plan.federation.steps_per_round,
+        "sampling_rate": plan.federation.sampling_rate,
+        "codec": list(plan.updates.codec),
         "parameters": summary["parameters"],
         # Only a simulation has the devices' ledger in the run's folder.
         "simulated": simulated,
         "randomness": (SeededRandomness if simulated else SystemRandomness).description,
+        # Only with client-level privacy does the server draw noise of its own.
+        "server_randomness": summary["privacy"].get("server_randomness"),
     }
 
 
 def _promise(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
-    if schedule is None or plan.private is None:
+    private = plan.private
+    if schedule is None or private is None:
         return {"trust": "off", "epsilon": "infinity", "delta": None, "target": None}
     planned = schedule.over(schedule.round_event(), schedule.participations)
     return {
         "trust": schedule.trust,
-        "unit": plan.private.unit,
-        "relation": "add-or-remove-one",
+        "unit": schedule.unit,
+        "relation": schedule.relation,
         "delta": schedule.delta,
         "epsilon": epsilon([planned], schedule.delta),
-        "target": plan.private.epsilon,
+        "target": private.epsilon,
         "clip": schedule.clip,
+        "clipping": private.clipping,
+        "clip_quantile": schedule.clip_quantile,
         "noise_multiplier": schedule.noise_multiplier,
         "share_multiplier": schedule.share_multiplier,
         "shares": schedule.shares,
@@ -137,9 +159,7 @@ def _spent(plan: Plan, spending: Spending, metrics: list[dict[str, Any]]) -> dic
         "source": "server" if head is None else "ledger",
         "maximum": worst,
         "quantiles": {f"{q:.0%}": spending.quantile(q) for q in QUANTILES} if private else {},
-        "groups": [
-            {"clients": g.clients, "epsilon": g.epsilon} for g in spending.groups if private
-        ],
+        "groups": _groups(plan, spending, limit) if private else [],
         # With privacy off a device need not be charged, so an empty ledger says nothing.
         "clients": spending.clients if private else spending.clients or None,
         "hard_stop": None if head is None else limit,
@@ -149,28 +169,63 @@ def _spent(plan: Plan, spending: Spending, metrics: list[dict[str, Any]]) -> dic
     }
 
 
-def _accounting(schedule: Schedule | None, spending: Spending) -> dict[str, Any]:
-    if schedule is None:
-        return {"accountant": None, "by_delta": [], "prv": None, "rdp": None, "unamplified": None}
-    events, delta = spending.worst, schedule.delta
-    deltas = sorted({*DELTAS, delta}, reverse=True)
-    return {
-        "accountant": describe("pld"),
-        "by_delta": [{"delta": d, "epsilon": epsilon(events, d)} for d in deltas],
-        "prv": {"epsilon": epsilon_or_none(events, delta, "prv"), "how": describe("prv")},
-        "rdp": {"epsilon": epsilon(events, delta, "rdp"), "how": describe("rdp")},
-        "unamplified": epsilon(without_sampling(events), delta),
-    }
+def _groups(plan: Plan, spending: Spending, limit: float) -> list[dict[str, Any]]:
+    """Return clients by what they spent, those that spent nothing included, the most first."""
+    known = spending.head is not None
+    rows = [(group.clients, group.epsilon) for group in spending.groups]
+    idle = plan.task.clients - sum(clients for clients, _ in rows)
+    if known and idle > 0:
+        rows.append((idle, 0.0))
+    # An epsilon may pass the limit by a rounding error of the accountant's; what is left does not.
+    return [
+        {"clients": n, "epsilon": e, "left": max(0.0, limit - e) if known else None}
+        for n, e in rows
+    ]
 
 
-def _round(metrics: dict[str, Any]) -> dict[str, Any]:
+def _planned(run: Run, plan: Plan, schedule: Schedule | None) -> list[dict[str, Any]]:
+    # On real devices nodes come and go, and only the bound on participations holds.
+    if not run.ledger.is_dir():
+        return []
+    per_pass = plan.task.clients // plan.federation.clients_per_round
+    return planned_curve(schedule, plan.federation.rounds, per_pass)
+
+
+def coarse(size: float) -> int:
+    """Return a size rounded up to two significant figures.
+
+    >>> [coarse(n) for n in (0, 7, 99, 101, 123_456)]
+    [0, 7, 99, 110, 130000]
+    """
+    whole = math.ceil(size)
+    unit = 10 ** max(0, len(str(whole)) - 2)
+    return -(-whole // unit) * unit
+
+
+def _size_rule(promise: dict[str, Any]) -> Callable[[float], float]:
+    """Return how the size of updates is shown.
+
+    Under aggregator trust a size follows from single updates, whose noise is a share or none: the
+    promise to readers of this report does not cover it. It is shown too coarsely to count on, and
+    said not to be covered.
+    """
+    return coarse if promise["trust"] == "aggregator" else lambda size: size
+
+
+def _round(metrics: dict[str, Any], shown: Callable[[float], float]) -> dict[str, Any]:
     keys = ("round", "replies", "bytes_up", "bytes_down", "bytes_constants", "accuracy", "epsilon")
     dropped: dict[str, int] = metrics["dropped"]
-    return {**{key: metrics[key] for key in keys}, "dropped": dropped}
+    asked = metrics.get("asked", metrics["replies"])
+    adaptive = {key: metrics.get(key) for key in ("clip", "within_clip")}
+    row = {**{key: metrics[key] for key in keys}, "asked": asked, "dropped": dropped, **adaptive}
+    return row | {"bytes_up": shown(metrics["bytes_up"])}
 
 
 def _traffic(
-    metrics: list[dict[str, Any]], summary: dict[str, Any], clients: int | None
+    metrics: list[dict[str, Any]],
+    summary: dict[str, Any],
+    clients: int | None,
+    shown: Callable[[float], float],
 ) -> dict[str, Any]:
     total: Counter[str] = Counter()
     for line in metrics:
@@ -180,10 +235,11 @@ def _traffic(
     dense = 4 * int(summary["parameters"]["total"])
     return {
         "replies": replies,
-        "total_up": total["bytes_up"],
+        "asked": total["asked"],
+        "total_up": shown(total["bytes_up"]),
         "total_down": total["bytes_down"],
         "total_constants": constants,
-        "up": total["bytes_up"] / replies if replies else None,
+        "up": shown(total["bytes_up"] / replies) if replies else None,
         "down": total["bytes_down"] / total["asked"] if total["asked"] else None,
         "constants": constants / clients if clients else None,
         "fp32": dense,

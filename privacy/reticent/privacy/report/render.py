@@ -9,34 +9,49 @@ from typing import Any
 
 from reticent.core.errors import DependencyError, RunError
 from reticent.core.run import Run, write_atomic
+from reticent.core.signing import PRIVATE_KEY, read_private_key
 
 from . import words
-from .checklist import unprotected
+from .charts import capped, charts
+from .checklist import audit_text, gdp_text
 from .collect import collect
-from .svg import Chart, Rule, line_chart
+from .signing import sign
 
 KINDS = ("html", "json", "md")
+SIGNATURE = "report.sig"
+MOST_ROWS = 25
 
 
 def write_reports(run: Run) -> list[Path]:
-    """Write ``report.html``, ``report.json`` and ``report.md`` and return their paths.
+    """Write ``report.html``, ``.json``, ``.md`` and ``.sig`` and return their paths.
 
-    All three are made before the first is written, and each is replaced whole.
+    All are made before the first is written, and each is replaced whole. Without the run's signing
+    key there is no ``report.sig``; an old one is removed, because it is not about these files.
 
     Raises:
         RunError: If the run has not finished, is damaged, or its folder cannot be written.
         LedgerError: If the run's ledger is damaged.
+        ArtifactError: If the run's signing key is damaged.
         DependencyError: If Jinja2 is not installed.
     """
     data = collect(run)
-    texts = {kind: _render(data, kind) for kind in KINDS}
-    paths = [run.folder / f"report.{kind}" for kind in KINDS]
-    for path, text in zip(paths, texts.values(), strict=True):
-        try:
-            write_atomic(path, text.encode())
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error.strerror}") from error
-    return paths
+    contents = {f"report.{kind}": render_data(data, kind).encode() for kind in KINDS}
+    key_file = run.keys / PRIVATE_KEY
+    if key_file.exists():
+        key = read_private_key(key_file)
+        signature = sign(key, data["run"]["plan"], data["run"]["model"], contents)
+        contents[SIGNATURE] = signature.encode()
+    else:
+        (run.folder / SIGNATURE).unlink(missing_ok=True)
+    return [_write(run.folder / name, content) for name, content in contents.items()]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
 
 
 def render(run: Run, kind: str) -> str:
@@ -47,10 +62,15 @@ def render(run: Run, kind: str) -> str:
     """
     if kind not in KINDS:
         raise RunError(f"report kind {kind!r}: must be one of {', '.join(KINDS)}")
-    return _render(collect(run), kind)
+    return render_data(collect(run), kind)
 
 
-def render_json(data: dict[str, Any]) -> str:
+def render_data(data: dict[str, Any], kind: str) -> str:
+    """Return collected data as one of :data:`KINDS`."""
+    return {"html": render_html, "json": render_json, "md": render_md}[kind](data)
+
+
+def render_json(data: Any) -> str:
     """Return the data as strict, indented JSON."""
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -61,7 +81,7 @@ def render_html(data: dict[str, Any]) -> str:
     Raises:
         DependencyError: If Jinja2 is not installed.
     """
-    return _filled("template.html.j2", data, escaped=True)
+    return _report("template.html.j2", data, escaped=True)
 
 
 def render_md(data: dict[str, Any]) -> str:
@@ -70,21 +90,61 @@ def render_md(data: dict[str, Any]) -> str:
     Raises:
         DependencyError: If Jinja2 is not installed.
     """
-    return _filled("report.md.j2", data, escaped=False)
+    return _report("report.md.j2", data, escaped=False)
 
 
-def _render(data: dict[str, Any], kind: str) -> str:
-    return {"html": render_html, "json": render_json, "md": render_md}[kind](data)
+def render_comparison(comparison: dict[str, Any], names: tuple[str, str], kind: str) -> str:
+    """Return what :func:`compare` found, for runs of these names, as ``html``, ``json`` or ``md``.
+
+    Raises:
+        RunError: If ``kind`` is another word.
+        DependencyError: If Jinja2 is not installed.
+    """
+    if kind not in KINDS:
+        raise RunError(f"report kind {kind!r}: must be one of {', '.join(KINDS)}")
+    if kind == "json":
+        return render_json({"a": names[0], "b": names[1], **comparison})
+    filled = {**comparison, "names": names}
+    if kind == "md":
+        return _filled("compare.md.j2", filled, escaped=False)
+    return _filled("compare.html.j2", filled, escaped=True)
 
 
-def _filled(template: str, data: dict[str, Any], escaped: bool) -> str:
+def _report(template: str, data: dict[str, Any], escaped: bool) -> str:
+    tested = [row for row in data["rounds"] if row["accuracy"] is not None]
+    measured = [row | {"epsilon": capped(row["epsilon"], data)} for row in tested]
+    groups = data["spent"]["groups"]
+    extra = {
+        "groups": groups[:MOST_ROWS],
+        "groups_cut": len(groups) > MOST_ROWS,
+        "audit_text": audit_text(data["audit"]),
+        "charts": charts(data) if escaped else [],
+        "measured": thinned(measured),
+        "thinned": len(measured) > MOST_ROWS,
+        "private": data["promise"]["trust"] != "off",
+    }
+    return _filled(template, {**data, **extra}, escaped)
+
+
+def thinned(rows: list[Any], most: int = MOST_ROWS) -> list[Any]:
+    """Return at most ``most`` rows, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(k * (len(rows) - 1) / (most - 1))] for k in range(most)]
+
+
+def _filled(template: str, values: dict[str, Any], escaped: bool) -> str:
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
         raise DependencyError("Jinja2 is not installed: pip install 'reticent[server]'") from error
     environment = Environment(
-        autoescape=escaped, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_source),
+        autoescape=escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
         eps=words.epsilon_text,
@@ -93,67 +153,14 @@ def _filled(template: str, data: dict[str, Any], escaped: bool) -> str:
         delta=words.delta_text,
         size=words.bytes_text,
         number=words.number_text,
+        counted=words.count_text,
+        gdp=gdp_text,
+        bound=words.bound_text,
+        drawn=Markup,
         cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     )
-    text = files(__package__ or __name__).joinpath(template).read_text(encoding="utf-8")
-    charts = [Markup(line_chart(chart)) for chart in _charts(data)] if escaped else []
-    return environment.from_string(text).render(
-        **data,
-        charts=charts,
-        measured=[row for row in data["rounds"] if row["accuracy"] is not None],
-        unprotected=unprotected(data),
-        private=data["promise"]["trust"] != "off",
-        not_covered=words.NOT_COVERED,
-        verdict=words.tier,
-    )
+    return environment.get_template(template).render(**values)
 
 
-def _charts(data: dict[str, Any]) -> list[Chart]:
-    charts = [_epsilon_chart(data), _accuracy_chart(data)]
-    return [chart for chart in charts if chart.points]
-
-
-def _epsilon_chart(data: dict[str, Any]) -> Chart:
-    stop = words.as_float(data["spent"]["hard_stop"])
-    rules = (Rule(f"hard stop {words.epsilon_text(stop)}", stop),) if stop < float("inf") else ()
-    points = _points(data, "epsilon")
-    last = words.epsilon_text(points[-1][1]) if points else "0"
-    return Chart(
-        identity="epsilon",
-        title="Privacy spent over the rounds",
-        description=f"Epsilon against readers of the models; it ends at {last}.",
-        x_label="round",
-        y_label="ε (readers of the models)",
-        points=points,
-        rules=rules,
-        from_zero=True,
-        y_text=words.number_text,
-        labels_left=True,
-    )
-
-
-def _accuracy_chart(data: dict[str, Any]) -> Chart:
-    known = {row["key"]: row["accuracy"] for row in data["models"]}
-    names = {"teacher": "teacher", "public_only": "public data only"}
-    rules = tuple(
-        Rule(f"{name} {words.percent_text(known[key])}", known[key])
-        for key, name in names.items()
-        if key in known
-    )
-    points = _points(data, "accuracy")
-    last = words.percent_text(points[-1][1]) if points else "not known"
-    return Chart(
-        identity="accuracy",
-        title="Accuracy on the test set over the rounds",
-        description=f"Accuracy of the federated student; it ends at {last}.",
-        x_label="round",
-        y_label="test accuracy",
-        points=points,
-        rules=rules,
-        y_text=lambda y: f"{round(100 * y, 6):g} %",
-    )
-
-
-def _points(data: dict[str, Any], key: str) -> tuple[tuple[float, float], ...]:
-    rows = ((float(row["round"]), words.as_float(row[key])) for row in data["rounds"])
-    return tuple((x, y) for x, y in rows if abs(y) < float("inf"))
+def _source(name: str) -> str:
+    return files(__package__ or __name__).joinpath(name).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from reticent.core.plan import Plan
 from reticent.core.run import Run
 
 from ..accounting import epsilon
-from ..events import Event, NonPrivate, PoissonGaussian
+from ..events import Event, NonPrivate, PoissonGaussian, merge
 from ..ledger import Head, Ledger
 from ..schedule import Schedule, schedule_for
 
@@ -102,7 +102,7 @@ def read_spending(run: Run, plan: Plan, schedule: Schedule | None, rounds: int) 
     groups = tuple(Group(len(row.devices), tuple(row.events), row.epsilon) for row in rows)
     spending = Spending(groups, head)
     if schedule is not None:
-        _require_enough(run, spending, schedule.steps * rounds)
+        _require_enough(run, spending, _steps([schedule.round_event()]) * rounds)
     return spending
 
 
@@ -124,16 +124,19 @@ def _require_enough(run: Run, spending: Spending, steps: int) -> None:
 
 
 def _steps(events: Iterable[Event]) -> int:
-    return sum(event.steps for event in events if isinstance(event, PoissonGaussian))
+    return sum(event.steps for event in merge(events) if isinstance(event, PoissonGaussian))
 
 
 def with_noise(events: Sequence[Event], factor: float) -> list[Event]:
-    """Return the events as seen by someone for whom the noise is ``factor`` times as large."""
+    """Return the events as seen by someone for whom the noise is ``factor`` times as large.
+
+    Composed events are taken apart.
+    """
     return [
         replace(event, noise_multiplier=event.noise_multiplier * factor)
         if isinstance(event, PoissonGaussian)
         else event
-        for event in events
+        for event in merge(events)
     ]
 
 
@@ -141,7 +144,7 @@ def without_sampling(events: Sequence[Event]) -> list[Event]:
     """Return the events as if every example had been in every batch."""
     return [
         replace(event, sampling_rate=1.0) if isinstance(event, PoissonGaussian) else event
-        for event in events
+        for event in merge(events)
     ]
 
 

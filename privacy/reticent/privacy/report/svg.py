@@ -34,6 +34,7 @@ class Chart:
         rules: Horizontal lines.
         from_zero: Whether the vertical axis begins at 0.
         y_text: Formats a tick of the vertical axis.
+        planned: A second line, dashed: what was planned or allowed.
         labels_left: Whether rules are named at their left end, where the line is far below.
     """
 
@@ -47,6 +48,7 @@ class Chart:
     from_zero: bool = False
     y_text: Callable[[float], str] = "{:g}".format
     labels_left: bool = False
+    planned: tuple[tuple[float, float], ...] = ()
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -70,8 +72,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def line_chart(chart: Chart) -> str:
     """Return ``chart`` as an ``<svg>`` element."""
-    xs = [0.0, *(x for x, _ in chart.points)]
-    ys = [*(y for _, y in chart.points), *(rule.y for rule in chart.rules)]
+    both = (*chart.points, *chart.planned)
+    xs = [0.0, *(x for x, _ in both)]
+    ys = [*(y for _, y in both), *(rule.y for rule in chart.rules)]
     x_ticks = [x for x in ticks(0, max(xs)) if x == int(x) and x <= max(xs)]
     y_ticks = ticks(0 if chart.from_zero else min(ys), max(ys))
     frame = _Frame(0, max(xs), y_ticks[0], y_ticks[-1])
@@ -83,6 +86,7 @@ def line_chart(chart: Chart) -> str:
         f'<desc id="{chart.identity}-desc">{escape(chart.description)}</desc>',
         *_axes(chart, frame, x_ticks, y_ticks),
         *(_rule_line(rule, index, frame) for index, rule in enumerate(chart.rules)),
+        _planned(chart.planned, frame),
         _line(chart.points, frame),
         *_rule_labels(chart, frame),
         "</svg>",
@@ -141,6 +145,13 @@ def _line(points: Sequence[tuple[float, float]], frame: _Frame) -> str:
         f'<circle class="dot" cx="{x}" cy="{y}" r="3"/>' for x, y in (p.split() for p in dots)
     )
     return f'<path class="line" d="M{"L".join(places)}"/>{circles}'
+
+
+def _planned(points: Sequence[tuple[float, float]], frame: _Frame) -> str:
+    if not points:
+        return ""
+    places = "L".join(f"{frame.x(x)} {frame.y(y)}" for x, y in points)
+    return f'<path class="planned" d="M{places}"/>'
 
 
 def _rule_line(rule: Rule, index: int, frame: _Frame) -> str:

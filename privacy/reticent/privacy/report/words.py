@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 INFINITY = "infinity"
-NOT_COVERED = "not covered yet"
 
 Number = float | int | str | None
 
@@ -50,6 +51,15 @@ def epsilon_text(value: Number) -> str:
     if number >= 100:
         return f"{math.ceil(number):,}"
     return f"{_up(number, 2):.2f}"
+
+
+def bound_text(value: Number) -> str:
+    """Return a lower bound on an epsilon with two digits, rounded down and never up.
+
+    >>> bound_text(2.999), bound_text(0.3)
+    ('2.99', '0.30')
+    """
+    return f"{math.floor(as_float(value) * 100 + 1e-9) / 100:.2f}"
 
 
 def tier(value: Number) -> str:
@@ -105,6 +115,43 @@ def delta_text(value: Number) -> str:
     return shown if factor == "1" else f"{factor} × {shown}"
 
 
+def odds_text(value: Number) -> str:
+    """Return exp(epsilon), the most that the odds grow by, for reading; rounded up.
+
+    It is that of the epsilon that is shown, so that a reader finds the same with a calculator.
+
+    >>> odds_text(1.0), odds_text(7.994), odds_text(70.0)
+    ('2.72', '2,981', '10³¹')
+    """
+    number = as_float(value)
+    if math.isnan(number):
+        return "not known"
+    if math.isinf(number):
+        return "any number of"
+    number = _up(number, 2)
+    if number > math.log(1e15):
+        return f"10{str(math.ceil(number / math.log(10))).translate(_RAISED)}"
+    return epsilon_text(math.exp(number))
+
+
+def chance_text(delta: Number) -> str:
+    """Return a small probability as one in so many, rounded towards the larger probability.
+
+    >>> chance_text(1e-5), chance_text(0.3)
+    ('1 in 100,000', '1 in 3')
+    """
+    return f"1 in {math.floor(1 / as_float(delta) * (1 + 1e-12)):,}"
+
+
+def relation_text(promise: Mapping[str, Any]) -> str:
+    """Return a promise's neighbouring relation in words."""
+    if promise["relation"] == "replace-one":
+        return f"replace one {promise['unit']} by another"
+    if promise["unit"] == "client":
+        return "add or remove one client: its contribution is zero instead"
+    return "add or remove one example"
+
+
 def percent_text(value: Number) -> str:
     """Return a share as a percentage with one digit.
 
@@ -128,6 +175,15 @@ def bytes_text(value: Number) -> str:
         if number >= size:
             return f"{number / size:.1f} {name}"
     return f"{number:.0f} B"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    >>> count_text(1, "round"), count_text(1200, "refusal")
+    ('1 round', '1,200 refusals')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def number_text(value: Number, digits: int = 4) -> str:

@@ -1,0 +1,168 @@
+"""The page for a reader without a background in differential privacy, as sentences.
+
+Nothing is promised here that the technical part does not: every number comes from it, bounds are
+rounded up, and "at most" always holds except with probability delta.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .words import as_float, certainty_text, chance_text, count_text, epsilon_text, odds_text
+
+UNPROTECTED = (
+    ("What is true of people in general", "a model learns it, also about someone who took no part"),
+    ("Public examples", "teacher, start, mask, calibration: open to anyone by the plan"),
+    ("The test set", "read for every accuracy shown here; it belongs to no client"),
+    ("Choice of settings", "runs made to choose them are not counted here"),
+    ("Who took part, and when", "the server and the network see it"),
+    (
+        "Timing and dropouts",
+        "a reply takes longer when a client's batches are larger; neither that nor its absence is "
+        "noised",
+    ),
+    (
+        "Clients and servers that do not follow the protocol",
+        "a client that omits its noise or sends what it likes weakens others; a device cannot see "
+        "what a server does with its update",
+    ),
+)
+_SIZE = (
+    "Size of an encoded update",
+    "follows from single noised updates and is not padded; under aggregator trust it is shown here "
+    "rounded up to two figures",
+)
+_EXPOSED = (
+    "Every update",
+    "sent without noise: the server sees what each client computed, and how large it is encoded "
+    "(under aggregator trust shown here rounded up to two figures)",
+)
+_PERSON = (
+    "A person with several examples",
+    "is protected less than one example is; the user-level row of the technical part says how much",
+)
+_SIMULATED = (
+    "The simulation's seed",
+    "whoever knows it knows the noise: a simulation shows the mechanism, it protects nobody",
+)
+
+
+def not_covered(promise: dict[str, Any], simulated: bool) -> list[dict[str, str]]:
+    """Return what no number of the report covers, each with a remark."""
+    noised = promise["trust"] != "off" and promise["unit"] == "example"
+    rows = [*UNPROTECTED, _SIZE if noised else _EXPOSED]
+    if noised:
+        rows.insert(1, _PERSON)
+    if simulated:
+        rows.append(_SIMULATED)
+    return [{"what": what, "remark": remark} for what, remark in rows]
+
+
+def plain(data: dict[str, Any]) -> dict[str, Any]:
+    """Return ``promise``, ``odds`` and ``budget``: paragraphs for the first page."""
+    return {
+        "promise": promise_paragraph(data),
+        "odds": odds(data),
+        "budget": budget_paragraphs(data),
+    }
+
+
+def promise_paragraph(data: dict[str, Any]) -> str:
+    """Return the promise against readers of the models, in one paragraph."""
+    promise, readers = data["promise"], data["adversaries"][0]
+    if promise["trust"] == "off":
+        return (
+            "Nothing is promised. Privacy was off: clients sent exact updates, and no statement is "
+            "made about what the models or the updates reveal about a client's examples."
+        )
+    if as_float(readers["epsilon"]) == float("inf"):
+        return "Nothing is promised: something was released without protection, so ε = ∞."
+    value = epsilon_text(readers["epsilon"])
+    return (
+        f"{_unit(promise)} Whatever someone sees who has only the models of this run, it is at "
+        f"most {odds_text(readers['epsilon'])} times (e to the power ε = {value}) as likely as it "
+        f"would have been {_otherwise(promise)}, and the other way round, except with probability "
+        f"δ, {chance_text(promise['delta'])}. This holds for every single one, also for the client "
+        "that took part most often, whatever else is known and whatever is computed from the "
+        "models later."
+    )
+
+
+def _unit(promise: dict[str, Any]) -> str:
+    if promise["unit"] == "client":
+        return "Take any single client, with everything that it contributed to this run."
+    return "Take any single training example of any single client."
+
+
+def _otherwise(promise: dict[str, Any]) -> str:
+    what = "client" if promise["unit"] == "client" else "example"
+    if promise["relation"] == "replace-one":
+        return f"if another {what} had been in its place"
+    if what == "client":
+        return "if that client had contributed nothing"
+    return "if that example had not been there"
+
+
+def odds(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a sentence for each adversary, about two suspicions that it may begin with."""
+    promise = data["promise"]
+    what = "your example was used"
+    if promise["trust"] != "off" and promise["unit"] == "client":
+        what = "you contributed"
+    return [
+        {
+            "name": row["name"],
+            "from_half": row["certainty_from_half"],
+            "from_thousandth": row["certainty_from_thousandth"],
+            "text": _odds_sentence(row, what),
+        }
+        for row in data["adversaries"]
+    ]
+
+
+def _odds_sentence(row: dict[str, Any], what: str) -> str:
+    start = f"someone who already suspects with probability ½ that {what}"
+    if row["epsilon"] == "infinity":
+        return f"{start} may become certain of it."
+    half, thousandth = (
+        certainty_text(row[key]) for key in ("certainty_from_half", "certainty_from_thousandth")
+    )
+    if thousandth == "100 %":
+        return f"{start}, or 1 in 1,000, may become as good as certain of it."
+    first = "as good as certain of it" if half == "100 %" else f"at most {half} sure"
+    return (
+        f"{start} can become {first}; someone who begins with 1 in 1,000 can become at most "
+        f"{thousandth} sure."
+    )
+
+
+def budget_paragraphs(data: dict[str, Any]) -> list[str]:
+    """Return what happens when a budget is spent, and what happened in this run."""
+    promise, spent = data["promise"], data["spent"]
+    if promise["trust"] == "off":
+        return ["There is no budget: privacy was off, so nothing was counted and nothing stopped."]
+    stop = spent["hard_stop"]
+    limit = {
+        None: "a budget that its owner sets",
+        "infinity": "a budget; in this run it was unlimited, so nothing would have stopped it",
+    }.get(stop, f"a budget; in this run ε = {epsilon_text(stop)}")
+    return [
+        f"Each device keeps a ledger of what it has spent, and has {limit}. Before a round begins "
+        "the device writes the whole cost of the round into the ledger. A round that does not fit "
+        "is refused: the device then trains on nothing and sends nothing but a fixed refusal code, "
+        "whatever the server asks. What is written is never taken back, even if the round fails.",
+        "The other devices go on. When too few of them answer, the training ends by itself; the "
+        "model of the last completed round stays as it is. What was spent does not come back with "
+        "time, unless a device's owner has set a budget that renews; the promise then holds for "
+        "each such period, and lifetime spending is still counted.",
+        _happened(spent),
+    ]
+
+
+def _happened(spent: dict[str, Any]) -> str:
+    if spent["refusals"]:
+        return (
+            f"In this run devices refused {count_text(spent['refusals'], 'time')}, in "
+            f"{count_text(spent['rounds_with_refusals'], 'round')}, because their budget was spent."
+        )
+    return "In this run no device had to refuse for its budget."

@@ -29,7 +29,7 @@ from reticent.privacy.events import (
 events = st.builds(
     PoissonGaussian,
     st.floats(0, 1, exclude_min=True),
-    st.floats(0, 1e6, exclude_min=True),
+    st.floats(1e-9, 1e9),
     st.integers(1, 10**9),
     relation=st.sampled_from(["add-or-remove-one", "replace-one"]),
     unit=st.sampled_from(["example", "client"]),
@@ -70,7 +70,7 @@ def test_unknown_mechanism_is_refused_by_name() -> None:
     ("field", "value"),
     [
         *(("sampling_rate", v) for v in (0.0, 1.1, -0.1, math.nan, True, "0.1")),
-        *(("noise_multiplier", v) for v in (0.0, -1.0, math.inf, math.nan)),
+        *(("noise_multiplier", v) for v in (0.0, -1.0, 1e-200, 1e200, 10**400, math.inf, math.nan)),
         *(("steps", v) for v in (0, -1, 1.5, True)),
         ("relation", "replace-two"),
         ("unit", "household"),
@@ -80,6 +80,14 @@ def test_bad_fields_name_themselves(field: str, value: object) -> None:
     good = dataclasses.asdict(PoissonGaussian(0.1, 1.0, 1))
     with pytest.raises(PrivacyError, match=f"event.{field}="):
         PoissonGaussian(**{**good, field: value})
+
+
+def test_counts_beyond_what_floats_can_tell_apart_are_refused() -> None:
+    most = PoissonGaussian(0.1, 1.0, 2**63 - 1)
+    twice = (lambda: most.times(2), lambda: merge([most, most]))
+    for make in (*twice, lambda: Composed((most,), 2**63)):
+        with pytest.raises(PrivacyError, match=r"must be < 2\*\*63"):
+            make()
 
 
 @given(st.lists(kinds, max_size=8))

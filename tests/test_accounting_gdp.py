@@ -103,6 +103,10 @@ def test_ends_of_the_scale() -> None:
     assert 0 < gdp([PoissonGaussian(1e-9, 900.0, 1)]).mu < 1e-8
 
 
+def test_noise_too_little_for_a_grid_has_no_mu() -> None:
+    assert gdp([gaussian(1e-6)]).mu == math.inf
+
+
 def test_mu_grows_with_what_was_spent_and_does_not_depend_on_order() -> None:
     a, b = PoissonGaussian(0.1, 1.0, 5), PoissonGaussian(0.2, 3.0, 9)
     assert gdp([a, b]) == gdp([b, a]) == gdp([Composed((a, b)), DeclaredPublic("x")])

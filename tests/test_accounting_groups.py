@@ -160,6 +160,12 @@ def test_very_large_groups_fall_back_to_a_looser_bound() -> None:
     assert got == epsilon([gaussian(100.0 / 1001, 2)], DELTA, "rdp")
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_noise_too_little_for_a_grid_falls_back_to_a_looser_bound(relation: str) -> None:
+    event = PoissonGaussian(0.1, 1e-4, 2, relation)
+    assert group_epsilon([event], DELTA, 2) == epsilon([gaussian(5e-5, 2, relation)], DELTA, "rdp")
+
+
 def test_a_tiny_delta_falls_back_to_a_looser_bound() -> None:
     event = PoissonGaussian(0.1, 1.0, 50)
     got = group_epsilon([event], 1e-14, 2)

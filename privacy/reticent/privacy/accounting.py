@@ -23,7 +23,7 @@ import numpy as np
 from reticent.core.errors import PrivacyError
 
 from .events import Event, NonPrivate, PoissonGaussian, merge
-from .losses import CELLS, USUAL, compose, usable_delta
+from .losses import CELLS, COARSEST, USUAL, compose, interval_for, usable_delta
 from .renyi import ORDERS, renyi
 
 __all__ = [
@@ -92,7 +92,8 @@ def describe(accountant: str = "pld") -> str:
         return (
             f"privacy loss distributions, dp-accounting {version('dp-accounting')}, pessimistic "
             f"connect-the-dots, discretisation interval {USUAL:g} or finer (coarser only where "
-            f"the composed distribution would need more than {CELLS:g} cells)"
+            f"the composed distribution would need more than {CELLS:g} cells; the bound by Renyi "
+            "divergences where that grid gives no less)"
         )
     if accountant == "rdp":
         return (
@@ -131,10 +132,11 @@ def _epsilon(events: tuple[PoissonGaussian, ...], delta: float, accountant: str)
 
 
 def _pld(events: tuple[PoissonGaussian, ...], delta: float) -> float:
-    usable = usable_delta(events, delta)
-    if usable is None:
+    usable, interval = usable_delta(events, delta), interval_for(events)
+    if usable is None or interval > COARSEST:
         return _rdp(events, delta)
-    return float(compose(events).get_epsilon_for_delta(usable))
+    value = float(compose(events).get_epsilon_for_delta(usable))
+    return value if interval <= USUAL else min(value, _rdp(events, delta))
 
 
 def _rdp(events: tuple[PoissonGaussian, ...], delta: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +11,8 @@ from reticent.core.errors import PrivacyError
 
 RELATIONS = ("add-or-remove-one", "replace-one")
 UNITS = ("example", "client")
+LEAST_NOISE, MOST_NOISE = 1e-9, 1e9  # beyond, squares and their sums leave floats
+MOST_STEPS = 2**63 - 1
 DEEPEST = 8  # how many Composed events may lie inside one another
 
 
@@ -29,8 +30,8 @@ class PoissonGaussian:
     Attributes:
         sampling_rate: Probability q in (0, 1] at which each unit joins a step, independently; 1 is
             the plain Gaussian mechanism.
-        noise_multiplier: Standard deviation of the noise over C, > 0.
-        steps: Number of sums taken, >= 1.
+        noise_multiplier: Standard deviation of the noise over C, in [1e-9, 1e9].
+        steps: Number of sums taken, in [1, 2**63).
         relation: How neighbouring data sets differ, one of :data:`RELATIONS`.
         unit: What they differ in, one of :data:`UNITS`.
 
@@ -46,8 +47,13 @@ class PoissonGaussian:
 
     def __post_init__(self) -> None:
         """Check every field, and make the numbers plain ``float`` and ``int``."""
-        _require_number("sampling_rate", self.sampling_rate, 1.0, "in (0, 1]")
-        _require_number("noise_multiplier", self.noise_multiplier, math.inf, "> 0 and finite")
+        rate, noise = self.sampling_rate, self.noise_multiplier
+        if not _is_number(rate) or not 0 < rate <= 1:
+            raise PrivacyError(f"event.sampling_rate={rate!r}: must be in (0, 1]")
+        if not _is_number(noise) or not LEAST_NOISE <= noise <= MOST_NOISE:
+            raise PrivacyError(
+                f"event.noise_multiplier={noise!r}: must be in [{LEAST_NOISE:g}, {MOST_NOISE:g}]"
+            )
         _require_count("steps", self.steps)
         _require_member("relation", self.relation, RELATIONS)
         _require_member("unit", self.unit, UNITS)
@@ -139,11 +145,11 @@ class Composed:
     Attributes:
         events: The parts, at least one; parts may be composed themselves, at most
             :data:`DEEPEST` deep.
-        count: How many times all of them happened, >= 1.
+        count: How many times all of them happened, in [1, 2**63).
 
     Raises:
         PrivacyError: If there is no part, a part is not an event, ``count`` is not a whole number
-            >= 1, or the parts are nested too deeply.
+            in its range, or the parts are nested too deeply.
     """
 
     events: tuple[Event, ...]
@@ -305,15 +311,15 @@ def _dump(data: dict[str, Any]) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _require_number(name: str, value: object, most: float, allowed: str) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
-    if not fits or not math.isfinite(value):  # pyright: ignore[reportArgumentType]
-        raise PrivacyError(f"event.{name}={value!r}: must be {allowed}")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PrivacyError(f"event.{name}={value!r}: must be a whole number >= 1")
+    if value > MOST_STEPS:
+        raise PrivacyError(f"event.{name}: must be < 2**63")
 
 
 def _require_member(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from scipy.special import log_ndtr, ndtr, ndtri, ndtri_exp
 
 from .accounting import spent
 from .events import Event, PoissonGaussian
-from .losses import compose
+from .losses import COARSEST, compose, interval_for
 
 if TYPE_CHECKING:
     from dp_accounting.pld.pld_pmf import PLDPmf
@@ -75,6 +75,8 @@ def gdp(events: Iterable[Event]) -> Gdp:
 
 @lru_cache(maxsize=256)
 def _gdp(events: tuple[PoissonGaussian, ...]) -> Gdp:
+    if interval_for(events) > COARSEST:
+        return Gdp(math.inf, 0.0)
     distribution = compose(events)
     # Both directions are needed: each gives the half of the curve that is steeper than -1.
     halves = [distribution._pmf_remove, distribution._pmf_add]  # pyright: ignore

@@ -13,7 +13,7 @@ from reticent.core.errors import PrivacyError
 
 from .accounting import epsilon, require_delta, spent
 from .events import Event, PoissonGaussian
-from .losses import CELLS, interval_for, usable_delta
+from .losses import CELLS, COARSEST, USUAL, interval_for, usable_delta
 from .mixtures import pair_pmf, sampled, spread
 from .renyi import ORDERS
 
@@ -65,7 +65,10 @@ def _group_epsilon(events: tuple[PoissonGaussian, ...], delta: float, size: int)
     if usable is None or size > LARGEST_GROUP:
         return _without_sampling(events, delta, size)
     interval = _interval(events, size)
-    return float(pair_distribution(events, size, interval).get_epsilon_for_delta(usable))
+    if interval > COARSEST:
+        return _without_sampling(events, delta, size)
+    value = float(pair_distribution(events, size, interval).get_epsilon_for_delta(usable))
+    return value if interval <= USUAL else min(value, _without_sampling(events, delta, size))
 
 
 def pair_distribution(

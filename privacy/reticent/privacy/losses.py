@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FINEST, USUAL = 1e-7, 1e-3  # discretisation intervals of the privacy loss, in nats
 CELLS = 1e6  # aim for at most this many grid cells after composition
+COARSEST = 500.0  # interval beyond which its exponential leaves floats
 LOST = 1e-15  # of delta, to the rounding of Fourier transforms, for each step and each event
 
 

@@ -5,7 +5,7 @@ sampled independently and bounded by 1 in L2 norm. Let neighbouring data sets di
 and let ``w_i`` be the binomial probability that ``i`` of them are sampled. At every order the
 hockey-stick divergence of neighbours is at most that of the one-dimensional pair
 
-- ``sum_i w_i N(-i, s^2)`` against ``N(0, s^2)``, both ways, if the units are added or removed
+- ``sum_i w_i N(-i, s^2)`` against ``N(0, s^2)``, both ways, if all of them are added or all removed
   (Ganesh 2024, "Tight group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians
   mechanisms"; Choquette-Choo et al. 2023, "Privacy amplification for matrix
   mechanisms", corollary 4.7);

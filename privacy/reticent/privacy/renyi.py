@@ -44,11 +44,10 @@ def _log_moment(q: float, s: float, order: float) -> float:
     # Minkowski's inequality in L^order: never less than the moment, and tight for little noise.
     bound = order * _log_mix(q, (order - 1) / (2 * s**2))
     if order == int(order):
-        return min(bound, _log_moment_whole(q, s, int(order)))
+        return _rounded_up(min(bound, _log_moment_whole(q, s, int(order))))
     if s < 0.1:
-        return bound
-    # A relative margin for the quadrature, far above its error (1e-12).
-    return min(bound, _log_moment_between(q, s, order) * (1 + 1e-9))
+        return _rounded_up(bound)
+    return _rounded_up(min(bound, _log_moment_between(q, s, order)))
 
 
 def _log_moment_replace(q: float, s: float, order: float) -> float:
@@ -62,15 +61,19 @@ def _log_moment_replace(q: float, s: float, order: float) -> float:
     # w and v in [0, 1]: beyond [0, 2 order - 1] it falls at least like a Gaussian tail.
     width, start, end = min(s / 16, s**2 / 3), -12 * s, 2 * order - 1 + 12 * s
     if (end - start) / width > MOST_POINTS:
-        return bound
+        return _rounded_up(bound)
     x = np.arange(start, end, width)
     log_p = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * s**2))
     log_q = np.logaddexp(math.log1p(-q), math.log(q) - (2 * x + 1) / (2 * s**2))
     density = -((x / s) ** 2) / 2 - math.log(s * math.sqrt(2 * math.pi))
     moment = _log_sum(order * log_p + (1 - order) * log_q + density) + math.log(width)
-    # A margin for the quadrature: relative, and for rounding near 0, where it is tiny beside the
-    # logarithm of delta that is added to the divergence.
-    return min(bound, max(0.0, moment) * (1 + 1e-9) + 1e-13)
+    return _rounded_up(min(bound, moment))
+
+
+def _rounded_up(moment: float) -> float:
+    # A margin for quadrature and cancellation: relative, and for rounding near 0, where it is tiny
+    # beside the logarithm of delta that is added to the divergence.
+    return max(0.0, moment) * (1 + 1e-9) + 1e-13
 
 
 def _log_mix(q: float, exponent: float) -> float:
@@ -81,8 +84,7 @@ def _log_moment_whole(q: float, s: float, order: int) -> float:
     k = np.arange(order + 1, dtype=float)
     binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
     terms = binomial + k * math.log(q) + (order - k) * math.log1p(-q) + k * (k - 1) / (2 * s**2)
-    # Cancellation may leave a hair less than 1: a moment of a likelihood ratio is at least 1.
-    return max(0.0, _log_sum(terms))
+    return _log_sum(terms)
 
 
 def _log_moment_between(q: float, s: float, order: float) -> float:
@@ -92,7 +94,7 @@ def _log_moment_between(q: float, s: float, order: float) -> float:
     x = np.arange(-12 * s, order + 12 * s, width)
     ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * x - 1) / (2 * s**2))
     density = -((x / s) ** 2) / 2 - math.log(s * math.sqrt(2 * math.pi))
-    return max(0.0, _log_sum(order * ratio + density) + math.log(width))
+    return _log_sum(order * ratio + density) + math.log(width)
 
 
 def _log_sum(terms: NDArray[np.float64]) -> float:

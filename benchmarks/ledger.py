@@ -1,14 +1,17 @@
-"""What the ledger costs a simulated round, against the training of the same round.
+"""What the ledger costs a simulated run, against the training of the same run.
 
 Run with ``python benchmarks/ledger.py [--json] [--populations N…] [--rounds R]``. The baseline is
 the training of one client's round (the default plan's student on real examples), measured in the
 same process before and after each row, times the cohort (100, and 1 % of the population where that
-is more); encoding, messages and aggregation are left out of it, so the true share is lower. A round
-is charged as the simulation does it: in windows of 256 clients with one transaction each, after
-which every client finds its own charge. What happens once a run is divided by its rounds: opening
-with a walk along the whole chain, another walk for the report, and epsilon of every device;
-``share`` is with it and ``each round`` without. Every other row starts from a ledger in which every
-device of the population had been charged before, as when a long run is resumed.
+is more); encoding, messages and aggregation are left out of it, so the true share is lower.
+
+Each round is charged as the simulation does it: in windows of 256 clients with one transaction
+each, after which every client finds its own charge. ``each round`` is that alone. Once a run comes
+what its report asks for: a walk along the whole chain, and epsilon of every device. Every other row
+starts from a ledger in which every device of the population had been charged before, as a run that
+is resumed does, and opens it with a walk of its own; a new run opens without one. ``once`` is the
+share of all that in the run's training, and ``share`` the sum. A walk takes time in proportion to
+everything ever charged: the training of those earlier rounds is left out of the baseline.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ BUDGET = Budget(8.0, DELTA)
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds of one round, unless said otherwise; ``share`` is of ``training_ms``."""
+    """Milliseconds of one round and seconds of what happens once a run; shares are of training."""
 
     population: int
     cohort: int
@@ -50,11 +53,12 @@ class Row:
     training_ms: float
     charge_ms: float
     repeat_ms: float
-    verify_ms: float
-    epsilon_ms: float
+    resume_s: float
+    verify_s: float
+    epsilon_s: float
     each_round: float
+    once: float
     share: float
-    summary_s: float
     megabytes: float
 
 
@@ -77,42 +81,51 @@ def charge_all(ledger: Ledger, names: list[str], run: str, number: int) -> None:
         ledger.charge_many(names[start : start + WINDOW], run, number, EVENT, BUDGET)
 
 
-def measure(population: int, cohort: int, before: bool, rounds: int) -> Row:
-    """Play ``rounds`` rounds with seeded cohorts on a ledger of its own."""
+def play(ledger: Ledger, population: int, cohort: int, rounds: int) -> tuple[float, float]:
+    """Charge ``rounds`` seeded cohorts; return the seconds of charging and of finding charges."""
     generator = np.random.default_rng(population + cohort)
     charge = repeat = 0.0
+    for number in range(rounds):
+        chosen = generator.choice(population, size=cohort, replace=False)
+        names = [f"client-{i}" for i in chosen]
+        charge += timed(lambda n=names, r=number: charge_all(ledger, n, "run", r))
+        repeat += timed(
+            lambda n=names, r=number: [
+                ledger.charge(device, "run", r, EVENT, BUDGET) for device in n
+            ]
+        )
+    return charge, repeat
+
+
+def measure(population: int, cohort: int, before: bool, rounds: int) -> Row:
+    """Play a run on a ledger of its own, from its opening to its report."""
     client = client_seconds()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with Ledger.open(folder) as ledger:
-            if before:
+        folder, resume = Path(name), 0.0
+        if before:
+            with Ledger.open(folder) as ledger:
                 charge_all(ledger, [f"client-{i}" for i in range(population)], "earlier", 0)
-            for number in range(rounds):
-                chosen = generator.choice(population, size=cohort, replace=False)
-                names = [f"client-{i}" for i in chosen]
-                charge += timed(lambda n=names, r=number: charge_all(ledger, n, "run", r))
-                repeat += timed(
-                    lambda n=names, r=number: [
-                        ledger.charge(device, "run", r, EVENT, BUDGET) for device in n
-                    ]
-                )
-            summary = timed(lambda: ledger.summary(DELTA))
-        walks = timed(lambda: Ledger.open(folder).close())
+            resume = timed(lambda: Ledger.open(folder).close())
         with Ledger.open(folder, verify=False) as ledger:
-            walks += timed(ledger.verify)
+            charge, repeat = play(ledger, population, cohort, rounds)
+        with Ledger.open(folder, verify=False) as ledger:
+            verify = timed(ledger.verify)
+            epsilon = timed(lambda: ledger.summary(DELTA))
         megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    parts = [1e3 * seconds / rounds for seconds in (charge, repeat, walks, summary)]
-    training = 1e3 * cohort * (client + client_seconds()) / 2
+    training = rounds * cohort * (client + client_seconds()) / 2
+    once = resume + verify + epsilon
     return Row(
         population,
         cohort,
         before,
         rounds,
-        training,
-        *parts,
-        each_round=sum(parts[:2]) / training,
-        share=sum(parts) / training,
-        summary_s=summary,
+        *(1e3 * seconds / rounds for seconds in (training, charge, repeat)),
+        resume_s=resume,
+        verify_s=verify,
+        epsilon_s=epsilon,
+        each_round=(charge + repeat) / training,
+        once=once / training,
+        share=(charge + repeat + once) / training,
         megabytes=megabytes,
     )
 
@@ -121,13 +134,14 @@ def table(rows: list[Row]) -> str:
     """Return ``rows`` as aligned text."""
     lines = [
         f"{'clients':>8}{'cohort':>8}{'before':>8}{'rounds':>8}{'training ms':>13}{'charge ms':>11}"
-        f"{'repeat ms':>11}{'verify ms':>11}{'epsilon ms':>12}{'each round':>12}{'share':>8}"
-        f"{'MB':>8}"
+        f"{'repeat ms':>11}{'resume s':>10}{'verify s':>10}{'epsilon s':>11}{'each round':>12}"
+        f"{'once':>8}{'share':>8}{'MB':>8}"
     ]
     lines += [
         f"{r.population:>8,}{r.cohort:>8,}{'yes' if r.charged_before else 'no':>8}{r.rounds:>8}"
-        f"{r.training_ms:>13.1f}{r.charge_ms:>11.2f}{r.repeat_ms:>11.2f}{r.verify_ms:>11.2f}"
-        f"{r.epsilon_ms:>12.2f}{r.each_round:>12.2%}{r.share:>8.2%}{r.megabytes:>8.1f}"
+        f"{r.training_ms:>13.1f}{r.charge_ms:>11.2f}{r.repeat_ms:>11.2f}{r.resume_s:>10.2f}"
+        f"{r.verify_s:>10.2f}{r.epsilon_s:>11.2f}{r.each_round:>12.2%}{r.once:>8.2%}"
+        f"{r.share:>8.2%}{r.megabytes:>8.1f}"
         for r in rows
     ]
     return "\n".join(lines)

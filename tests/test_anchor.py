@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reticent.client.identity import Identity, RolledBack, open_identity
+from reticent.client import identity as identity_module
+from reticent.client.identity import Identity, RolledBack, open_identity, require_met
 from reticent.core.errors import LedgerError, PayloadError
 from reticent.privacy.anchor import (
     BYTES,
@@ -192,6 +195,28 @@ def test_a_deleted_ledger_is_a_changed_device_key(server: Countersigner, device:
         serve(server, device, 2)
 
 
+def test_the_server_refuses_a_fresh_start_under_a_known_node(
+    server: Countersigner, device: Device, tmp_path: Path
+) -> None:
+    serve(server, device, 1)
+    server.begin()
+    with pytest.raises(PayloadError, match="device key changed"):
+        server.accept(1, Device(tmp_path / "fresh").take_part(2, b""), "run", 2, PAYLOAD)
+    server.accept(1, device.take_part(2, server.anchor(1)), "run", 2, PAYLOAD)
+
+
+def test_an_anchor_that_the_ledger_lacks_is_kept_even_if_a_later_one_is_held(
+    server: Countersigner, device: Device
+) -> None:
+    """The end of a fork's shorter branch: refused at once, and ever after."""
+    for round in range(1, 4):
+        serve(server, device, round)
+    branch = countersign(SERVER, device.identity.name, Head(3, "ab" * 32)).encode()
+    for anchor in (branch, b""):
+        with pytest.raises(RolledBack, match="entry 3 "):
+            device.take_part(4, anchor)
+
+
 def test_a_key_deleted_beside_its_anchors_is_refused(server: Countersigner, device: Device) -> None:
     serve(server, device, 1)
     serve(server, device, 2)
@@ -237,7 +262,119 @@ def test_an_anchor_of_another_device_is_malformed(device: Device) -> None:
         device.take_part(1, other)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": ["x", "y"]}'])
+def meanwhile(work: Callable[[], object]) -> None:
+    """Let another thread, as another process would, do ``work``, or wait until it may."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=0.3)
+
+
+def test_two_processes_that_start_at_once_have_one_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, names = identity_module.write_new, []
+
+    def start() -> None:
+        names.append(open_identity(tmp_path, []).name)
+
+    def slowly(path: Path, data: bytes, mode: int) -> None:
+        monkeypatch.setattr(identity_module, "write_new", write)
+        meanwhile(start)
+        write(path, data, mode)
+
+    monkeypatch.setattr(identity_module, "write_new", slowly)
+    start()
+    while len(names) < 2:  # the other one has what it waited for
+        threading.Event().wait(0.01)
+    assert names[0] == names[1] == open_identity(tmp_path, []).name
+
+
+def test_a_new_key_outlives_a_loss_of_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the device would be another one afterwards, and its node be refused."""
+    durable: list[bool] = []
+    key = tmp_path / "device.key.pem"
+    monkeypatch.setattr(identity_module, "sync_folder", lambda _: durable.append(key.exists()))
+    open_identity(tmp_path, [])
+    assert durable == [True]
+    open_identity(tmp_path, [])
+    assert durable == [True]
+
+
+def test_the_later_of_two_anchors_met_at_once_is_kept(
+    server: Countersigner, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(server, device, 1)
+    earlier = server.anchor(1)
+    serve(server, device, 2)
+    later = server.anchor(1)
+    (device.folder / "anchors.json").unlink(missing_ok=True)
+    write, threads = identity_module.write_atomic, threading.active_count()
+
+    def meet(anchor: bytes) -> None:
+        with Ledger.open(device.folder) as ledger:
+            device.identity.check(ledger, anchor)
+
+    def slowly(path: Path, data: bytes) -> None:
+        monkeypatch.setattr(identity_module, "write_atomic", write)
+        meanwhile(lambda: meet(later))
+        write(path, data)
+
+    monkeypatch.setattr(identity_module, "write_atomic", slowly)
+    meet(earlier)
+    while threading.active_count() > threads:
+        threading.Event().wait(0.01)
+    [(sequence, _)] = json.loads((device.folder / "anchors.json").read_text()).values()
+    assert sequence == Signed.decode(later).head.sequence
+
+
+def test_kept_anchors_can_be_checked_without_an_order(
+    server: Countersigner, device: Device, tmp_path: Path
+) -> None:
+    serve(server, device, 1)
+    older = device.copy_to(tmp_path / "older").folder
+    serve(server, device, 2)
+    serve(server, device, 3)
+    with Ledger.open(device.folder) as ledger:
+        require_met(ledger, device.folder)
+    device.put_back(older)
+    with Ledger.open(device.folder) as ledger, pytest.raises(RolledBack):
+        require_met(ledger, device.folder)
+
+
+def test_a_later_head_outlives_an_earlier_one_that_another_run_commits(
+    server: Countersigner, device: Device, tmp_path: Path
+) -> None:
+    """Two runs of one server at once: what one has seen is not forgotten by the other."""
+    other = Countersigner.open(tmp_path / "server", SERVER)
+    server.accept(1, device.take_part(1, b""), "run", 1, PAYLOAD)
+    other.accept(1, device.take_part(1, b"", run="other"), "other", 1, PAYLOAD)
+    other.commit()
+    server.commit()
+    assert Signed.decode(server.anchor(1)).head.sequence == 4
+
+
+@pytest.mark.parametrize("sequence", [2**63, 2**64 - 1])
+def test_an_entry_beyond_any_ledger_is_refused_on_either_side(
+    server: Countersigner, device: Device, sequence: int
+) -> None:
+    head = Head(sequence, "ab" * 32)
+    statement = state(STRANGER, head, "run", 1, PAYLOAD).encode()
+    with pytest.raises(PayloadError, match="cannot be read"):
+        server.accept(1, statement, "run", 1, PAYLOAD)
+    with pytest.raises(PayloadError, match="must be at most"):
+        device.take_part(1, countersign(SERVER, device.identity.name, head).encode())
+    assert not (device.folder / "anchors.json").exists()
+    with Ledger.open(device.folder) as ledger:
+        assert not ledger.contains(head)
+        assert not ledger.contains(Head(-1, "ab" * 32))
+
+
+DAMAGED = ["", "[]", "{", '{"a": 1}', '{"a": ["x", "y"]}', '{"a": [1e999, "y"]}', "[" * 99_999]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_file_of_anchors_is_refused(device: Device, text: str) -> None:
     device.take_part(1, b"")
     (device.folder / "anchors.json").write_text(text)

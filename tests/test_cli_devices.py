@@ -107,6 +107,15 @@ def test_a_damaged_ledger_is_an_error_and_shows_nothing(
     assert printed.out == "" and "damaged" in printed.err
 
 
+def test_a_ledger_that_was_put_back_is_an_error_and_shows_nothing(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (state / "anchors.json").write_text(json.dumps({"ab" * 32: [9, "cd" * 32]}))
+    assert call(monkeypatch, "device", "budget", state) == 5
+    printed = capsys.readouterr()
+    assert printed.out == "" and "put back to an older state" in printed.err
+
+
 def test_a_ledger_of_a_simulation_is_not_one_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

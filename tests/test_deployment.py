@@ -217,6 +217,7 @@ def test_a_budget_with_a_window_is_the_owners_too(tmp_path: Path) -> None:
     context = owner(tmp_path, **{"budget-window-days": 30.0})
     environment = device._environment(context)
     assert environment.budget == Budget(8.0, 1e-5, 30 * 86400)
+    assert environment.ledger._store.marks.time() is not None  # device time runs from here on
     released(ask(context, order()))
     assert remembered_budget(tmp_path) == environment.budget
 

@@ -142,6 +142,14 @@ def test_the_order_depends_on_the_first_charge_and_not_on_later_ones() -> None:
     assert most[0] != most[1]
 
 
+def test_a_charge_without_privacy_that_left_the_window_fixes_no_order() -> None:
+    budget = Budget(8.0, DELTA)
+    counted = ((EVENT.to_json(), 3), (OTHER.to_json(), 3))
+    lifetime = ((NonPrivate().to_json(), 1), *counted)
+    assert Afford(EVENT, budget).fits(counted, counted)
+    assert Afford(EVENT, budget).fits(lifetime, counted)
+
+
 def test_spent_is_told_in_the_refusal_and_counts_only_what_counts(ledger: Ledger) -> None:
     tight = Budget(epsilon([EVENT, EVENT], DELTA), DELTA)
     assert fitting(ledger, [EVENT, EVENT], tight) == [True, True]

@@ -195,6 +195,8 @@ def test_bad_arguments_name_themselves(ledger: Ledger) -> None:
         ("a", "x\x00y", 0, "run="),
         ("a", "run", -1, "round="),
         ("a", "run", True, "round="),
+        ("a", "run", 2**63, "round="),
+        ("a", "r" * 257, 0, "run=.*257 characters: at most 256"),
     ]:
         with pytest.raises(LedgerError, match=match):
             ledger.charge(device, run, number, EVENT, FREE)

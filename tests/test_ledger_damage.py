@@ -137,7 +137,7 @@ def test_full_disk_refuses_the_charge(tmp_path: Path) -> None:
         pages = ledger._store.db.execute("PRAGMA page_count").fetchone()[0]
         ledger._store.db.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(LedgerError, match="full"):
-            ledger.charge_many([f"{i}" * 99 for i in range(400)], "run", 0, EVENT, FREE)
+            ledger.charge_many([f"{i:03}" * 80 for i in range(400)], "run", 0, EVENT, FREE)
         assert ledger.verify() == Head(0, "00" * 32)
 
 

@@ -162,6 +162,18 @@ def test_a_crash_in_a_migration_leaves_version_1(tmp_path: Path, step: int) -> N
         assert len(ledger.events("a")) == 2
 
 
+def test_a_database_of_version_1_put_back_after_its_migration_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    write_version_1(folder)
+    older = (folder / "ledger.db").read_bytes()
+    with Ledger.open(folder) as ledger:
+        ledger.charge("a", "new", 0, EVENT, FREE)
+    (folder / "ledger.db").write_bytes(older)
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="charges are lost"):
+            Ledger.open(folder)
+
+
 def test_a_damaged_version_1_is_refused_and_left_alone(tmp_path: Path) -> None:
     write_version_1(tmp_path / "ledger")
     db = sqlite3.connect(tmp_path / "ledger" / "ledger.db")

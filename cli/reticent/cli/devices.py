@@ -39,14 +39,17 @@ def budget(
 ) -> None:
     """Verify the ledger in STATE_DIR and show what was spent and what is left.
 
+    It is compared with every countersigned head that the device has met, too.
     The budget is the one that the device last ran with, unless --epsilon is given.
     """
+    from reticent.client.identity import require_met
     from reticent.privacy.ledger import Ledger
 
     if not (folder / "ledger.db").is_file():
         raise LedgerError(f"{folder}: holds no ledger: must be a device's state-dir")
     limit = _budget(folder, epsilon, delta, window_days)
     with Ledger.open(folder) as ledger:
+        require_met(ledger, folder)
         names = ledger.devices() or ["device"]
         if len(names) > 1:
             raise LedgerError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from reticent.core.errors import LedgerError
 from reticent.core.run import write_atomic
 from reticent.privacy.ledger import Budget
+from reticent.privacy.ledger.files import alone
 
 DEVICE = "device"
 """The one name in a real device's ledger; who it is towards servers is its key."""
@@ -23,10 +24,15 @@ def remember_budget(folder: Path, budget: Budget) -> None:
     path = folder / "budget.json"
     data = json.dumps(asdict(budget), indent=1).encode()
     try:
-        if not path.exists() or path.read_bytes() != data:
-            write_atomic(path, data)
+        _write_if_new(path, data)
     except OSError as error:
         raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write_if_new(path: Path, data: bytes) -> None:
+    with alone(path.parent):  # each message is a process of its own
+        if not path.exists() or path.read_bytes() != data:
+            write_atomic(path, data)
 
 
 def remembered_budget(folder: Path) -> Budget | None:
@@ -40,5 +46,5 @@ def remembered_budget(folder: Path) -> Budget | None:
         return Budget(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LedgerError(f"{path}: cannot be read: {error}") from error

@@ -14,6 +14,8 @@ from reticent.core.run import write_atomic
 from reticent.core.signing import private_pem, read_private_key, write_new
 from reticent.privacy.anchor import Signed, check_anchor, public_hex, state
 from reticent.privacy.ledger import Head, Ledger
+from reticent.privacy.ledger.files import alone, mapped
+from reticent.privacy.ledger.tip import sync_folder
 from reticent.privacy.release import Public
 
 
@@ -56,12 +58,15 @@ class Identity:
             PayloadError: If the anchor is malformed or names another device.
             LedgerError: If the file of anchors is damaged or cannot be written.
         """
-        known, met = self._known(), self._met(anchor)
-        kept = {**known, **{s: h for s, h in met.items() if _tells_more(ledger, h, known.get(s))}}
-        if kept != known:
-            # Kept even when it refuses this ledger, so that no later server is served either.
-            self._keep(kept)
-        for server, head in [*kept.items(), *met.items()]:
+        met = self._met(anchor)
+        with mapped(self.folder), alone(self.folder):  # each message is a process of its own
+            known = _known(self.folder)
+            more = {s: h for s, h in met.items() if _tells_more(ledger, h, known.get(s))}
+            kept = {**known, **more}
+            if kept != known:
+                # Kept even when it refuses this ledger, so that no later server is served either.
+                self._keep(kept)
+        for server, head in kept.items():  # one met now and not kept is held, for it tells no more
             _require_held(ledger, head, server)
 
     def statement(self, ledger: Ledger, run: str, round: int, payload: bytes) -> Public[bytes]:
@@ -77,16 +82,6 @@ class Identity:
             raise PayloadError("the anchor is of another device")
         signers = (key for key in self.servers if check_anchor(signed, key))
         return {public_hex(key): signed.head for key in signers}
-
-    def _known(self) -> dict[str, Head]:
-        path = self.folder / "anchors.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return {str(k): Head(int(sequence), str(mac)) for k, (sequence, mac) in data.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise LedgerError(f"{path}: cannot be read: {error}") from error
 
     def _keep(self, heads: dict[str, Head]) -> None:
         path = self.folder / "anchors.json"
@@ -105,21 +100,49 @@ def open_identity(folder: Path, servers: Sequence[Ed25519PublicKey]) -> Identity
     """
     path = folder / "device.key.pem"
     try:
-        if not path.exists():
-            if (folder / "anchors.json").exists():
-                raise LedgerError(
-                    f"{path}: is missing beside anchors.json; put it back: under another key "
-                    "servers would take this for another device"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            write_new(part, private_pem(Ed25519PrivateKey.generate()), 0o600)
-            part.replace(path)  # whole or absent, whenever power is lost
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):  # two processes that start at once must agree on one key
+            if not path.exists():
+                _make_key(path)
         key = read_private_key(path)
     except (OSError, ArtifactError) as error:
         raise LedgerError(f"{path}: cannot be used: {error}") from error
     return Identity(key, tuple(servers), folder)
+
+
+def require_met(ledger: Ledger, folder: Path) -> None:
+    """Check ``ledger`` against every anchor that was met and is kept in ``folder``.
+
+    Raises:
+        RolledBack: If it lacks one.
+        LedgerError: If the file of anchors is damaged.
+    """
+    for server, head in _known(folder).items():
+        _require_held(ledger, head, server)
+
+
+def _make_key(path: Path) -> None:
+    if (path.parent / "anchors.json").exists():
+        raise LedgerError(
+            f"{path}: is missing beside anchors.json; put it back: under another key "
+            "servers would take this for another device"
+        )
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    write_new(part, private_pem(Ed25519PrivateKey.generate()), 0o600)
+    part.replace(path)  # whole or absent, whenever power is lost
+    sync_folder(path.parent)  # and there for good, before a server meets it
+
+
+def _known(folder: Path) -> dict[str, Head]:
+    path = folder / "anchors.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {str(k): Head(int(sequence), str(mac)) for k, (sequence, mac) in data.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise LedgerError(f"{path}: cannot be read: {error}") from error
 
 
 def _tells_more(ledger: Ledger, head: Head, known: Head | None) -> bool:

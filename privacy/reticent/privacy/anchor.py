@@ -17,9 +17,11 @@ deleted, with the device's key (a fresh start)        the server: the node's dev
 ====================================================  =========================================
 
 Not detected: a ledger put back further than to the last anchor of a server that is never met
-again; a whole device put back before its first statement; a fork whose copies never meet the same
-server; server and device put back together; a device that was altered to lie. The ledger protects
-a device's owner against accidents and against servers, not against the owner.
+again; a whole device put back before its first statement; a device that starts afresh as a new
+node, with a new node key; a fork whose copies never meet the same server; server and device put
+back together; a device that was altered to lie. The ledger protects a device's owner against
+accidents and against servers, not against the owner. A server whose key is pinned can stop a
+device for good, with an anchor that the ledger never held; it cannot make it spend more.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from .ledger import Head
 
 _FORMAT = struct.Struct(">B32sQ32s64s")  # version, device, sequence, MAC, signature
 _VERSION = 1
+_MOST_ENTRIES = 2**63 - 1  # what a ledger, and a server's record of it, can number
 BYTES = _FORMAT.size
 
 
@@ -66,13 +69,15 @@ class Signed:
         """Parse what :meth:`encode` wrote; the signature is not checked here.
 
         Raises:
-            PayloadError: If the length or the version differs.
+            PayloadError: If the length or the version differs, or no ledger has such an entry.
         """
         if len(data) != BYTES:
             raise PayloadError(f"a signed ledger head has {len(data)} bytes: must have {BYTES}")
         version, device, sequence, mac, signature = _FORMAT.unpack(data)
         if version != _VERSION:
             raise PayloadError(f"signed ledger head of version {version}: must be {_VERSION}")
+        if sequence > _MOST_ENTRIES:
+            raise PayloadError(f"ledger entry {sequence}: must be at most {_MOST_ENTRIES}")
         return Signed(device.hex(), Head(sequence, mac.hex()), signature)
 
 

@@ -27,9 +27,11 @@ _SCHEMA = (
 class Countersigner:
     """Judges devices' statements and countersigns them, over every run of one server.
 
-    Guarantee: an update is used only if its device's ledger went forward since the last update of
-    that device that was part of a committed round: a lower head, another head of the same number,
-    another device key on the same node, and two updates of one device in one round are refused.
+    Guarantee: an update is used only if its device's ledger did not go back since the last update
+    of that device that was part of a committed round: a lower head, another head of the same
+    number, another device key on the same node, and two updates of one device in one round are
+    refused. Where runs share the record at the same time, an update that was signed before another
+    run committed a later head is refused too, and accepted when it is asked for again.
     What this cannot find is listed in :mod:`reticent.privacy.anchor`.
 
     Attributes:
@@ -39,7 +41,7 @@ class Countersigner:
     key: Ed25519PrivateKey
     _db: sqlite3.Connection
     _path: Path
-    _open: dict[str, tuple[str, Head]] = field(default_factory=dict)
+    _open: dict[str, tuple[str, Head]] = field(default_factory=dict)  # node and head, by device
 
     @staticmethod
     def open(folder: Path, key: Ed25519PrivateKey) -> Countersigner:
@@ -88,10 +90,10 @@ class Countersigner:
         device = self._device_of(node)
         if device is not None and device != signed.device:
             raise PayloadError("the node's device key changed: its ledger may have been deleted")
-        if signed.device in {known for known, _ in self._open.values()}:
+        if signed.device in self._open:
             raise PayloadError("two nodes speak for one device: its ledger was copied")
         self._require_forward(signed)
-        self._open[str(node)] = (signed.device, signed.head)
+        self._open[signed.device] = (str(node), signed.head)
 
     def commit(self) -> None:
         """Make the round's statements durable: the next anchors are about them.
@@ -110,9 +112,13 @@ class Countersigner:
         self._open.clear()
 
     def _write(self, accepted: Mapping[str, tuple[str, Head]]) -> None:
-        for node, (device, head) in accepted.items():
+        for device, (node, head) in accepted.items():
+            # Another run may have committed a later head meanwhile, which must not be forgotten.
             self._db.execute(
-                "INSERT OR REPLACE INTO devices VALUES (?, ?, ?)", (device, head.sequence, head.mac)
+                "INSERT INTO devices VALUES (?, ?, ?) ON CONFLICT (device) DO UPDATE SET"
+                " sequence = excluded.sequence, mac = excluded.mac"
+                " WHERE excluded.sequence > sequence",
+                (device, head.sequence, head.mac),
             )
             self._db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (node, device))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from ..accounting import epsilon
 from ..events import Event
-from .afford import History, merged
+from .afford import merged
 from .files import mapped
 from .overview import overview
 from .records import Budget, Head, Overview, Spent
@@ -59,11 +57,9 @@ class Account:
 
     def summary(self, delta: float) -> list[Spent]:
         """Return what devices spent, one row for each distinct history, the largest first."""
-        groups: defaultdict[History, list[str]] = defaultdict(list)
         with mapped(self._store.folder):
-            for device, history in self._store.lifetimes(None).items():
-                groups[history if len(history) == 1 else tuple(sorted(history))].append(device)
-        rows = [(tuple(sorted(names)), merged(history)) for history, names in groups.items()]
+            groups = self._store.histories()
+        rows = [(names, merged(history)) for history, names in groups.items()]
         spent = [Spent(names, events, epsilon(events, delta)) for names, events in rows]
         return sorted(spent, key=lambda row: (-row.epsilon, row.devices))
 

@@ -28,10 +28,10 @@ class Afford:
 
     From the first differing event on, a Renyi filter decides: the divergences of all rounds at one
     order must sum to no more than what that order allows (Feldman and Zrnic 2021, theorem 4.3;
-    Lecuyer 2021, theorem 1), which stays valid when a server chooses parameters after seeing
-    releases. The order is fixed by the budget and the device's first charge, before any release;
-    the best order for each history, which is what the ``rdp`` accountant takes, would let a server
-    steer towards the order that suits what it saw, and no theorem covers that.
+    Lecuyer 2021), which stays valid when a server chooses parameters after seeing releases. The
+    order is fixed by the budget and the device's first charge with noise, before any release that
+    the budget bounds; the best order for each history, which is what the ``rdp`` accountant takes,
+    would let a server steer towards the order that suits what it saw, and no theorem covers that.
 
     A server that moves from the first rule to the second in the light of releases gets at most
     (epsilon, 2 delta), because each rule alone keeps the paths it decides within delta. One that
@@ -74,7 +74,7 @@ class Afford:
             return _exact(total, replace(_gaussians(total)[0], steps=1), limit, delta)
         if all(text == self._text for text, _ in past):
             return _exact(total, self._event, limit, delta)
-        first = next((text for text, _ in lifetime if _private(text)), self._text)
+        first = next((text for text, _ in lifetime if _noised(text)), self._text)
         return _filter_fits(total, first, limit, delta)
 
 
@@ -102,6 +102,12 @@ def _parsed(text: str) -> Event:
 @lru_cache(maxsize=4096)
 def _private(text: str) -> bool:
     return bool(merge([_parsed(text)]))
+
+
+@lru_cache(maxsize=4096)
+def _noised(text: str) -> bool:
+    # Of a charge without privacy, which has left the window, no order can be told.
+    return bool(_gaussians([_parsed(text)]))
 
 
 def _gaussians(events: Iterable[Event]) -> list[PoissonGaussian]:

@@ -45,7 +45,7 @@ def prepare(db: sqlite3.Connection, folder: Path, check: Check) -> bytes:
         LedgerError: If a file is missing or is not what it should be.
     """
     # SQLite does not wait for others when it changes to a write-ahead log; we do.
-    with _alone(folder):
+    with alone(folder):
         return _prepare(db, folder, check)
 
 
@@ -60,7 +60,11 @@ def _prepare(db: sqlite3.Connection, folder: Path, check: Check) -> bytes:
             create(db)
         elif migrate(db, folder):
             key = _read_key(folder)
-            create_tip(folder / "ledger.tip", key, check(db, key))
+            head = check(db, key)
+            # A tip that is there already is of an attempt that a crash stopped, or of a later
+            # state than this database, which was put back; so it stays, and is compared.
+            if not (folder / "ledger.tip").exists():
+                create_tip(folder / "ledger.tip", key, head)
     with writing(db):
         empty = db.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None
         if empty and not (folder / "ledger.key").exists():
@@ -73,7 +77,12 @@ def _prepare(db: sqlite3.Connection, folder: Path, check: Check) -> bytes:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of ``folder``, until the block ends.
+
+    Raises:
+        OSError: If the folder cannot be opened.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # given back when the descriptor is closed

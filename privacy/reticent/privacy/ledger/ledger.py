@@ -18,6 +18,8 @@ from .records import Budget, BudgetExceeded, Charge, Head
 from .store import Store
 from .windows import View
 
+LONGEST_NAME = 256
+
 
 class Ledger(Account):
     """A ledger in one folder: ``ledger.db`` (SQLite), ``ledger.key`` and ``ledger.tip``.
@@ -258,5 +260,9 @@ def _require_key(device: str, run: str, round: int) -> None:
     for name, value in (("device", device), ("run", run)):
         if not isinstance(value, str) or not value or not value.isprintable():
             raise LedgerError(f"{name}={value!r}: must be a non-empty printable string")
+        if len(value) > LONGEST_NAME:  # servers choose the run's: it must not fill the disk
+            raise LedgerError(
+                f"{name}={value[:20]!r}…: has {len(value)} characters: at most {LONGEST_NAME}"
+            )
     if isinstance(round, bool) or not isinstance(round, int) or not 0 <= round < 2**63:
         raise LedgerError(f"round={round!r}: must be a whole number >= 0")

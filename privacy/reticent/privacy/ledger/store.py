@@ -55,6 +55,8 @@ class Store:
         """Tell whether ``head`` is in the chain."""
         if head.sequence == 0:
             return head == End().head
+        if not 0 < head.sequence < 2**63:
+            return False  # SQLite does not take such a number
         row = self.db.execute(
             "SELECT mac FROM entries WHERE sequence = ?", (head.sequence,)
         ).fetchone()
@@ -146,12 +148,26 @@ class Store:
             [(device, body, number) for number, device in enumerate(devices, start)],
         )
 
-    def lifetimes(self, devices: Sequence[str] | None) -> dict[str, History]:
-        """Return what each device (None: every one) was ever charged, in order of first charge."""
-        chosen = "" if devices is None else " WHERE device IN (SELECT value FROM json_each(?))"
+    def histories(self) -> dict[History, tuple[str, ...]]:
+        """Return the distinct histories, each sorted, with the names of their devices, sorted."""
+        # Grouped by the database: there may be many devices, and there are few histories.
         rows = self.db.execute(
-            f"SELECT device, first, event, charges FROM totals{chosen}",
-            () if devices is None else (json.dumps(devices),),
+            "SELECT history, json_group_array(device) FROM (SELECT device,"
+            " json_group_array(json_array(event, charges)) AS history FROM"
+            " (SELECT * FROM totals ORDER BY device, event) GROUP BY device) GROUP BY history"
+        )
+        found: dict[History, tuple[str, ...]] = {}
+        for text, names in rows:
+            history = tuple(sorted((event, charges) for event, charges in json.loads(text)))
+            found[history] = tuple(sorted((*found.get(history, ()), *json.loads(names))))
+        return found
+
+    def lifetimes(self, devices: Sequence[str]) -> dict[str, History]:
+        """Return what each device was ever charged, in order of first charge."""
+        rows = self.db.execute(
+            "SELECT device, first, event, charges FROM totals"
+            " WHERE device IN (SELECT value FROM json_each(?))",
+            (json.dumps(devices),),
         )
         found: dict[str, list[tuple[int, str, int]]] = {}
         for device, *row in rows:

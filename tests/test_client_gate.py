@@ -241,6 +241,22 @@ def test_an_empty_release_does_not_pass() -> None:
     assert refusal(reply) is Refusal.NOT_RELEASED
 
 
+@pytest.mark.parametrize("raw", [SECRET, 7, bytearray(b"x"), [SECRET], {"loss": 0.3}])
+def test_a_wrapped_value_that_is_not_bytes_does_not_pass(raw: Any) -> None:
+    for update, statement in (
+        (Released(raw, EVENT), None),
+        (Released(b"x", EVENT), Public(raw, "statement")),
+    ):
+        reply = through_gate(lambda asked, u=update, s=statement: egress(asked, u, s))
+        assert refusal(reply) is Refusal.NOT_RELEASED
+        assert SECRET.encode() not in to_bytes(reply)
+
+
+@pytest.mark.parametrize("reply", [None, SECRET, RecordDict()])
+def test_what_is_no_reply_at_all_is_a_refusal(reply: Any) -> None:
+    assert refusal(through_gate(lambda _: reply)) is Refusal.FAILED
+
+
 def test_a_public_value_of_an_undeclared_kind_cannot_be_made() -> None:
     with pytest.raises(PrivacyError, match="'accuracy': must be one of statement"):
         Public(b"0.93", "accuracy")
@@ -358,6 +374,8 @@ BAD_ORDERS: list[tuple[dict[str, Any], Refusal]] = [
     ({"noise_multiplier": -1.0}, Refusal.BAD_ORDER),
     ({"noise_multiplier": 0.0}, Refusal.BAD_ORDER),
     ({"noise_multiplier": 1}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": 1e-300}, Refusal.BAD_ORDER),
+    ({"noise_multiplier": 1e300}, Refusal.BAD_ORDER),
     ({"denominator": 0.0}, Refusal.BAD_ORDER),
     ({"denominator": math.nan}, Refusal.BAD_ORDER),
     ({"extra": 1}, Refusal.BAD_ORDER),
@@ -416,6 +434,26 @@ def test_constants_of_the_right_digest_that_cannot_be_read_are_refused(device: D
     order = order_of(constants=hashlib.sha256(garbage).hexdigest())
     reply = device.ask(content_of(order, constants=pack(garbage)))
     assert refusal(reply) is Refusal.BAD_BROADCAST
+
+
+def test_soft_labels_that_lack_a_label_tell_nothing_about_a_batch(tmp_path: Path) -> None:
+    """Training would fail exactly on the batches that hold the label: a refusal that is a leak."""
+    plan = parse_plan(
+        PLAN_TEXT,
+        [
+            "privacy.noise_multiplier=1.0",
+            'privacy.trust="local"',
+            "student.distill.local_weight=0.5",
+            "federation.sampling_rate=1.0",
+        ],
+    )
+    device = Device(tmp_path, plan)
+    for rows in (1, 2):
+        table = Constants(b"", np.full((rows, rows), 0.5, dtype=np.float32)).encode()
+        order = order_of(plan, constants=hashlib.sha256(table).hexdigest())
+        reply = device.ask(content_of(order, constants=pack(table)))
+        assert refusal(reply) is Refusal.BAD_BROADCAST
+        assert device.ledger.events("device") == []
 
 
 def test_constants_of_another_digest_are_not_kept(device: Device) -> None:

@@ -208,6 +208,15 @@ def test_a_count_that_would_reveal_too_much_is_refused_with_what_to_change() -> 
     assert sum_multiplier(2.0, None) == 2.0
 
 
+@pytest.mark.parametrize("tiny", [1e-160, 1e-200, 5e-324])
+def test_hardly_any_noise_is_all_the_sums_and_too_much_is_refused(tiny: float) -> None:
+    """An order may ask for any positive number; none may end in an arithmetic error."""
+    assert sum_multiplier(tiny, 2.0) == tiny
+    for huge in (1e200, 1.7e308):
+        with pytest.raises(PlanError, match="clip_quantile"):
+            sum_multiplier(huge, 2.0)
+
+
 def settle(
     rule: ClipRule, norms: np.ndarray, rounds: int, clients: int, noise: float, seed: int
 ) -> list[float]:

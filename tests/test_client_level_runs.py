@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,18 @@ def test_a_plan_is_priced_before_it_runs() -> None:
     assert epsilon([schedule.over(schedule.round_event(), fit)], 1e-5) <= 12.0
     assert epsilon([schedule.over(schedule.round_event(), fit + 1)], 1e-5) > 12.0
     assert price["half_noise_epsilon"] > price["epsilon"] == price["unamplified_epsilon"]
+
+
+def test_rounds_are_counted_against_the_budget_where_it_is_not_the_target() -> None:
+    given = [text for text in SMALL if "noise_multiplier" not in text]
+    plan = parse_plan("", [*given, "privacy.epsilon=8.0", "privacy.budget=12.0"])
+    price, whole = explain_plan(plan)["privacy"], schedule_for(plan)
+    assert whole is not None
+    half = replace(whole, noise_multiplier=whole.noise_multiplier / 2)
+    for schedule, fit in ((whole, price["rounds_that_fit"]), (half, price["half_noise_rounds"])):
+        most = epsilon([schedule.over(schedule.round_event(), fit)], 1e-5) if fit else 0.0
+        assert most <= 12.0 < epsilon([schedule.over(schedule.round_event(), fit + 1)], 1e-5)
+    assert price["half_noise_epsilon"] == epsilon([half.over(half.round_event(), 3)], 1e-5)
 
 
 def test_the_price_in_bytes_is_that_of_updates_at_their_bound(finished: Run) -> None:

@@ -163,6 +163,25 @@ def test_an_adaptive_round_has_the_larger_noise_of_its_sum() -> None:
     assert not accepts(found, 1.5 * z * CLIP / 40)
 
 
+def test_sum_and_count_of_a_round_share_no_noise() -> None:
+    """One draw for both would let a reader subtract the noise of the other."""
+    plan = plan_of(40, 3, "privacy.clip_quantile=0.5")
+
+    def half(message: Message) -> bytes:
+        return with_bit(ZERO, message.metadata.dst_node_id % 2 == 0)
+
+    federation = Federation(plan, half).run()
+    z = (1.2**-2 - (2 * 40 / 20) ** -2) ** -0.5
+    counts: list[float] = []
+    for tally in federation.tallies:
+        assert tally.noised is not None and tally.noised.fraction is not None
+        counts.append((tally.noised.fraction - 0.5) * 40 / (40 / 20))
+        sums = tally.noised.mean * 40 / (z * tally.noised.clip)
+        assert np.abs(sums - counts[-1]).min() > 1e-9
+        assert np.abs(sums + counts[-1]).min() > 1e-9
+    assert len({round(c, 9) for c in counts}) == 3, "nor do two rounds"
+
+
 @pytest.mark.parametrize("replying", [1, 3, 8])
 def test_the_noise_is_whole_and_the_denominator_public_however_few_reply(replying: int) -> None:
     nodes = {node_of(c) for c in range(replying)}

@@ -18,6 +18,7 @@ from reticent.client.environment import Environment
 from reticent.client.round import noisy_step, quantization_step, run_round
 from reticent.client.training import LocalTrainer, NoisyStep
 from reticent.compression.codec import build_codec
+from reticent.core.errors import DataError, PayloadError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order
 from reticent.core.seeds import numpy_generator
@@ -272,6 +273,25 @@ def test_a_distillation_weight_of_zero_is_no_distillation() -> None:
     soft = np.eye(CLASSES, dtype=np.float32)[::-1].copy()
     step = NoisyStep(None, 0.0, 10.0)
     assert np.array_equal(update(plan, step, examples, soft), update(plan, step, examples))
+
+
+@pytest.mark.parametrize("rows", [1, CLASSES - 1, CLASSES + 1])
+def test_soft_labels_of_other_classes_are_refused(rows: int) -> None:
+    plan = plan_of("student.distill.local_weight=0.5")
+    with pytest.raises(PayloadError, match=f"has {rows} rows: must have {CLASSES}"):
+        trainer_of(plan, np.zeros((rows, rows), dtype=np.float32))
+
+
+class MixingTask(WideTask):
+    """Its student mixes the examples of a batch."""
+
+    def student(self, model: str) -> nn.Module:
+        return nn.Sequential(nn.Linear(INPUTS, CLASSES), nn.BatchNorm1d(CLASSES))
+
+
+def test_a_student_that_mixes_examples_is_refused_before_anything_is_charged_or_trained() -> None:
+    with pytest.raises(DataError, match="batch normalisation"):
+        LocalTrainer(plan_of(), MixingTask(), Constants(b"", NO_SOFT))
 
 
 def test_several_local_steps_are_a_loop_written_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -30,6 +32,13 @@ def test_batch_normalisation_is_refused() -> None:
     torch.manual_seed(0)
     model = student("tiny", (1, 8, 8), 10)
     with pytest.raises(DataError, match="batch normalisation"):
+        ClippedGradients(model, Layout.of(model))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_for_which_the_hooks_have_the_wrong_gradient_is_refused(mode: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode=mode), nn.Flatten())
+    with pytest.raises(DataError, match=f"padding_mode='{mode}'"):
         ClippedGradients(model, Layout.of(model))
 
 

@@ -101,7 +101,7 @@ def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Me
     of array types and metadata of a reply could carry words of their own.
     """
     try:
-        reply = call_next(message, context)
+        return _serialised(call_next(message, context), message)
     except Refused as refused:
         return _refuse(refused.refusal, message)
     except DataError:
@@ -109,16 +109,23 @@ def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Me
     except Exception:
         # Whatever went wrong may have been caused by private data; its text stays here.
         return _refuse(Refusal.FAILED, message)
+
+
+def _serialised(reply: Message, message: Message) -> Message:
+    """Return a new reply to ``message`` with what was wrapped in ``reply``.
+
+    Raises:
+        Refused: If ``reply`` holds anything else, or what is wrapped is not bytes.
+    """
     content = reply.content if reply.has_content() else None
     if not isinstance(content, Outgoing) or len(content):
-        return _refuse(Refusal.NOT_RELEASED, message)
+        raise Refused(Refusal.NOT_RELEASED)
     update, statement = content.update_to_send, content.statement_to_send
-    if not update.value:
-        return _refuse(Refusal.NOT_RELEASED, message)
-    sent = RecordDict({"update": pack(update.value)})
-    if statement is not None:
-        sent["statement"] = pack(statement.value)
-    return Message(sent, reply_to=message)
+    values = [update.value] if statement is None else [update.value, statement.value]
+    if not update.value or not all(type(value) is bytes for value in values):
+        raise Refused(Refusal.NOT_RELEASED)
+    records = zip(("update", "statement"), values, strict=False)
+    return Message(RecordDict({name: pack(value) for name, value in records}), reply_to=message)
 
 
 def _check_anchor(environment: Environment, content: RecordDict) -> None:

@@ -120,8 +120,6 @@ def run_round(
         _store(order, environment, encoded)
     except BudgetExceeded as error:
         raise Refused(Refusal.BUDGET) from error
-    except PlanError as error:  # no event has this noise: the order asks for the impossible
-        raise Refused(Refusal.BAD_ORDER) from error
     except PrivacyError as error:  # damaged, or it counts in another unit or relation
         raise Refused(Refusal.LEDGER) from error
     return Released(encoded, event)
@@ -132,13 +130,17 @@ def round_event(plan: Plan, noise_multiplier: float) -> Event:
 
     Raises:
         PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
+        PrivacyError: If no event may have this noise multiplier.
     """
     schedule = schedule_with(plan, noise_multiplier)
     return NonPrivate() if schedule is None else schedule.round_event()
 
 
 def _charge(order: Order, plan: Plan, environment: Environment) -> Event:
-    event = round_event(plan, order.noise_multiplier)
+    try:
+        event = round_event(plan, order.noise_multiplier)
+    except (PlanError, PrivacyError) as error:  # no event has this noise: it is impossible
+        raise Refused(Refusal.BAD_ORDER) from error
     environment.ledger.charge(environment.device, order.run, order.round, event, environment.budget)
     return event
 

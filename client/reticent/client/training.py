@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from reticent.compression.fold import fold_batchnorm
 from reticent.compression.quantize import quantized_weights
+from reticent.core.errors import PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
@@ -51,11 +52,14 @@ class LocalTrainer:
     """Everything about local training that does not depend on a client: build once, use often."""
 
     def __init__(self, plan: Plan, task: Task, constants: Constants) -> None:
-        """Build the student and its per-example gradient hooks.
+        """Build the student and, where single gradients are bounded, what computes them.
 
         Raises:
             DataError: If the mask does not fit the student, or the student mixes examples.
+            PayloadError: If the soft labels are not those of the task's classes. A table that lacks
+                a label would make training fail on the batches that hold it, and no others.
         """
+        _check_soft_labels(constants, task)
         self._plan = plan
         self._model = student_model(task, plan)
         bare = Layout.of(self._model)
@@ -63,6 +67,8 @@ class LocalTrainer:
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
         quantize = plan.student.quantize.kind == "qat"
         self._swap = quantized_weights if quantize else nullcontext
+        if plan.private is not None and plan.private.unit == "example":
+            _ = self._clipped  # refuses a student now that could not be trained after the charge
 
     @property
     def steps(self) -> int:
@@ -143,6 +149,12 @@ class LocalTrainer:
             return (1 - weight) * hard + weight * heat**2 * mimic
 
         return loss
+
+
+def _check_soft_labels(constants: Constants, task: Task) -> None:
+    rows = len(constants.soft_labels)
+    if rows not in (0, task.classes):
+        raise PayloadError(f"constants.soft_labels has {rows} rows: must have {task.classes}")
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

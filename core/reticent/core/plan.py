@@ -121,7 +121,8 @@ class Privacy(Section):
         relation: How the neighbour differs: one unit added or removed (its contribution becomes
             zero), or replaced by another one.
         delta: The delta at which epsilon is stated.
-        clip: L2 bound of one example's gradient, or of one client's update (``unit = "client"``).
+        clip: L2 bound of one example's gradient, or of one client's update (``unit = "client"``),
+            between 1e-12 and 1e12: float32 could not keep another.
         clipping: ``flat``: one norm over all parameters; ``per-layer``: every parameter tensor has
             its own bound, and the squares of the bounds sum to ``clip`` squared.
         clip_quantile: Adaptive clipping of clients' updates (Andrew et al. 2021): ``clip`` is then
@@ -139,7 +140,7 @@ class Privacy(Section):
     noise_multiplier: Positive | None = None
     relation: Literal["add-or-remove-one", "replace-one"] = "add-or-remove-one"
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    clip: Positive = 0.5
+    clip: Annotated[float, Field(ge=1e-12, le=1e12)] = 0.5
     clipping: Literal["flat", "per-layer"] = "flat"
     clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     examples_per_user: Count | None = None

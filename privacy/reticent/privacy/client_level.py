@@ -157,17 +157,19 @@ def sum_multiplier(noise_multiplier: float, count_noise: float | None) -> float:
     """
     if count_noise is None:
         return noise_multiplier
-    left = noise_multiplier**-2 - (2 * count_noise) ** -2
+    # By their ratio, and without powers: any finite multiplier may be asked for, 1e-200 or 1e300.
+    ratio = noise_multiplier / (2 * count_noise)
+    left = 1 - ratio * ratio
     if left <= 0:
-        needed = math.floor(noise_multiplier / (2 * COUNT_NOISE)) + 1
+        needed = noise_multiplier / (2 * COUNT_NOISE) // 1 + 1
         raise PlanError(
             f"privacy.clip_quantile: the count of updates within the bound has noise of standard "
             f"deviation federation.clients_per_round / 20 = {count_noise:g}, which alone reveals "
-            f"more than noise multiplier {noise_multiplier:.4g} allows; use at least {needed} "
-            "clients_per_round, a larger epsilon (a smaller noise_multiplier), or leave out "
-            "clip_quantile for a fixed bound"
+            f"more than noise multiplier {noise_multiplier:.4g} allows; use at least "
+            f"{needed:.15g} clients_per_round, a larger epsilon (a smaller noise_multiplier), or "
+            "leave out clip_quantile for a fixed bound"
         )
-    return left**-0.5
+    return noise_multiplier * left**-0.5
 
 
 def client_event(noise_multiplier: float, relation: str, count_noise: float | None) -> Event:

@@ -146,10 +146,15 @@ def _terms(layer: nn.Module, inputs: torch.Tensor, back: torch.Tensor) -> Iterat
     else:
         norm = cast(nn.GroupNorm, layer)
         plain = F.group_norm(inputs, norm.num_groups, eps=norm.eps)
-        yield Rows((plain * back).flatten(2).sum(dim=2))
-        bias = back.flatten(2).sum(dim=2)
+        yield Rows(_over_places(plain * back))
+        bias = _over_places(back)
     if layer.bias is not None:
         yield Rows(bias)
+
+
+def _over_places(values: torch.Tensor) -> torch.Tensor:
+    """Sum ``(n, channels, *places)`` to ``(n, channels)``; there may be no places."""
+    return values.flatten(2).sum(dim=2) if values.dim() > 2 else values
 
 
 def _linear(inputs: torch.Tensor, back: torch.Tensor) -> Term:

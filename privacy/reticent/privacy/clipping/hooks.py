@@ -26,7 +26,18 @@ class HookedGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Attach the hooks to ``model``."""
+        """Attach the hooks to ``model``.
+
+        Raises:
+            DataError: If a convolution pads with anything but zeros: Opacus' formula for the
+                gradient of an example takes it for zeros, and what is summed would not be it.
+        """
+        for name, module in model.named_modules():
+            if getattr(module, "padding_mode", "zeros") != "zeros":
+                raise DataError(
+                    f"student layer {name} has padding_mode={module.padding_mode!r}: gradients of "
+                    'single examples are known for "zeros" only'
+                )
         self._model = model
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
 

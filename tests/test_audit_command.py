@@ -130,6 +130,24 @@ def test_a_plan_without_privacy_is_named_as_having_no_claim(
     assert "no claim to audit" in capsys.readouterr().err
 
 
+def test_a_result_that_cannot_be_written_is_an_error_of_the_run(
+    plan_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = create_run(tmp_path / "run", load_plan(plan_file))
+    (run.folder / "audit.json").mkdir()
+    assert call("audit", run.folder, "--canaries", "5", "--rounds", "1") == 8
+    assert "audit.json: cannot be written" in capsys.readouterr().err
+
+
+def test_noise_that_could_not_be_tested_is_not_said_to_have_passed(
+    plan_file: Path, capsys: Capture
+) -> None:
+    hidden = ("--set", 'privacy.unit="client"', "--set", 'updates.codec=["topk:0.1"]')
+    assert call("audit", plan_file, *hidden, "--canaries", "20", "--rounds", "1") == 0
+    out = capsys.readouterr().out
+    assert "nothing to compare" in out and "passed" not in out
+
+
 def test_a_run_has_the_plan_that_it_had(plan_file: Path, tmp_path: Path, capsys: Capture) -> None:
     run = create_run(tmp_path / "run", load_plan(plan_file))
     assert call("audit", run.folder, "--set", "federation.rounds=2") == 3

@@ -243,6 +243,16 @@ def test_a_family_bound_is_above_the_claim_exactly_when_the_claim_is_rejected() 
     assert rejected[100] and not rejected[240]
 
 
+def test_few_canaries_show_something_of_a_very_large_claim() -> None:
+    # 16 times the noise still has a far larger epsilon than 300 canaries can show.
+    perfect = Errors(150, 0, 150, 0)
+    claim = [PoissonGaussian(1.0, 0.02, 3, unit="client")]
+    found = family_bound(lambda f: errors_reject(perfect, f), claim, 1e-5)
+    shown = errors_epsilon(perfect, 1e-5)
+    assert 3 < shown < found.epsilon < 100
+    assert found.noise > 16
+
+
 def test_no_errors_at_all_give_a_large_bound_and_chance_gives_none() -> None:
     events = [gaussian(1.0)]
     perfect = family_bound(partial(errors_reject, Errors(300, 0, 300, 0)), events, DELTA)

@@ -216,6 +216,24 @@ def test_without_a_ledger_the_servers_count_is_used(tmp_path: Path) -> None:
     assert not away.ledger.exists()
 
 
+def test_without_a_ledger_rounds_whose_update_came_too_late_count_as_spent(tmp_path: Path) -> None:
+    plan = plan_of(PRIVATE)
+    run = build(tmp_path / "run", plan, ledger=False)
+    in_time = collect(run)["spent"]["maximum"]
+    summary = json.loads(run.summary.read_text())
+    most = summary["privacy"]["largest_participation"]
+    summary["privacy"] |= {"largest_participation": most - 2, "largest_asked": most}
+    run.summary.write_text(json.dumps(summary))
+    assert collect(run)["spent"]["maximum"] == in_time
+    summary["privacy"]["largest_asked"] = most - 1
+    run.summary.write_text(json.dumps(summary))
+    assert collect(run)["spent"]["maximum"] < in_time
+    summary["privacy"]["largest_asked"] = "all"
+    run.summary.write_text(json.dumps(summary))
+    with pytest.raises(RunError, match=r"summary\.json"):
+        collect(run)
+
+
 def test_quantiles_and_counts_come_from_the_ledger(tmp_path: Path) -> None:
     # 8 rounds of 4 among 16 clients: two passes of four rounds, so everybody takes part twice.
     run = build(tmp_path / "run", plan_of(PRIVATE, clients=16))

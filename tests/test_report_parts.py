@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from reticent.core.errors import RunError
 from reticent.core.plan import parse_plan
@@ -229,11 +231,60 @@ def test_releases_count_what_left_with_its_bytes(example: dict[str, Any]) -> Non
 
 def test_every_refusal_code_has_its_own_row_when_it_left(tmp_path: Path) -> None:
     run = build(tmp_path / "run", 'privacy="off"')
-    every = metrics_of(1) | {"dropped": {r.text: 2 for r in Refusal}}
-    run.metrics.write_text(json.dumps(every) + "\n")
+    first, *others = (metrics_of(number) | {"dropped": {}} for number in range(1, ROUNDS + 1))
+    lines = [first | {"dropped": {r.text: 2 for r in Refusal}}, *others]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = [r for r in collect(run)["releases"] if r["value"].startswith("Refusal")]
     assert [r["count"] for r in rows] == [2] * len(Refusal)
     assert [int(r["value"][8:12]) for r in rows] == [int(r) for r in Refusal]
+
+
+BROKEN: dict[str, Any] = {
+    "parameters": [7300],
+    "rounds": "four",
+    "accuracy": {"int8": "good"},
+    "bytes": {"int8": [1]},
+    "privacy": {"noise_multiplier": 1.5, "largest_participation": math.inf},
+    "model": 12,
+}
+
+
+@pytest.mark.parametrize("key", BROKEN)
+def test_a_summary_with_something_else_than_figures_is_named(tmp_path: Path, key: str) -> None:
+    run = build(tmp_path / "run", **{key: BROKEN[key]})
+    with pytest.raises(RunError, match=r"summary\.json"):
+        collect(run)
+
+
+def test_a_summary_that_is_no_object_is_named(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    for text in ("[]", "3", "null", "[" * 100_000):
+        run.summary.write_text(text)
+        with pytest.raises(RunError, match=r"summary\.json: damaged"):
+            collect(run)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: [],
+        lambda lines: [lines[0], *lines],
+        lambda lines: [*lines[:3], "[]"],
+        lambda lines: [lines[0].replace('"bytes_up"', '"bytes_down"'), *lines[1:]],
+        lambda lines: [lines[0].replace('"replies": 3', '"replies": -3'), *lines[1:]],
+        lambda lines: [lines[0].replace('"accuracy": null', '"accuracy": NaN'), *lines[1:]],
+    ],
+    ids=["cut", "empty", "twice", "no object", "no bytes", "negative", "not a number"],
+)
+def test_metrics_that_no_run_writes_are_named(
+    tmp_path: Path, spoil: Callable[[list[str]], list[str]]
+) -> None:
+    run = build(tmp_path / "run")
+    lines = spoil(run.metrics.read_text().splitlines())
+    run.metrics.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+        collect(run)
 
 
 def test_without_privacy_no_release_claims_a_mechanism(off: dict[str, Any]) -> None:
@@ -255,6 +306,20 @@ def test_the_odds_in_plain_words_are_bayes_rule(example: dict[str, Any]) -> None
     assert odds["from_half"] == pytest.approx(math.exp(value) / (1 + math.exp(value)))
     assert odds["from_thousandth"] == pytest.approx(math.exp(value) / (999 + math.exp(value)))
     assert odds["text"].startswith("someone who already suspects with probability ½ that your")
+
+
+def test_delta_is_said_to_be_added_and_not_to_be_a_chance_of_failure(
+    example: dict[str, Any],
+) -> None:
+    assert "plus δ, a chance of 1 in 100,000; and the other way" in example["plain"]["promise"]
+    note = "odds of more than twice those behind these figures have a probability of at most 2δ"
+    for text in (render_md(example), render_html(example)):
+        assert f"{note}, 1 in 50,000" in text and "except with probability δ" not in text
+    # For a Gaussian of sensitivity 1 the loss is N(1/2, 1): beyond epsilon it has more than delta,
+    # and beyond epsilon + log 2 less than 2 delta, as the note says.
+    value = epsilon([PoissonGaussian(1.0, 1.0, 1)], 1e-5)
+    beyond = [float(stats.norm.sf(value + more - 0.5)) for more in (0.0, math.log(2))]
+    assert beyond[0] > 4e-5 and beyond[1] <= 2e-5
 
 
 def test_the_plain_page_says_what_happens_at_the_budget(example: dict[str, Any]) -> None:
@@ -298,6 +363,34 @@ def test_an_audit_that_cannot_be_believed_is_refused(
     (run.folder / "audit.json").write_text(json.dumps(audit_of(run, **changes)))
     with pytest.raises(RunError, match=words):
         collect(run)
+
+
+def test_a_test_of_the_randomness_says_what_it_compared(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    nothing = {
+        "pairs": 0,
+        "largest_correlation": None,
+        "limit": None,
+        "variance_ratio": None,
+        "variance_interval": None,
+        "passed": True,
+    }
+    texts: dict[str, str] = {}
+    for name, changes in {"tested": {}, "untested": {"randomness": nothing}}.items():
+        (run.folder / "audit.json").write_text(json.dumps(audit_of(run, **changes)))
+        texts[name] = render_html(collect(run))
+    assert "passed: the largest correlation of 190 pairs of releases is 0.01" in texts["tested"]
+    assert "test of the randomness passed" in texts["tested"]
+    assert "not possible: there was one release" in texts["untested"]
+    assert "test of the randomness not possible" in texts["untested"]
+    assert "passed" not in texts["untested"]
+
+
+def test_an_audit_that_showed_nothing_says_so(tmp_path: Path) -> None:
+    run, words = build(tmp_path / "run"), "This one showed nothing at all"
+    for bound in (0.0, 0.5):
+        (run.folder / "audit.json").write_text(json.dumps(audit_of(run, lower_bound=bound)))
+        assert (words in render_html(collect(run))) == (bound == 0)
 
 
 def test_a_torn_audit_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def test_what_was_committed_comes_back_after_reopening(run: Run, journal: Journa
     again.close()
 
 
+def test_a_round_counts_for_everyone_asked_and_as_used_for_those_in_time(journal: Journal) -> None:
+    journal.commit(state_of(1), metrics_of(1), ["2"], None, ["2", "3"])
+    journal.commit(state_of(2), metrics_of(2), ["3"], None, ["2", "3", "4"])
+    assert journal.participations() == {"2": 1, "3": 1, "4": 0}
+    assert journal.asked() == {"2": 2, "3": 2, "4": 1}
+
+
 def test_only_the_last_two_checkpoints_are_kept(run: Run, journal: Journal) -> None:
     for number in range(1, 6):
         commit(journal, number)
@@ -192,8 +199,10 @@ def test_a_round_is_committed_once_and_whole(run: Run, journal: Journal) -> None
         commit(journal, 1)
     assert journal.participations() == {"2": 1, "3": 1}
     assert_same(journal.latest(), state_of(1))
-    with pytest.raises(RunError):  # a client's name that SQLite cannot hold stops the round
-        journal.commit(state_of(2), metrics_of(2), ["4", []], None)  # pyright: ignore
+    with pytest.raises(
+        (RunError, UnicodeEncodeError)
+    ):  # a client's name that SQLite cannot hold stops the round
+        journal.commit(state_of(2), metrics_of(2), ["4", "5\ud800"], None)
     assert_same(journal.latest(), state_of(1))
     assert journal.participations() == {"2": 1, "3": 1}
     assert run.read_metrics() == [metrics_of(1)]

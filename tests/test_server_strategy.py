@@ -7,9 +7,11 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from torch import nn
 
@@ -20,7 +22,10 @@ from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.seeds import numpy_generator
 from reticent.core.update import Layout, Vector
+from reticent.privacy.anchor import Signed, state
+from reticent.privacy.ledger import Head
 from reticent.privacy.schedule import participations, schedule_for
+from reticent.server.countersign import Countersigner
 from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.rounds import RoundPlan, Tally
 from reticent.server.strategy import PrivateAveraging
@@ -69,7 +74,9 @@ class Script:
 class Federation:
     """A strategy on a grid with a scripted backend."""
 
-    def __init__(self, plan: Plan, answer: Answer) -> None:
+    def __init__(
+        self, plan: Plan, answer: Answer, countersigner: Countersigner | None = None
+    ) -> None:
         enter_task()
         self.script = Script(answer)
         self.grid = InProcessGrid(plan.task.clients, self.script)
@@ -78,7 +85,9 @@ class Federation:
         digest = hashlib.sha256(CONSTANTS).hexdigest()
         self.rounds = RoundPlan("run", schedule_for(plan), 10.0, LAYOUT, CONSTANTS, digest)
         self.start = ServerState.begin(np.linspace(-1, 1, LAYOUT.size, dtype=np.float32))
-        self.strategy = PrivateAveraging(plan, self.rounds, self.start, self._commit)
+        self.strategy = PrivateAveraging(
+            plan, self.rounds, self.start, self._commit, countersigner=countersigner
+        )
 
     def _commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
         self.states.append(state)
@@ -383,9 +392,49 @@ def test_who_is_asked_is_the_cohort() -> None:
     assert [federation.script.nodes(n) for n in range(1, 7)] == cohorts(plan)
 
 
+def test_a_client_that_answers_too_late_is_not_asked_beyond_the_bound() -> None:
+    late = node_of(1)  # it trains and charges its budget, but its update never arrives in time
+    plan = plan_of(8, 4, 4, "federation.min_replies=1", "federation.retries=0")
+    federation = Federation(plan, but(late, lambda message: []))
+    half = InProcessGrid(4, federation.script)  # the other half never connects
+    with pytest.raises(NetworkError, match="0 connected clients have been asked"):
+        federation.strategy.start(half)
+    assert participations(plan) == 2
+    for number, tally in enumerate(federation.tallies, 1):
+        assert federation.script.nodes(number) == list(tally.nodes)
+        assert late in tally.nodes and late not in tally.accepted
+    assert [s.round for s in federation.states] == [1, 2]
+
+
 def test_too_few_nodes_are_an_error_that_counts_them() -> None:
     plan = plan_of(8, 8, 1, "federation.timeout=0.001")
     federation = Federation(plan, honest)
     small = InProcessGrid(3, federation.script)
     with pytest.raises(NetworkError, match=r"3 clients are connected after .*, 8 are needed"):
         federation.strategy.start(small)
+
+
+def test_real_devices_are_judged_by_their_statements_and_get_the_last_one_back(
+    tmp_path: Path,
+) -> None:
+    key, met = Ed25519PrivateKey.generate(), dict[int, int]()
+
+    def states(message: Message) -> list[Message]:
+        [answer] = honest(message)
+        number, node = round_in(message), message.metadata.dst_node_id
+        if node == node_of(0):  # the other device makes no statement
+            if "anchor" in message.content:
+                met[number] = Signed.decode(unpack(message.content, "anchor")).head.sequence
+            payload = unpack(answer.content, "update")
+            signed = state(key, Head(2 * number, "ab" * 32), "run", number, payload)
+            answer.content["statement"] = pack(signed.encode())
+        return [answer]
+
+    countersigner = Countersigner.open(tmp_path, Ed25519PrivateKey.generate())
+    plan = plan_of(2, 2, 3, "federation.min_replies=1", "federation.retries=0")
+    federation = Federation(plan, states, countersigner)
+    federation.run()
+    assert met == {2: 2, 3: 4}
+    for tally in federation.tallies:
+        assert tally.accepted == {node_of(0)}
+        assert tally.dropped == {"the reply holds no ledger statement": 1}

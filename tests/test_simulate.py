@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from reticent.client.training import student_model
 from reticent.core.errors import LedgerError, NetworkError, PlanError, RunError
 from reticent.core.plan import Plan, parse_plan
-from reticent.core.run import Run, open_run
+from reticent.core.run import Run, create_run, open_run
 from reticent.core.tasks import load_task
 from reticent.core.update import Layout, vector_digest
 from reticent.privacy.ledger import Ledger
@@ -119,6 +119,34 @@ def test_a_changed_plan_is_refused_on_resume(finished: Run) -> None:
 def test_a_used_run_directory_is_refused(finished: Run) -> None:
     with pytest.raises(RunError, match="already exists"):
         simulate(plan_of(), finished.folder)
+
+
+@pytest.mark.parametrize(("first", "then"), [("ray", "inprocess"), ("inprocess", "ray")])
+def test_a_run_is_not_resumed_where_nodes_have_other_names(
+    first: str, then: str, tmp_path: Path
+) -> None:
+    """Rounds would be counted under two names for one client, and epsilon come out too small."""
+    create_run(tmp_path / "run", plan_of(f"engine.kind={first}"))
+    with pytest.raises(RunError, match="cannot be resumed"):
+        simulate(plan_of(f"engine.kind={then}"), tmp_path / "run", resume=True)
+
+
+def test_epsilon_so_far_counts_who_really_took_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of six are connected, so both take part in every round of a pass of three."""
+    everyone = InProcessGrid.get_node_ids
+    monkeypatch.setattr(InProcessGrid, "get_node_ids", lambda grid: list(everyone(grid))[:2])
+    plan = plan_of(
+        "federation.clients_per_round=2", "federation.rounds=6", "federation.eval_every=1"
+    )
+    with pytest.raises(NetworkError, match="fewer than the 2 rounds"):
+        simulate(plan, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    with Ledger.open(run.ledger) as ledger:
+        spent = ledger.spent("client-0", 1e-5)
+    assert [m["round"] for m in run.read_metrics()] == [1, 2]
+    assert run.read_metrics()[-1]["epsilon"] == pytest.approx(spent)
 
 
 def test_an_altered_checkpoint_is_refused_on_resume(tmp_path: Path) -> None:

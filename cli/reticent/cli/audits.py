@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from reticent.core.errors import PlanError, PrivacyError
+from reticent.core.errors import PlanError, PrivacyError, RunError
 from reticent.core.plan import Plan
 from reticent.core.run import Run, write_atomic
 
@@ -48,7 +48,7 @@ def audit(
     outcome = audit_plan(plan, canaries, rounds, seed, _used(plan, run))
     data = outcome.to_json(_command(path, overrides, canaries, rounds, seed))
     if run is not None:
-        write_atomic(run.folder / "audit.json", json.dumps(data, indent=2).encode() + b"\n")
+        _write(run.folder / "audit.json", data)
         click.echo(
             f"wrote {run.folder / 'audit.json'}; `reticent report {run.folder}` shows it", err=True
         )
@@ -61,6 +61,13 @@ def audit(
             f"the audit contradicts the claim of ε {epsilon_text(outcome.claimed)}: "
             f"{_reason(outcome)}; do not rely on this build's privacy"
         )
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    try:
+        write_atomic(path, json.dumps(data, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _subject(path: Path | None, overrides: tuple[str, ...]) -> tuple[Plan, Run | None]:
@@ -127,7 +134,8 @@ def _randomness(a: Audit) -> list[list[str]]:
         low, high = r.variance_interval
         rows.append(["noise variance over the promised", f"{r.variance_ratio:.4f}"])
         rows.append(["  what chance allows", f"{low:.4f} to {high:.4f}"])
-    return [*rows, ["randomness", "passed" if r.passed else "FAILED"]]
+    outcome = "passed" if r.passed else "FAILED"
+    return [*rows, ["randomness", outcome if r.tested else "nothing to compare"]]
 
 
 def _bound(value: float) -> str:

@@ -189,9 +189,12 @@ def _read_text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RunError(f"{path}: damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise RunError(f"{path}: damaged: must hold a JSON object")
+    return data
 
 
 def without_none(data: dict[str, Any]) -> dict[str, Any]:

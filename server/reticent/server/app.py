@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,7 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         job = Job(run, plan, task, schedule, start, journal)
         constants = _round_plan(settings, job)
         clerk = _Clerk(settings, job)
-        taken_part = {int(node): rounds for node, rounds in journal.participations().items()}
+        taken_part = {int(node): rounds for node, rounds in journal.asked().items()}
         strategy = PrivateAveraging(
             plan, constants, state, clerk.commit, taken_part, settings.countersigner
         )
@@ -165,6 +166,9 @@ class _Clerk:
     def commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
         federation = self._job.plan.federation
         tested = state.round % federation.eval_every == 0 or state.round == federation.rounds
+        clients, asked = (
+            [str(n) for n in sorted(nodes)] for nodes in (tally.accepted, tally.nodes)
+        )
         metrics: dict[str, Any] = {
             "round": state.round,
             "replies": tally.sum.count,
@@ -175,24 +179,31 @@ class _Clerk:
             "bytes_constants": tally.first_bytes_down,
             "seconds": round(seconds, 4),
             "accuracy": self._accuracy(state) if tested else None,
-            "epsilon": self._epsilon(state.round) if tested else None,
+            "epsilon": self._epsilon(state.round, asked) if tested else None,
         }
         if tally.noised is not None:
             # Noised, so that they may be shown; the counts behind them may not.
             metrics |= {"clip": tally.noised.clip, "within_clip": tally.noised.fraction}
-        clients = [str(node) for node in sorted(tally.accepted)]
-        self._job.journal.commit(state, metrics, clients, self._settings.anchor())
+        self._job.journal.commit(state, metrics, clients, self._settings.anchor(), asked)
         self._settings.progress(metrics)
 
     def _accuracy(self, state: ServerState) -> float:
         start = self._job.start
         return test_accuracy(self._job.plan, start.student, start.layout, state.average, self._test)
 
-    def _epsilon(self, rounds: int) -> float | None:
-        """Return epsilon of a client that took part whenever it could; None when privacy is off."""
+    def _epsilon(self, rounds: int, asked: list[str]) -> float | None:
+        """Return epsilon of a client that took part whenever it could; None when privacy is off.
+
+        Where few nodes are connected they are asked sooner again than the plan's passes say, so
+        the journal's counts are looked at too, with those ``asked`` in the round that is being
+        committed.
+        """
         plan, s = self._job.plan, self._job.schedule
         if s is None:
             return None
         federation = plan.federation.model_copy(update={"rounds": rounds})
-        so_far = participations(plan.model_copy(update={"federation": federation}))
+        planned = participations(plan.model_copy(update={"federation": federation}))
+        counted = Counter(self._job.journal.asked())
+        counted.update(asked)
+        so_far = max(planned, *counted.values())
         return epsilon([s.over(s.round_event(), so_far)], s.delta)

@@ -125,8 +125,11 @@ def latencies(
 
 
 def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
-    """Return epsilon of the client that took part most often, against both adversaries."""
-    rounds = max(job.journal.participations().values(), default=0)
+    """Return epsilon of the client that was asked most often, against both adversaries.
+
+    An update that came too late to be used was charged all the same, and the server saw it.
+    """
+    rounds = max(job.journal.asked().values(), default=0)
     if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule
@@ -140,7 +143,8 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
         "noise_multiplier": s.noise_multiplier,
         "epsilon": _number(readers),
         "server_epsilon": _number(server),
-        "largest_participation": rounds,
+        "largest_participation": max(job.journal.participations().values(), default=0),
+        "largest_asked": rounds,
         **_client_level(job, state),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, checkpoint TEXT NOT NULL, metrics TEXT NOT NULL, anchor TEXT
 );
-CREATE TABLE IF NOT EXISTS participations (client TEXT PRIMARY KEY, rounds INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS participations (
+    client TEXT PRIMARY KEY, rounds INTEGER NOT NULL, asked INTEGER NOT NULL
+);
 """
 
 
@@ -83,24 +85,34 @@ class Journal:
         self,
         state: ServerState,
         metrics: dict[str, Any],
-        clients: list[str],
+        clients: Collection[str],
         anchor: str | None,
+        asked: Collection[str] = (),
     ) -> None:
         """Commit a round: all of it is durable when this returns.
+
+        Args:
+            state: The state after the round.
+            metrics: Its figures.
+            clients: Whose updates were used.
+            anchor: The ledger head to record, if there is a ledger here.
+            asked: Who was asked, ``clients`` among them: each of them may have charged the round,
+                and sent an update that came too late.
 
         Raises:
             RunError: If the disk is full or cannot be written; the round is then not committed.
         """
         digest = self._write(f"round-{state.round:06d}", _arrays(state))
+        used = frozenset(clients)
         with _explained(self._run.journal), self._transaction():
             self._db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)",
                 (state.round, digest, json.dumps(metrics), anchor),
             )
             self._db.executemany(
-                "INSERT INTO participations VALUES (?, 1) "
-                "ON CONFLICT (client) DO UPDATE SET rounds = rounds + 1",
-                [(c,) for c in clients],
+                "INSERT INTO participations VALUES (?1, ?2, 1) ON CONFLICT (client)"
+                " DO UPDATE SET rounds = rounds + ?2, asked = asked + 1",
+                [(client, int(client in used)) for client in sorted({*used, *asked})],
             )
         self._write_metrics(metrics, state.round)
         stale = self._path(f"round-{state.round - _KEPT_CHECKPOINTS:06d}")
@@ -145,6 +157,11 @@ class Journal:
         """Return how many applied rounds each client took part in."""
         with _explained(self._run.journal):
             return dict(self._db.execute("SELECT client, rounds FROM participations"))
+
+    def asked(self) -> dict[str, int]:
+        """Return in how many applied rounds each client was asked, and may have charged."""
+        with _explained(self._run.journal):
+            return dict(self._db.execute("SELECT client, asked FROM participations"))
 
     def rewrite_metrics(self) -> None:
         """Make ``metrics.jsonl`` agree with the journal, after a crash between the two."""

@@ -59,6 +59,7 @@ class Tally:
         sum: The sum of the accepted updates.
         accepted: The nodes they came from.
         dropped: Replies that were not used, by reason.
+        nodes: The nodes that were asked.
         asked: Messages sent, repetitions included.
         bytes_up: Encoded bytes of the accepted updates; with unit ``client`` not noised.
         bytes_down: Bytes of the broadcast, to all.
@@ -71,6 +72,7 @@ class Tally:
     sum: Accumulator
     accepted: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
+    nodes: tuple[int, ...] = ()
     asked: int = 0
     bytes_up: int = 0
     bytes_down: int = 0

@@ -55,7 +55,7 @@ class PrivateAveraging(Strategy):
             constants: Public constants of every round.
             state: State after the last committed round.
             committed: Makes an applied round durable.
-            taken_part: Rounds that each node took part in so far.
+            taken_part: Rounds that each node was asked in so far.
             countersigner: Judges the ledger statements of real devices; None in a simulation,
                 whose devices make none.
         """
@@ -108,6 +108,7 @@ class PrivateAveraging(Strategy):
         federation = self._plan.federation
         self._tally = Tally(Accumulator(self._constants.layout.size))
         self._cohort = self.cohort(number, grid)
+        self._tally.nodes = tuple(self._cohort)
         if self._countersigner is not None:
             self._countersigner.begin()
         for _ in range(federation.retries + 1):
@@ -122,7 +123,8 @@ class PrivateAveraging(Strategy):
         self._committed(state, self._tally, time.monotonic() - began)
         if self._countersigner is not None:
             self._countersigner.commit()
-        self._taken_part.update(self._tally.accepted)
+        # Everyone asked: a device charges the round when it trains, not when its reply arrives.
+        self._taken_part.update(self._cohort)
         self.state = state
 
     def _applied(self, number: int) -> ServerState:
@@ -219,7 +221,7 @@ class PrivateAveraging(Strategy):
         chosen = sorted(islice(free, federation.clients_per_round))
         if len(chosen) < federation.quorum:
             raise NetworkError(
-                f"round {number}: {len(chosen)} connected clients have taken part in fewer than "
+                f"round {number}: {len(chosen)} connected clients have been asked in fewer than "
                 f"the {most} rounds that the plan's privacy target allows each; "
                 f"{federation.quorum} are needed"
             )

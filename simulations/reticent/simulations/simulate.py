@@ -10,6 +10,7 @@ from typing import Any
 
 from flwr.serverapp import ServerApp
 
+from reticent.core.errors import RunError
 from reticent.core.plan import Plan
 from reticent.core.run import Run, create_run, locked, open_run
 from reticent.privacy.ledger import Head, Ledger
@@ -41,16 +42,31 @@ def simulate(
     # What cannot work, missing or damaged data included, is an error before anything is written.
     task, _ = check_plan(plan)
     task.test()
-    run = open_run(folder, plan) if resume else create_run(folder, plan)
+    run = _resumable(folder, plan) if resume else create_run(folder, plan)
     with locked(run):
         _quiet_flower()
         devices = devices_for(plan, run.ledger)
         if resume:
-            with Ledger.open(run.ledger) as ledger:
-                ledger.verify()
+            Ledger.open(run.ledger).close()  # walks the whole chain, once for all that open it now
         # Made in the thread that the engine runs the ServerApp in: SQLite asks for that.
         app = build_server_app(lambda _: _settings(run, plan, say, progress))
         _serve(app, plan, devices)
+    return run
+
+
+def _resumable(folder: Path, plan: Plan) -> Run:
+    """Open a run that is to go on.
+
+    Raises:
+        RunError: If it is another plan's, or Ray ran it or is to run it.
+    """
+    run = open_run(folder, plan)
+    if "ray" in (plan.engine.kind, run.plan().engine.kind):
+        raise RunError(
+            f'{folder}: engine.kind="ray" cannot be resumed: Flower gives every node a new id each '
+            "time, so the rounds that a client took part in before would not be counted; start a "
+            'new run, or use engine.kind="inprocess" from the beginning'
+        )
     return run
 
 

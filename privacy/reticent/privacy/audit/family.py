@@ -14,6 +14,9 @@ _FINENESS = 32
 _REACH = 4 * _FINENESS
 """The noise is searched from 1/16 to 16 times the claimed one."""
 
+_FARTHEST = 10 * _FINENESS
+"""Up to 1,024 times where that is not enough: few canaries show little of a very large claim."""
+
 _LARGEST = 100.0
 
 
@@ -46,11 +49,13 @@ class Family:
         """Return the trade-off function of one member; the less noise, the longer it takes."""
         return trade_off(self.events, 2.0 ** (step / _FINENESS))
 
-    def least_rejected(self, rejects: Test, below: int = _REACH + 1) -> int | None:
+    def least_rejected(self, rejects: Test, below: int | None = None) -> int | None:
         """Return the step of least noise that a test rejects; None if none under ``below`` is."""
-        if not rejects(self.member(below - 1)):
-            return None
-        rejected, stride = below - 1, 4
+        rejected, stride = _REACH if below is None else below - 1, 4
+        while not rejects(self.member(rejected)):
+            if below is not None or rejected >= _FARTHEST:
+                return None
+            rejected += 2 * _FINENESS
         while not self._ends(rejected) and rejects(self.member(max(rejected - stride, -_REACH))):
             rejected, stride = max(rejected - stride, -_REACH), min(2 * stride, 16)
         if self._ends(rejected):

@@ -35,6 +35,11 @@ class RandomnessCheck:
     variance_interval: tuple[float, float] | None
 
     @property
+    def tested(self) -> bool:
+        """Whether there was anything to test."""
+        return self.largest_correlation is not None or self.variance_ratio is not None
+
+    @property
     def passed(self) -> bool:
         """Whether everything that could be tested is within what chance allows."""
         correlated = _outside(self.largest_correlation, 0.0, self.limit)

@@ -243,7 +243,7 @@ def audit_text(audit: dict[str, Any] | None) -> str:
     """Return the outcome of an audit in a sentence."""
     if audit is None:
         return NOT_DONE
-    held = "passed" if audit["randomness"]["passed"] else "FAILED"
+    held = randomness_text(audit["randomness"]).partition(":")[0]
     verdict = "consistent with" if audit["verdict"] == "consistent" else "VIOLATES"
     return (
         f"{verdict} the claim: at least ε = {bound_text(audit['lower_bound'])} with "
@@ -253,6 +253,26 @@ def audit_text(audit: dict[str, Any] | None) -> str:
         f"audited ({audit['method']}, "
         f"{number_text(audit['canaries'])} canaries); direct test of the randomness {held}"
     )
+
+
+def randomness_text(found: dict[str, Any]) -> str:
+    """Return the outcome of a direct test of the noise: what was compared, if anything."""
+    parts: list[str] = []
+    if found["largest_correlation"] is not None:
+        parts.append(
+            f"the largest correlation of {count_text(found['pairs'], 'pair')} of releases is "
+            f"{number_text(found['largest_correlation'], 3)}, at most "
+            f"{number_text(found['limit'], 3)} is allowed"
+        )
+    if found["variance_ratio"] is not None and found["variance_interval"] is not None:
+        low, high = found["variance_interval"]
+        parts.append(
+            f"the variance is {number_text(found['variance_ratio'])} of the promised, "
+            f"{number_text(low)} to {number_text(high)} is allowed"
+        )
+    if not parts:
+        return "not possible: there was one release, and its codec hides the variance of the noise"
+    return f"{'passed' if found['passed'] else 'FAILED'}: {'; '.join(parts)}"
 
 
 def _odds(data: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from .checklist import checklist
 from .figures import accounting, planned_curve
 from .plain import not_covered, plain
 from .releases import releases
-from .schema import SCHEMA, SCHEMA_ID
+from .schema import SCHEMA, SCHEMA_ID, load_schema, problems
 from .spending import QUANTILES, Spending, read_spending, used_schedule
 from .words import as_float, portable
 from .writer import writer
@@ -36,6 +36,10 @@ _MODELS = (
 )
 
 
+_TABLES = ("accuracy", "bytes", "latency_us", "latency_p95_us")
+_MOST, _ASKED = "largest_participation", "largest_asked"
+
+
 def collect(run: Run) -> dict[str, Any]:
     """Return the report of a finished run as JSON-able data, as ``report-schema-2.json`` says.
 
@@ -47,10 +51,11 @@ def collect(run: Run) -> dict[str, Any]:
         RunError: If the run has not finished, or its files are damaged.
         LedgerError: If the ledger is damaged, or counts less than the server saw.
     """
-    plan, metrics = run.plan(), run.read_metrics()
+    plan = run.plan()
     summary = _summary(run, plan)
+    metrics = _metrics(run, summary["rounds"])
     schedule = used_schedule(plan, summary)
-    rounds = int(summary["privacy"].get("largest_participation", 0)) if schedule else 0
+    rounds = _rounds(run, summary) if schedule else 0
     spending = read_spending(run, plan, schedule, rounds)
     private, promise = plan.private, _promise(plan, schedule)
     shown = _size_rule(promise)
@@ -73,6 +78,7 @@ def collect(run: Run) -> dict[str, Any]:
         "agreement": summary.get("agreement", {}),
     }
     data = _jsonable(data)
+    _require_whole(run, data)
     artifact = summary.get("bytes", {}).get("int8")
     data["releases"] = releases(
         data["promise"], data["run"], data["traffic"], data["rounds"], artifact
@@ -99,7 +105,46 @@ def _summary(run: Run, plan: Plan) -> dict[str, Any]:
             f"{run.summary}: belongs to plan {str(summary['plan'])[:12]}, the run's plan is "
             f"{plan.digest[:12]}"
         )
+    for key in ("parameters", "privacy", "agreement", *_TABLES):
+        if not isinstance(summary.get(key, {}), dict):
+            raise RunError(f"{run.summary}: {key} must be an object: it is damaged")
+    most = (summary["privacy"].get(key, 0) for key in (_MOST, _ASKED))
+    counts = (summary["rounds"], summary["parameters"].get("total"), *most)
+    figures = [value for key in _TABLES for value in summary.get(key, {}).values()]
+    known = all(value is None or type(value) in (int, float) for value in figures)
+    if not known or not all(type(count) is int and count >= 0 for count in counts):
+        raise RunError(f"{run.summary}: holds something else where a number must be: it is damaged")
     return summary
+
+
+def _metrics(run: Run, rounds: int) -> list[dict[str, Any]]:
+    """Return the rounds as they were committed, each with what older versions did not write.
+
+    All of them: where one is missing, bytes and refusals would be under-stated.
+    """
+    shown = load_schema()["properties"]["rounds"]["items"]["properties"]
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(run.read_metrics(), 1):
+        whole = {"asked": line.get("replies"), "clip": None, "within_clip": None} | line
+        row = {key: whole[key] for key in shown if key in whole}
+        wrong = problems([row], "rounds")
+        if wrong:
+            raise RunError(f"{run.metrics}: line {number}: damaged: {'; '.join(wrong[:3])}")
+        lines.append(row)
+    if [line["round"] for line in lines] != list(range(1, rounds + 1)):
+        raise RunError(
+            f"{run.metrics}: must hold each of {rounds} rounds once and in order: it was cut or "
+            f"altered; `reticent simulate --run {run.folder} --resume` makes it again"
+        )
+    return lines
+
+
+def _require_whole(run: Run, data: dict[str, Any]) -> None:
+    """Refuse files with values that no run writes, before words are made of them."""
+    parts = ("run", "traffic", "models", "agreement")
+    wrong = [problem for part in parts for problem in problems(data[part], part)]
+    if wrong:
+        raise RunError(f"{run.summary}: damaged: {'; '.join(wrong[:3])}")
 
 
 def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +168,16 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         # Only with client-level privacy does the server draw noise of its own.
         "server_randomness": summary["privacy"].get("server_randomness"),
     }
+
+
+def _rounds(run: Run, summary: dict[str, Any]) -> int:
+    """Return the server's count of rounds for its most frequent client.
+
+    Beside a ledger it is what the ledger must at least hold; without one it stands for the devices'
+    own ledgers, and counts every round that was asked: an update may have come too late to be used.
+    """
+    used = summary["privacy"].get(_MOST, 0)
+    return used if run.ledger.is_dir() else max(used, summary["privacy"].get(_ASKED, 0))
 
 
 def _promise(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
@@ -213,12 +268,7 @@ def _size_rule(promise: dict[str, Any]) -> Callable[[float], float]:
 
 
 def _round(metrics: dict[str, Any], shown: Callable[[float], float]) -> dict[str, Any]:
-    keys = ("round", "replies", "bytes_up", "bytes_down", "bytes_constants", "accuracy", "epsilon")
-    dropped: dict[str, int] = metrics["dropped"]
-    asked = metrics.get("asked", metrics["replies"])
-    adaptive = {key: metrics.get(key) for key in ("clip", "within_clip")}
-    row = {**{key: metrics[key] for key in keys}, "asked": asked, "dropped": dropped, **adaptive}
-    return row | {"bytes_up": shown(metrics["bytes_up"])}
+    return metrics | {"bytes_up": shown(metrics["bytes_up"])}
 
 
 def _traffic(
@@ -229,8 +279,8 @@ def _traffic(
 ) -> dict[str, Any]:
     total: Counter[str] = Counter()
     for line in metrics:
-        total.update({k: line[k] for k in ("replies", "bytes_up", "bytes_down", "bytes_constants")})
-        total["asked"] += line.get("asked", line["replies"])
+        sums = ("replies", "asked", "bytes_up", "bytes_down", "bytes_constants")
+        total.update({key: line[key] for key in sums})
     replies, constants = total["replies"], total["bytes_constants"]
     dense = 4 * int(summary["parameters"]["total"])
     return {

@@ -1,7 +1,14 @@
 """The page for a reader without a background in differential privacy, as sentences.
 
-Nothing is promised here that the technical part does not: every number comes from it, bounds are
-rounded up, and "at most" always holds except with probability delta.
+Nothing is promised here that the technical part does not: every number comes from it, and bounds
+are rounded up.
+
+What delta means is said exactly. Any set of outcomes has at most e^epsilon times the other
+probability *plus* delta; that is not "e^epsilon, except with probability delta" for each outcome.
+For single outcomes, and so for what one of them makes somebody believe, the privacy loss L has
+``Pr[L > epsilon + t] <= delta / (1 - e^-t)``, because ``delta >= E[max(0, 1 - e^(epsilon - L))]``.
+With t = log 2: odds of more than twice e^epsilon times the prior ones have a probability of at
+most 2 delta.
 """
 
 from __future__ import annotations
@@ -79,12 +86,12 @@ def promise_paragraph(data: dict[str, Any]) -> str:
         return "Nothing is promised: something was released without protection, so ε = ∞."
     value = epsilon_text(readers["epsilon"])
     return (
-        f"{_unit(promise)} Whatever someone sees who has only the models of this run, it is at "
-        f"most {odds_text(readers['epsilon'])} times (e to the power ε = {value}) as likely as it "
-        f"would have been {_otherwise(promise)}, and the other way round, except with probability "
-        f"δ, {chance_text(promise['delta'])}. This holds for every single one, also for the client "
-        "that took part most often, whatever else is known and whatever is computed from the "
-        "models later."
+        f"{_unit(promise)} Whatever someone may conclude who has only the models of this run, the "
+        f"chance of it is at most {odds_text(readers['epsilon'])} times (e to the power ε = "
+        f"{value}) what it would have been {_otherwise(promise)}, plus δ, a chance of "
+        f"{chance_text(promise['delta'])}; and the other way round. This holds for every single "
+        "one, also for the client that took part most often, whatever else is known and whatever "
+        "is computed from the models later."
     )
 
 
@@ -157,6 +164,17 @@ def budget_paragraphs(data: dict[str, Any]) -> list[str]:
         "each such period, and lifetime spending is still counted.",
         _happened(spent),
     ]
+
+
+def delta_note(promise: dict[str, Any]) -> str:
+    """Return what "at most" leaves out, for an adversary against whom something is promised.
+
+    See the top of this module for the reason of the two twos.
+    """
+    return (
+        "“At most” leaves out δ: odds of more than twice those behind these figures have a "
+        f"probability of at most 2δ, {chance_text(min(1.0, 2 * promise['delta']))}."
+    )
 
 
 def _happened(spent: dict[str, Any]) -> str:

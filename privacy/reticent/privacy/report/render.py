@@ -13,8 +13,9 @@ from reticent.core.signing import PRIVATE_KEY, read_private_key
 
 from . import words
 from .charts import capped, charts
-from .checklist import audit_text, gdp_text
+from .checklist import audit_text, gdp_text, randomness_text
 from .collect import collect
+from .plain import delta_note
 from .signing import sign
 
 KINDS = ("html", "json", "md")
@@ -114,14 +115,16 @@ def _report(template: str, data: dict[str, Any], escaped: bool) -> str:
     tested = [row for row in data["rounds"] if row["accuracy"] is not None]
     measured = [row | {"epsilon": capped(row["epsilon"], data)} for row in tested]
     groups = data["spent"]["groups"]
+    private = data["promise"]["trust"] != "off"
     extra = {
+        "delta_note": delta_note(data["promise"]) if private else "",
         "groups": groups[:MOST_ROWS],
         "groups_cut": len(groups) > MOST_ROWS,
         "audit_text": audit_text(data["audit"]),
         "charts": charts(data) if escaped else [],
         "measured": thinned(measured),
         "thinned": len(measured) > MOST_ROWS,
-        "private": data["promise"]["trust"] != "off",
+        "private": private,
     }
     return _filled(template, {**data, **extra}, escaped)
 
@@ -155,6 +158,7 @@ def _filled(template: str, values: dict[str, Any], escaped: bool) -> str:
         number=words.number_text,
         counted=words.count_text,
         gdp=gdp_text,
+        randomness=randomness_text,
         bound=words.bound_text,
         drawn=Markup,
         cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),

@@ -33,13 +33,18 @@ def load_schema() -> dict[str, Any]:
     return json.loads(schema_text())
 
 
-def problems(data: Any) -> list[str]:
+def problems(data: Any, section: str | None = None) -> list[str]:
     """Return where ``data`` differs from the schema, as ``path: what is wrong``; empty if nowhere.
+
+    With ``section`` given, ``data`` is that section of a report.
 
     The subset of JSON Schema that the published schema uses is checked, and no more is accepted in
     the schema: an unknown keyword is a fault here, never silently ignored.
     """
-    return list(_problems(data, load_schema(), "report"))
+    whole = load_schema()
+    if section is None:
+        return list(_problems(data, whole, "report"))
+    return list(_problems(data, whole["properties"][section], section))
 
 
 def _problems(value: Any, schema: dict[str, Any], path: str) -> Iterator[str]:

@@ -75,7 +75,7 @@ def tier(value: Number) -> str:
 
 
 def certainty(value: Number, prior: float = 0.5) -> float:
-    """Return the most that a suspicion of strength ``prior`` can become, up to delta.
+    """Return the most that a suspicion of strength ``prior`` can become, delta aside.
 
     Bayes' rule with a likelihood ratio of at most exp(epsilon): 1/2 becomes e^eps / (1 + e^eps).
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from reticent.client.environment import Environment
 from reticent.client.round import noisy_step, quantization_step, run_round
-from reticent.client.training import LocalTrainer, NoisyStep
+from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients, student_model
 from reticent.compression.codec import build_codec
 from reticent.core.errors import DataError, PayloadError
 from reticent.core.plan import Plan, parse_plan
@@ -292,6 +294,59 @@ class MixingTask(WideTask):
 def test_a_student_that_mixes_examples_is_refused_before_anything_is_charged_or_trained() -> None:
     with pytest.raises(DataError, match="batch normalisation"):
         LocalTrainer(plan_of(), MixingTask(), Constants(b"", NO_SOFT))
+
+
+class TaskOf(WideTask):
+    """A task with another student."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        self._make = make
+
+    def student(self, model: str) -> nn.Module:
+        return self._make()
+
+
+class Half(nn.Module):
+    """Uses a layer's weight a second time outside of the layer, where no hook sees it."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.shared = nn.Linear(INPUTS, CLASSES), nn.Dropout(), shared
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        seen = self.layer(self.dropout(inputs))
+        return seen + F.linear(inputs, self.layer.weight) if self.shared else seen
+
+
+class Unused(nn.Sequential):
+    """Has a layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(INPUTS, CLASSES))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return self[0](inputs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_student_whose_gradients_are_not_whole_is_found_on_public_examples(shared: bool) -> None:
+    with pytest.raises(DataError, match="do not sum") if shared else nullcontext():
+        require_whole_gradients(plan_of(), TaskOf(lambda: Half(shared)))
+
+
+def test_a_student_with_an_unused_layer_is_found_on_public_examples() -> None:
+    with pytest.raises(DataError, match="no per-example gradient"):
+        require_whole_gradients(plan_of(), TaskOf(Unused))
+
+
+def test_the_layers_of_a_student_with_a_forward_of_its_own_are_not_taken_for_it() -> None:
+    assert isinstance(student_model(TaskOf(Unused), plan_of()), Unused)
+
+
+@pytest.mark.parametrize("privacy", ['privacy="off"', 'privacy.unit="client"'])
+def test_a_student_whose_gradients_are_not_bounded_need_not_be_whole(privacy: str) -> None:
+    require_whole_gradients(plan_of(privacy), TaskOf(Unused))
 
 
 def test_several_local_steps_are_a_loop_written_by_hand() -> None:

@@ -28,7 +28,7 @@ from reticent.compression.codec import build_codec
 from reticent.core.errors import PlanError, RunError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
-from reticent.core.run import Run
+from reticent.core.run import Run, create_run
 from reticent.core.seeds import numpy_generator
 from reticent.core.signing import read_private_key, read_public_key
 from reticent.core.tasks import load_task
@@ -189,6 +189,29 @@ def test_wrong_settings_are_told_to_the_owner_and_not_to_the_server(
         reply = ask(context, order())
     assert (reply.error.code, reply.error.reason) == (Refusal.FAILED, Refusal.FAILED.text)
     assert said in caplog.text
+
+
+def test_why_a_round_was_not_run_is_told_to_the_owner(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR, "reticent.device"):
+        assert ask(owner(tmp_path, **{"budget-epsilon": 1.0}), order()).error.code == 1006
+    assert "round not run" in caplog.text and "budget" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(("folder", "key"), [(False, False), (True, False), (True, True)])
+def test_a_server_that_lost_power_while_it_made_its_state_makes_it_again(
+    tmp_path: Path, folder: bool, key: bool
+) -> None:
+    run = create_run(tmp_path / "run", PLAN)
+    if key:
+        server._countersigner(run, "").close()
+    elif folder:
+        (run.folder / "state" / "keys").mkdir(parents=True)
+    countersigner = server._countersigner(run, "")
+    assert countersigner.anchor(1) == b""
+    countersigner.close()
 
 
 def test_a_ledger_that_cannot_be_used_is_a_refusal(tmp_path: Path) -> None:

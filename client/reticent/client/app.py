@@ -20,6 +20,7 @@ from .round import Refused, run_round
 
 EnvironmentOf = Callable[[Context], Environment]
 PlanOf = Callable[[Context], str]
+Tell = Callable[[Exception], None]
 
 
 def pack(payload: bytes) -> ArrayRecord:
@@ -40,17 +41,27 @@ def unpack(content: RecordDict, name: str) -> bytes:
     return record["payload"].data
 
 
-def build_client_app(environment_of: EnvironmentOf, plan_of: PlanOf) -> ClientApp:
+def build_client_app(
+    environment_of: EnvironmentOf, plan_of: PlanOf, tell: Tell = lambda error: None
+) -> ClientApp:
     """Return a ClientApp.
 
     Args:
         environment_of: Returns the device's settings, which are its owner's.
         plan_of: Returns the plan as JSON; each message names its digest.
+        tell: Tells the device's owner why a round was not run; the server learns a code only.
     """
     app = ClientApp()
 
     @app.train(mods=[gate])
     def train(message: Message, context: Context) -> Message:
+        try:
+            return run(message, context)
+        except Exception as error:
+            tell(error)
+            raise
+
+    def run(message: Message, context: Context) -> Message:
         content = message.content
         try:
             order = Order.from_config(dict(content.config_records["order"]))

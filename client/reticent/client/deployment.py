@@ -52,17 +52,11 @@ def _ledger(folder: Path) -> Ledger:
 
 
 def _environment(context: Context) -> Environment:
-    """Return the device as its owner set it up.
-
-    What is wrong with the settings is written to the device's own log; the server gets a code.
-    """
+    """Return the device as its owner set it up."""
     try:
         return _read(context)
-    except ReticentError as error:
-        _log.error("%s", error)
-        if isinstance(error, LedgerError):
-            raise Refused(Refusal.LEDGER) from error
-        raise
+    except LedgerError as error:
+        raise Refused(Refusal.LEDGER) from error
 
 
 def _read(context: Context) -> Environment:
@@ -117,4 +111,11 @@ def _plan(context: Context) -> str:
     return parse_plan(str(context.run_config.get("plan", "")), where="run-config plan").canonical()
 
 
-app = build_client_app(_environment, _plan)
+def _tell_owner(error: Exception) -> None:
+    """Write to the device's own log why a round was not run; the server gets a code."""
+    reason = error.__cause__ or error
+    known = isinstance(reason, ReticentError | Refused)
+    _log.error("round not run: %s", reason, exc_info=None if known else reason)
+
+
+app = build_client_app(_environment, _plan, _tell_owner)

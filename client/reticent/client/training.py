@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from reticent.compression.fold import fold_batchnorm
+from reticent.compression.fold import folded
 from reticent.compression.quantize import quantized_weights
-from reticent.core.errors import PayloadError
+from reticent.core.errors import DataError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
@@ -28,8 +29,7 @@ def student_model(task: Task, plan: Plan) -> nn.Module:
 
     Batch normalisation, used only while the student is trained on public data, is folded away.
     """
-    model = task.student(plan.student.model)
-    return fold_batchnorm(model) if isinstance(model, nn.Sequential) else model
+    return folded(task.student(plan.student.model))
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class NoisyStep:
     clip: float | None
     noise: float
     denominator: float
+
+
+_TRIED, _NO_BOUND, _ROUNDING = 4, 1e6, 1e-3  # examples, clip, relative difference
 
 
 class LocalTrainer:
@@ -149,6 +152,47 @@ class LocalTrainer:
             return (1 - weight) * hard + weight * heat**2 * mimic
 
         return loss
+
+
+def require_whole_gradients(plan: Plan, task: Task) -> None:
+    """Check on a few public examples that what is clipped and summed is the student's gradient.
+
+    It is not where a parameter is used by something else than a layer, or by none. Privacy does not
+    depend on this, as only what is clipped is ever used; training does.
+
+    Raises:
+        DataError: If it is not.
+    """
+    private = plan.private
+    if private is None or private.unit == "client":
+        return
+    model, same = student_model(task, plan), student_model(task, plan)
+    same.load_state_dict(model.state_dict())
+    layout, public = Layout.of(model), task.public()
+    few = slice(0, _TRIED)
+    inputs, labels = public.inputs[few], public.labels[few]
+    clipped = ClippedGradients(model, layout, clipping=private.clipping)
+    with _same_draws():
+        found = clipped.sum(inputs, labels, _cross_entropy, _NO_BOUND)
+    with _same_draws():
+        loss = _cross_entropy(same.train()(inputs), labels)
+        gradients = torch.autograd.grad(loss, list(same.parameters()))
+    plain = layout.gather(list(gradients)).astype(np.float64)
+    apart = float(np.linalg.norm(found - plain))
+    if not apart <= _ROUNDING * float(np.linalg.norm(plain)):
+        raise DataError(
+            f"the student's per-example gradients do not sum to its gradient (they are {apart:.2g} "
+            f"apart on {len(labels)} public examples): every parameter must be used exactly once, "
+            "by a layer that Opacus supports"
+        )
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Let dropout draw the same each time, and leave torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _check_soft_labels(constants: Constants, task: Task) -> None:

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from reticent.core.errors import PlanError
+
+
+def is_chain(model: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Return whether ``model`` is its layers one after the other, with no ``forward`` of its own.
+
+    Only then do its layers alone say what it computes.
+    """
+    return isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Return ``model`` with its batch normalisation folded; itself if it is not a chain."""
+    return fold_batchnorm(model) if is_chain(model) else model
 
 
 def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:

@@ -17,6 +17,8 @@ from .errors import PayloadError
 
 PROTOCOL = 2
 MAX_CONSTANTS = 64 * 2**20
+MAX_RUN_NAME = 256
+MAX_ROUND = 2**31 - 1
 
 
 class Refusal(IntEnum):
@@ -100,8 +102,12 @@ class Order:
         order = Order(**config)
         if order.protocol != PROTOCOL:
             raise PayloadError(f"order.protocol={order.protocol}: must be {PROTOCOL}")
-        if order.round < 1:
-            raise PayloadError(f"order.round={order.round}: must be at least 1")
+        if not 1 <= len(order.run) <= MAX_RUN_NAME:
+            raise PayloadError(
+                f"order.run has {len(order.run)} characters: must have 1 to {MAX_RUN_NAME}"
+            )
+        if not 1 <= order.round <= MAX_ROUND:
+            raise PayloadError(f"order.round={order.round}: must be from 1 to {MAX_ROUND}")
         if not (math.isfinite(order.noise_multiplier) and order.noise_multiplier >= 0):
             raise PayloadError(f"order.noise_multiplier={order.noise_multiplier}: must be >= 0")
         if not (math.isfinite(order.denominator) and order.denominator > 0):

@@ -19,7 +19,7 @@ MOST_POINTS = 200_000  # of one quadrature; beyond, the closed bound alone is us
 def renyi(
     sampling_rate: float, noise_multiplier: float, relation: str = "add-or-remove-one"
 ) -> NDArray[np.float64]:
-    """Return the Renyi divergences of one step at :data:`ORDERS`, in nats; do not write to it.
+    """Return the Renyi divergences of one step at :data:`ORDERS`, in nats; read-only.
 
     ``add-or-remove-one`` takes the larger of both directions, which is that of the mixture from
     the plain Gaussian (Mironov, Talwar and Zhang 2019, section 3).
@@ -29,10 +29,15 @@ def renyi(
     those with weights >= 0 (Sason and Verdu 2016, "f-divergence inequalities"), so it dominates
     here too.
     """
-    q, s = sampling_rate, noise_multiplier
+    values = _renyi(sampling_rate, noise_multiplier, relation)
+    values.setflags(write=False)  # every caller gets the same array
+    return values
+
+
+def _renyi(q: float, s: float, relation: str) -> NDArray[np.float64]:
     if relation == "replace-one":
         if q == 1:
-            return renyi(1.0, s / 2)
+            return _renyi(1.0, s / 2, "add-or-remove-one")
         return np.array([_log_moment_replace(q, s, a) / (a - 1) for a in ORDERS.tolist()])
     if q == 1:
         return ORDERS / (2 * s**2)

@@ -51,7 +51,7 @@ def _countersigner(run: Run, given: str) -> Countersigner:
     if given:
         return open_state(Path(given).expanduser())
     folder = run.folder / "state"
-    if not (folder / "keys").exists():
+    if not (folder / "keys" / "signing_key.pem").exists():  # the folder alone tells of a crash
         create_state(folder)
     return open_state(folder)
 

@@ -18,6 +18,7 @@ from reticent.compression.artifact import (
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
 from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
+from reticent.compression.fold import is_chain
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
 from reticent.core.run import write_atomic
@@ -53,7 +54,7 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     """
     start, final = job.start, job.start.student
     start.layout.write(final, state.average)
-    if not isinstance(final, nn.Sequential):
+    if not is_chain(final):
         raise ArtifactError(
             f"student {type(final).__name__}: only nn.Sequential students can be converted to "
             "int8; write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, "

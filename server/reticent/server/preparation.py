@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reticent.compression.fold import fold_batchnorm
+from reticent.compression.fold import folded
 from reticent.compression.prune import magnitude_mask
 from reticent.core.errors import DataError
 from reticent.core.plan import Plan
@@ -78,7 +78,7 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     train_public(teacher, public, section.epochs, section.learning_rate, plan.seed, "teacher")
     say(f"teacher trained on {len(public.labels)} public examples")
     dense = _train_student(plan, task, teacher, _raw_student(plan, task), "student")
-    public_only = _folded(dense)
+    public_only = folded(dense)
     mask = _mask(plan, public_only)
     # A copy even when nothing is pruned: the rounds write into the student, not into the baseline.
     student = (
@@ -119,10 +119,6 @@ def _train_student(
     )
 
 
-def _folded(model: nn.Module) -> nn.Module:
-    return fold_batchnorm(model) if isinstance(model, nn.Sequential) else model
-
-
 def _mask(plan: Plan, student: nn.Module) -> np.ndarray | None:
     prune = plan.student.prune
     if prune.kind == "none" or prune.sparsity == 0:
@@ -160,7 +156,7 @@ def _tuned(
 
 
 def _structure(plan: Plan, task: Task) -> nn.Module:
-    return _folded(_raw_student(plan, task).eval())
+    return folded(_raw_student(plan, task).eval())
 
 
 def _soft_labels(plan: Plan, task: Task, teacher: nn.Module) -> np.ndarray:

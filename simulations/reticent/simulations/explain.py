@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from reticent.client.round import quantization_step, update_step
-from reticent.client.training import LocalTrainer, NoisyStep
+from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients
 from reticent.compression.codec import build_codec
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
@@ -37,6 +37,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     check_codecs(plan)
     task = load_task(plan.task, plan.seed)
     LocalTrainer(plan, task, _no_constants())
+    require_whole_gradients(plan, task)
     return task, schedule_for(plan)
 
 

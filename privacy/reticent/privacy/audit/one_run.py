@@ -20,8 +20,8 @@ def one_run_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
     (epsilon, delta)-differentially private under the relation that the coins decide, then every
     attacker that makes at most ``guesses.made`` guesses has at least ``guesses.right`` of them
     right with at most the returned probability. Nothing is assumed about how the canaries
-    influence each other's scores (Steinke, Nasr and Jagielski 2023, theorem 5.2 and appendix D,
-    arXiv 2305.08846).
+    influence each other's scores (Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1)
+    training run", arXiv 2305.08846).
     """
     m, made, right = guesses.canaries, guesses.made, guesses.right
     chance = float(special.expit(epsilon))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .adversaries import FELLOWS, READERS, SERVER
+from .adversaries import FELLOWS, NETWORK, READERS, SERVER
 from .words import bound_text, bytes_text, delta_text, epsilon_text, number_text, percent_text
 
 ABSENT = "–"
@@ -161,7 +161,7 @@ _EPSILON: tuple[tuple[str, _Of], ...] = (
     ("ε spent at most by a client", _path("spent", "maximum")),
     *(
         (f"ε against {name[0].lower()}{name[1:]}", _adversary(name))
-        for name in (READERS, FELLOWS, SERVER)
+        for name in (READERS, FELLOWS, SERVER, NETWORK)
     ),
     ("ε without amplification", _path("accounting", "unamplified")),
 )

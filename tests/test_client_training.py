@@ -330,18 +330,30 @@ class Unused(nn.Sequential):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_student_whose_gradients_are_not_whole_is_found_on_public_examples(shared: bool) -> None:
+def test_a_student_whose_gradients_are_not_whole_is_found_before_the_first_round(
+    shared: bool,
+) -> None:
     with pytest.raises(DataError, match="do not sum") if shared else nullcontext():
         require_whole_gradients(plan_of(), TaskOf(lambda: Half(shared)))
 
 
-def test_a_student_with_an_unused_layer_is_found_on_public_examples() -> None:
+def test_a_student_with_an_unused_layer_is_found_before_the_first_round() -> None:
     with pytest.raises(DataError, match="no per-example gradient"):
         require_whole_gradients(plan_of(), TaskOf(Unused))
 
 
 def test_the_layers_of_a_student_with_a_forward_of_its_own_are_not_taken_for_it() -> None:
     assert isinstance(student_model(TaskOf(Unused), plan_of()), Unused)
+
+
+def test_checking_a_student_reads_no_data() -> None:
+    class NoData(WideTask):
+        def public(self) -> Examples:
+            raise DataError("the data are not here")
+
+        client = test = public  # pyright: ignore
+
+    require_whole_gradients(plan_of(), NoData())
 
 
 @pytest.mark.parametrize("privacy", ['privacy="off"', 'privacy.unit="client"'])

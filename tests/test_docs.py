@@ -90,10 +90,21 @@ def test_the_command_page_and_the_help_have_every_exit_status_and_no_other() -> 
     assert {int(n) for n in re.findall(r"\b\d+\b", shown)} == documented
 
 
+def anchors(text: str) -> set[str]:
+    """Return what a heading is reached by, as GitHub makes it of the heading's text."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = sorted(DOCS.glob("*.md"))
-    assert len(pages) >= 5
+    pages = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
+    assert len(pages) >= 6
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([a-z_]+\.md)[^)]*\)", text):
-            assert (DOCS / target).is_file(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            found = page.parent / target if target else page
+            assert found.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in anchors(found.read_text(encoding="utf-8")), (
+                    f"{page.name}: {anchor}"
+                )

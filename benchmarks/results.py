@@ -57,6 +57,21 @@ DENSE = {
 }
 
 
+# Noise for a whole client's update is far larger than for an example's gradient: it takes many
+# clients, who here draw their images from the pool and so overlap.
+CLIENTS = [
+    "task.clients=1000",
+    "task.partition.examples_per_client=50",
+    'privacy.unit="client"',
+    "privacy.epsilon=8",
+    "federation.rounds=40",
+    "federation.clients_per_round=200",
+    "federation.steps_per_round=5",
+    "federation.sampling_rate=0.2",
+    "federation.learning_rate=0.1",
+]
+
+
 def configurations(task: str) -> dict[str, list[str]]:
     """Return the overrides of each named configuration of a task."""
     found = {"off": [*AGGREGATOR[task], "privacy=off"]}
@@ -75,6 +90,9 @@ def configurations(task: str) -> dict[str, list[str]]:
         'updates.codec=["identity"]',
         'updates.broadcast=["identity"]',
     ]
+    if task == "fashion":
+        found["client-8"] = CLIENTS
+        found["client-8-adaptive"] = [*CLIENTS, "privacy.clip_quantile=0.5"]
     return found
 
 

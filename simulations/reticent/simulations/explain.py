@@ -49,8 +49,8 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     """
     task, schedule = check_plan(plan)
     trainer = LocalTrainer(plan, task, _half_mask(plan, task))
-    step = _step(plan, task, schedule)
-    up, down = _encoded_bytes(plan, trainer, step, schedule)
+    step = planned_step(plan, task, schedule)
+    up, down = encoded_bytes(plan, trainer, step, schedule)
     seconds = _step_seconds(trainer, task, step)
     federation = plan.federation
     messages = federation.rounds * federation.clients_per_round
@@ -92,16 +92,18 @@ def _half_mask(plan: Plan, task: Task) -> Constants:
     return Constants(np.packbits(~dropped).tobytes(), np.zeros((0, 0), dtype=np.float32))
 
 
-def _step(plan: Plan, task: Task, schedule: Schedule | None) -> NoisyStep:
+def planned_step(plan: Plan, task: Task, schedule: Schedule | None) -> NoisyStep:
+    """Return the public constants of one client's step under ``plan``."""
     denominator = plan.federation.sampling_rate * task.nominal_examples
     if schedule is None or schedule.unit == "client":
         return NoisyStep(None, 0.0, denominator)
     return NoisyStep(schedule.clip, schedule.share_multiplier * schedule.clip, denominator)
 
 
-def _encoded_bytes(
+def encoded_bytes(
     plan: Plan, trainer: LocalTrainer, step: NoisyStep, schedule: Schedule | None
 ) -> tuple[int, int]:
+    """Return the bytes of one update up and one model down, of noise of the real size."""
     layout = trainer.layout
     generator = numpy_generator(plan.seed, "explain", "bytes")
     noise = generator.standard_normal(layout.size).astype(np.float32)

@@ -1,0 +1,135 @@
+"""The search: from the plan that was given, one technique after another, keeping what helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from reticent.core.errors import PlanError, ReticentError
+from reticent.core.plan import Plan
+from reticent.core.tasks import load_task
+
+from .moves import TECHNIQUES, Candidate, changed, name_of
+from .public_half import PublicHalf
+from .rehearsal import require_rehearsal
+from .targets import Target
+from .trials import Trial, run_trial
+
+Say = Callable[[str], None]
+Measure = Callable[[Candidate], Trial]
+
+
+@dataclass
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        targets: What was to be reached.
+        trials: Everything that was measured, in order; the first is the plan that was given.
+        refused: Candidates that cannot be, with the reason.
+        best: The most accurate trial that meets every target; where none does, the nearest.
+    """
+
+    targets: tuple[Target, ...]
+    trials: list[Trial] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def best(self) -> Trial:
+        """Return the trial that won."""
+        return min(self.trials, key=lambda trial: rank(trial, self.targets))
+
+    @property
+    def met(self) -> bool:
+        """Whether the best meets every target."""
+        return excess(self.best, self.targets) == 0
+
+
+def excess(trial: Trial, targets: Sequence[Target]) -> float:
+    """Return by how much a trial misses the targets: 0, or the sum of log(value / limit)."""
+    return sum(max(0.0, math.log(trial.value(t.kind) / t.limit)) for t in targets)
+
+
+def rank(trial: Trial, targets: Sequence[Target]) -> tuple[float, float, int]:
+    """Return what trials are ordered by: nearness to the targets, then accuracy, then size."""
+    return (round(excess(trial, targets), 3), -trial.accuracy, trial.size)
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that no other beats or equals in everything (Pareto), smallest first."""
+    kept = [t for t in trials if not any(_dominates(other, t) for other in trials)]
+    return sorted(kept, key=lambda trial: (trial.size, -trial.accuracy))
+
+
+def _dominates(one: Trial, other: Trial) -> bool:
+    first, second = _figures(one), _figures(other)
+    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+
+
+def _figures(trial: Trial) -> tuple[float, ...]:
+    return (trial.size, trial.latency, trial.bytes, -trial.accuracy)
+
+
+def search(plan: Plan, targets: Sequence[Target], most: int, say: Say) -> Outcome:
+    """Search from ``plan`` and measure at most ``most`` candidates.
+
+    Raises:
+        ReticentError: If the plan that was given cannot itself be measured.
+    """
+    require_rehearsal(plan)
+    task = PublicHalf(load_task(plan.task, plan.seed), plan.seed)
+    return climb(plan, targets, most, say, lambda candidate: run_trial(candidate, task))
+
+
+def climb(plan: Plan, targets: Sequence[Target], most: int, say: Say, measure: Measure) -> Outcome:
+    """Make the best move of each technique in turn, as long as one helps (coordinate descent).
+
+    Raises:
+        PlanError: If ``most`` is below 1.
+        ReticentError: As ``measure``, for the plan that was given.
+    """
+    if most < 1:
+        raise PlanError(f"--trials {most}: must be at least 1")
+    outcome = Outcome(tuple(targets))
+    _tell(outcome, measure(Candidate(plan)), say)
+    seen = {plan.digest}
+    before: Trial | None = None
+    while before is not outcome.best:
+        before = outcome.best
+        for technique in TECHNIQUES:
+            for candidate in _candidates(outcome, technique, seen):
+                if len(outcome.trials) >= most:
+                    return outcome
+                try:
+                    _tell(outcome, measure(candidate), say)
+                except ReticentError as error:
+                    _refuse(outcome, candidate.name, error, say)
+    return outcome
+
+
+def _candidates(outcome: Outcome, technique: str, seen: set[str]) -> Iterator[Candidate]:
+    base = outcome.best  # all moves of one technique start from the same trial
+    for move in TECHNIQUES[technique]:
+        moves = {**base.candidate.moves, technique: move.name}
+        try:
+            candidate = Candidate(changed(base.candidate.plan, move), moves)
+        except PlanError as error:
+            outcome.refused.append((name_of(moves), str(error)))
+            continue
+        if candidate.plan.digest not in seen:
+            seen.add(candidate.plan.digest)
+            yield candidate
+
+
+def _tell(outcome: Outcome, trial: Trial, say: Say) -> None:
+    outcome.trials.append(trial)
+    say(
+        f"{len(outcome.trials):>3}  {trial.accuracy:6.1%}  {trial.size:>8,} B  "
+        f"{trial.latency:>6.0f} µs  {trial.bytes:>7,} B up  {trial.candidate.name}"
+    )
+
+
+def _refuse(outcome: Outcome, name: str, error: ReticentError, say: Say) -> None:
+    outcome.refused.append((name, str(error)))
+    say(f"     refused  {name}: {error}")

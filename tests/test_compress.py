@@ -1,0 +1,312 @@
+"""``reticent compress``: targets, what a search reads, what it rehearses, what it chooses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reticent.cli.main import cli
+from reticent.core.errors import DataError, PlanError
+from reticent.core.plan import Plan, load_plan, parse_plan
+from reticent.core.tasks import ImageTask, Task, load_task
+from reticent.core.update import Layout
+from reticent.privacy.schedule import schedule_for
+from reticent.server.preparation import Start
+from reticent.simulations.compress import Target, Trial, parse_targets
+from reticent.simulations.compress import rehearsal as rehearsing
+from reticent.simulations.compress.moves import TECHNIQUES, Candidate, changed
+from reticent.simulations.compress.public_half import PublicHalf
+from reticent.simulations.compress.rehearsal import rehearse
+from reticent.simulations.compress.search import Outcome, climb, excess, front, rank
+from reticent.simulations.compress.writing import markdown, nearest, plot, to_json
+
+SMALL = (
+    "task.name=digits",
+    "task.clients=10",
+    "task.public_examples=100",
+    "teacher.epochs=1",
+    "student.epochs=1",
+    "federation.rounds=2",
+    "federation.clients_per_round=10",
+    "engine.workers=1",
+)
+PLAN = parse_plan("", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "limit"),
+    [
+        ("size=20kB", "size", 20_000),
+        ("size=1.5MB", "size", 1_500_000),
+        ("bytes=900", "bytes", 900),
+        ("latency=100us", "latency", 100),
+        ("latency=0.2ms", "latency", 200),
+        ("latency=100µs", "latency", 100),
+    ],
+)
+def test_a_target_is_read_with_its_unit(text: str, kind: str, limit: float) -> None:
+    assert parse_targets([text]) == (Target(kind, limit, text),)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ([], "at most once, and one"),
+        (["size=1kB", "size=2kB"], "at most once"),
+        (["weight=3"], "must be one of size"),
+        (["size"], "must be one of size"),
+        (["size=3us"], "unit 'us' must be one of B, kB, MB"),
+        (["latency=-1us"], "must be a finite number above 0"),
+        (["latency=0us"], "must be a finite number above 0"),
+        (["bytes=1e999"], "must be a finite number above 0"),
+        (["bytes=1-2"], "must be a finite number above 0"),
+    ],
+)
+def test_a_target_that_cannot_be_is_named(texts: list[str], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        parse_targets(texts)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(PLAN.task, 0)
+
+
+def test_a_search_reads_neither_private_nor_test_examples(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> Any:
+        raise AssertionError("was read")
+
+    monkeypatch.setattr(ImageTask, "client", refuse)
+    monkeypatch.setattr(ImageTask, "test", refuse)
+    half = PublicHalf(task, 0)
+    trained, held = half.public(), half.test()
+    with pytest.raises(DataError, match="reads no private data"):
+        half.client(0)
+    rows = {r.tobytes() for r in task.public().inputs.numpy()}
+    first, second = ({r.tobytes() for r in part.inputs.numpy()} for part in (trained, held))
+    assert not first & second and first | second == rows
+    assert (len(trained.labels), len(held.labels)) == (80, 20)
+    assert set(Counter(held.labels.tolist()).values()) == {2}, "as many of every label"
+
+
+def test_too_few_public_examples_are_refused(task: Task) -> None:
+    few = load_task(PLAN.task.model_copy(update={"public_examples": 9}), 0)
+    with pytest.raises(DataError, match="9 public examples"):
+        PublicHalf(few, 0)
+
+
+def start_of(task: Task, plan: Plan) -> Start:
+    torch.manual_seed(0)
+    student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    layout = Layout.of(student)
+    from reticent.core.protocol import Constants
+
+    constants = Constants(b"", np.zeros((0, 0), dtype=np.float32)).encode()
+    return Start(student, student, student, layout, layout.read(student), constants)
+
+
+class Linear:
+    """The digits with a linear student."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def student(self, model: str) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize(("most", "trust"), [(20_000, "aggregator"), (300, "local")])
+@pytest.mark.parametrize(("scale", "holds"), [(1.0, True), (2 / 3, False)])
+def test_a_rehearsed_round_carries_the_noise_of_a_real_one(
+    task: Task, monkeypatch: pytest.MonkeyPatch, most: int, trust: str, scale: float, holds: bool
+) -> None:
+    monkeypatch.setattr(rehearsing, "MOST", most)
+    plan = parse_plan(
+        "",
+        [
+            *SMALL,
+            "privacy.noise_multiplier=20",
+            f'privacy.trust="{trust}"',
+            "federation.rounds=1",
+            "federation.average=0",
+            'federation.server.kind="sgd"',
+            "federation.server.momentum=0",
+            "federation.server.learning_rate=1",
+            'student.prune.kind="none"',
+            'student.quantize.kind="none"',
+        ],
+    )
+    linear = Linear(task)
+    start, schedule = start_of(linear, plan), schedule_for(plan)
+    assert schedule is not None
+    given = replace(schedule, noise_multiplier=scale * schedule.noise_multiplier)
+    moved = rehearse(plan, linear, start, given) - start.weights
+    # Ten clients, each with its share of the noise over q times its examples; then their mean.
+    shares = plan.federation.quorum if trust == "aggregator" else 1
+    one = 20 * 0.5 / shares**0.5 / (0.1 * task.nominal_examples)
+    assert (abs(float(moved.std()) / (one / 10**0.5) - 1) < 0.12) is holds
+
+
+def test_a_rehearsal_without_privacy_learns(task: Task) -> None:
+    plan = parse_plan(
+        "",
+        [
+            *SMALL,
+            'privacy="off"',
+            "federation.rounds=20",
+            "federation.server.learning_rate=0.05",
+            'student.prune.kind="none"',
+            'student.quantize.kind="none"',
+        ],
+    )
+    half = Linear(PublicHalf(task, 0))
+    start = start_of(half, plan)
+    start.layout.write(start.student, rehearse(plan, half, start, None))
+    with torch.no_grad():
+        hits = start.student(half.test().inputs).argmax(1) == half.test().labels
+    assert float(hits.float().mean()) > 0.7
+
+
+def test_rounds_of_whole_clients_cannot_be_rehearsed() -> None:
+    from reticent.simulations.compress import search
+
+    plan = parse_plan("", [*SMALL, 'privacy.unit="client"'])
+    with pytest.raises(PlanError, match="search rehearses rounds"):
+        search(plan, parse_targets(["size=1kB"]), 1, print)
+
+
+def trial(size: int, accuracy: float, latency: float = 10.0, up: int = 10) -> Trial:
+    return Trial(Candidate(PLAN), 1, size, latency, up, 0.5, accuracy)
+
+
+TARGET = (Target("size", 100.0, "size=100B"),)
+
+
+def test_what_meets_the_target_is_ordered_by_accuracy_and_the_rest_by_nearness() -> None:
+    trials = [trial(99, 0.5), trial(100, 0.6), trial(101, 0.99), trial(1000, 0.999)]
+    ordered = sorted(trials, key=lambda t: rank(t, TARGET))
+    assert [t.size for t in ordered] == [100, 99, 101, 1000]
+    assert excess(trials[0], TARGET) == 0 and math.isclose(excess(trials[3], TARGET), math.log(10))
+
+
+FIGURES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
+
+
+@given(st.lists(FIGURES, min_size=1, max_size=12))
+def test_the_front_is_what_nothing_else_dominates(figures: list[tuple[int, int, int, int]]) -> None:
+    trials = [trial(s, a / 10, float(t), u) for s, t, u, a in figures]
+    kept = front(trials)
+
+    def beats(one: Trial, other: Trial) -> bool:
+        pairs = [(one.size, other.size), (one.latency, other.latency), (one.bytes, other.bytes)]
+        pairs.append((-one.accuracy, -other.accuracy))
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    for each in trials:
+        assert (each in kept) == (not any(beats(other, each) for other in trials))
+
+
+def costs(candidate: Candidate) -> Trial:
+    """Every bit of sparsity makes the file smaller and the model worse; distilling helps."""
+    student = candidate.plan.student
+    pruned = student.prune.sparsity if student.prune.kind != "none" else 0.0
+    helped = 0.05 * (student.distill.kind != "none")
+    size = round(200 * (1 - pruned))
+    return Trial(candidate, 1, size, 10.0, 10, 0.5, 0.9 - 0.2 * pruned + helped)
+
+
+def test_the_search_ends_at_the_most_accurate_plan_that_meets_the_target() -> None:
+    said: list[str] = []
+    plan = parse_plan("", [*SMALL, 'student.distill.kind="none"'])
+    outcome = climb(plan, TARGET, 50, said.append, costs)
+    best = outcome.best.candidate.plan.student
+    assert outcome.met and (best.prune.sparsity, best.distill.kind) == (0.5, "response")
+    digests = [t.candidate.plan.digest for t in outcome.trials]
+    assert len(digests) == len(set(digests)) == len(said), "nothing is measured twice"
+    assert outcome.trials[0].candidate.name == "as given"
+
+
+def test_the_search_keeps_to_its_number_of_trials() -> None:
+    assert len(climb(PLAN, TARGET, 3, lambda line: None, costs).trials) == 3
+    with pytest.raises(PlanError, match="--trials 0"):
+        climb(PLAN, TARGET, 0, lambda line: None, costs)
+
+
+def test_a_move_that_does_not_fit_is_kept_with_its_reason() -> None:
+    def picky(candidate: Candidate) -> Trial:
+        if candidate.plan.student.prune.kind == "none":
+            raise PlanError("student cannot be unpruned")
+        return costs(candidate)
+
+    outcome = climb(PLAN, TARGET, 50, lambda line: None, picky)
+    assert ("no pruning", "student cannot be unpruned") in outcome.refused
+    assert "- no pruning: student cannot be unpruned" in markdown(outcome)
+
+
+def test_a_target_that_nothing_meets_names_the_least() -> None:
+    outcome = climb(PLAN, (Target("size", 10.0, "size=10B"),), 50, lambda line: None, costs)
+    assert not outcome.met
+    assert nearest(outcome).startswith("size=10B: the least was 30 B")
+
+
+def test_every_move_of_every_technique_makes_a_valid_plan() -> None:
+    for technique, moves in TECHNIQUES.items():
+        for move in moves:
+            assert changed(PLAN, move).task == PLAN.task, (technique, move.name)
+
+
+def test_table_json_and_plot_agree() -> None:
+    outcome = climb(PLAN, TARGET, 50, lambda line: None, costs)
+    data = json.loads(json.dumps(to_json(outcome)))
+    assert data["met"] and len(data["trials"]) == len(outcome.trials)
+    dots = ElementTree.fromstring(plot(outcome)).findall(".//{*}circle[@r='5']")
+    assert len(dots) == len(outcome.trials)
+    lines = [line for line in markdown(outcome).splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(outcome.trials)
+    assert sum("→" in line for line in lines) == 1
+    assert plot(Outcome(TARGET, [trial(5, 0.5)]))  # one point has no range
+
+
+def test_the_command_searches_and_writes_a_plan_that_runs(tmp_path: Path) -> None:
+    given = [f"--set={o}" for o in SMALL]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        cli, ["compress", *given, "--target", "size=100kB", "--trials", "2", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in out.iterdir()} == {
+        "pareto.json",
+        "pareto.md",
+        "pareto.svg",
+        "plan.toml",
+    }
+    data = json.loads((out / "pareto.json").read_text())
+    assert load_plan(out / "plan.toml").digest == data["best"]
+    assert "best:" in result.output and "reticent simulate" in result.output
+
+
+def test_an_impossible_target_is_an_error_and_leaves_the_table(tmp_path: Path) -> None:
+    given = [f"--set={o}" for o in SMALL]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        cli, ["compress", *given, "--target", "size=10B", "--trials", "1", "--out", str(out)]
+    )
+    assert isinstance(result.exception, PlanError) and "the least was" in str(result.exception)
+    assert (out / "pareto.md").is_file()

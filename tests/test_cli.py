@@ -296,6 +296,43 @@ def test_export_writes_an_artifact_that_needs_the_runs_key(
     assert row["accuracy"] is None and row["bytes"] > 0
 
 
+def test_export_refuses_too_little_agreement(
+    run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reticent.compression.convert import Agreement
+    from reticent.server import finish
+
+    monkeypatch.setattr(finish, "agreement_on_test", lambda *_: Agreement(0.9, 1.0))
+    out = tmp_path / "copy"
+    error = fails(capsys, 7, "export", run, "--out", out)
+    assert "90.00%" in error and "at least 99.00%" in error and not out.exists()
+    assert call("export", run, "--out", out, "--min-agreement", "0.9") == 0
+
+
+def test_export_for_another_backend_lies_beside_the_artifact(run: Path, capsys: Capture) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert call("export", run, "--backend", "onnx", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    folder = run / "artifact-onnx"
+    assert summary["artifact"] == str(folder) and summary["agreement"]["test"] >= 0.99
+    assert summary["bytes"]["int8"] == (folder / "model.onnx").stat().st_size
+    labels = []
+    for artifact in (run / "artifact", folder):
+        assert call("predict", artifact, run / "artifact" / "self_test.safetensors") == 0
+        labels.append([line.split("\t")[1] for line in capsys.readouterr().out.splitlines()])
+    assert labels[0] == labels[1]
+
+
+def test_a_backend_that_is_not_installed_has_its_exit_status(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "reticent[onnx]" in fails(capsys, 10, "export", run, "--backend", "onnx")
+
+
 def test_bench_puts_a_runs_models_side_by_side(run: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert call("bench", run, "--repeats", "10", "--json") == 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from reticent.compression.backends import BACKEND_NAMES, BackendName
 from reticent.core.errors import ArtifactError
 from reticent.core.run import Run
 
@@ -41,15 +42,28 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON for mac
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--backend", type=click.Choice(["qnnpack"]), default="qnnpack", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: RUN/artifact.")
+@click.option("--backend", type=click.Choice(BACKEND_NAMES), default="qnnpack", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder; default: RUN/artifact, or RUN/artifact-BACKEND for another than qnnpack.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    default=0.99,
+    show_default=True,
+    help="Refuse a model that predicts otherwise than the fake-quantized student more often.",
+)
 @json_option
-def export(run: Path, backend: str, out: Path | None, as_json: bool) -> None:
-    """Convert the final model of RUN to int8 again and write the signed artifact."""
-    from reticent.server.export import export_run
+def export(
+    run: Path, backend: BackendName, out: Path | None, min_agreement: float, as_json: bool
+) -> None:
+    """Convert the final model of RUN to int8 for BACKEND and write the signed artifact."""
+    from reticent.server.export import export_folder, export_run
 
-    summary = export_run(Run(run), out)
-    folder = out or Run(run).artifact
+    folder = out or export_folder(Run(run), backend)
+    summary = export_run(Run(run), folder, backend, min_agreement)
     if as_json:
         emit({"artifact": str(folder), "backend": backend, **summary})
         return
@@ -58,7 +72,8 @@ def export(run: Path, backend: str, out: Path | None, as_json: bool) -> None:
     click.echo(
         f"int8 on {backend}: {human_bytes(summary['bytes']['int8'])}, accuracy "
         f"{summary['accuracy']['int8']:.1%}, agrees with the fake-quantized student on "
-        f"{agreement['fake_quantized']:.1%} of the public examples"
+        f"{agreement['test']:.1%} of the test examples (logits within "
+        f"{agreement['test_largest_logit_difference']:.2g})"
     )
 
 

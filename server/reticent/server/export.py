@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from reticent.compression.artifact import load_artifact
-from reticent.compression.bench import Latency, measure, size_on_disk
-from reticent.compression.integer import build
+from reticent.compression.backends import BackendName
+from reticent.compression.backends.base import deploy, require_all
+from reticent.compression.backends.registry import BACKENDS
+from reticent.compression.bench import Latency, measure, side_by_side, size_on_disk
 from reticent.core.errors import RunError
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
 from reticent.core.tasks import load_task
 from reticent.privacy.schedule import schedule_for
 
-from .finish import build_artifact, int8_of, latencies
+from .finish import build_artifact, int8_of
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
@@ -48,15 +50,28 @@ def _finished(run: Run) -> Iterator[tuple[Job, ServerState]]:
         journal.close()
 
 
-def export_run(run: Run, folder: Path | None) -> dict[str, Any]:
-    """Write the artifact of a finished run to ``folder`` (default: the run's own); return figures.
+def export_folder(run: Run, backend: BackendName) -> Path:
+    """Return where an export goes if nothing is said: the run's own artifact, or beside it."""
+    return run.artifact if backend == "qnnpack" else run.folder / f"artifact-{backend}"
+
+
+def export_run(
+    run: Run, folder: Path, backend: BackendName, min_agreement: float
+) -> dict[str, Any]:
+    """Write the artifact of a finished run to ``folder``; return figures.
+
+    ``min_agreement`` is the share of the test examples on which the artifact must predict what the
+    fake-quantized student does.
 
     Raises:
         RunError: If the run has not finished or is damaged.
-        ArtifactError: If the student cannot be converted or the folder cannot be written.
+        ArtifactError: If the student cannot be converted, agrees too little, or the folder cannot
+            be written.
+        DependencyError: If the backend is not installed.
     """
+    require_all(BACKENDS[backend])
     with _finished(run) as (job, state):
-        return build_artifact(job, state, folder or run.artifact)
+        return build_artifact(job, state, folder, BACKENDS[backend], min_agreement)
 
 
 def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
@@ -70,10 +85,12 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
         start, final = job.start, cast(nn.Sequential, job.start.student)
         start.layout.write(final, state.average)
         spec = int8_of(final, job.task)
-        times = latencies(job, final, spec, repeats)
+        int8 = deploy(spec, BACKENDS["qnnpack"], tuple(job.task.input_shape))
+        one = job.task.public().inputs[:1]
         test = job.task.test()
         sized = {"teacher": start.teacher, "fp32": final, "int8": spec}
-        models = {"teacher": start.teacher, "fp32": final, "int8": build(spec)}
+        models = {"teacher": start.teacher, "fp32": final, "int8": int8.model}
+        times = side_by_side({n: (m, one) for n, m in models.items()}, repeats)
         return [
             _row(name, size_on_disk(sized[name]), times[name], accuracy(model, test))
             for name, model in models.items()
@@ -90,9 +107,7 @@ def bench_artifact(folder: Path, key: Path, repeats: int) -> list[dict[str, Any]
     artifact = load_artifact(folder, read_public_key(key))
     shape = artifact.manifest.task.input_shape
     inputs = torch.zeros(1, *shape)
-    return [
-        _row("int8", size_on_disk(artifact.spec), measure(artifact.model, inputs, repeats), None)
-    ]
+    return [_row("int8", artifact.model_bytes, measure(artifact.model, inputs, repeats), None)]
 
 
 def _row(name: str, size: int, time: Latency, correct: float | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from reticent.compression.artifact import (
     write_artifact,
 )
 from reticent.compression.backends import BACKEND_NAMES, BackendName
-from reticent.compression.backends.base import Deployed, deploy, installed, reload
+from reticent.compression.backends.base import Deployed, deploy, installed, load
 from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
 from reticent.compression.integer import Graph, Grid, IntegerSpec
@@ -130,7 +130,7 @@ def test_bytes_that_are_no_model_are_refused(name: BackendName) -> None:
     made = deployed("folded", name)
     for wrong in (b"", b"junk" * 99):
         with pytest.raises(ArtifactError, match=r"model\.[a-z]+"):
-            reload(made.backend, made.graph, wrong)
+            load(made.backend, made.graph, wrong)
 
 
 @pytest.mark.parametrize("name", BACKEND_NAMES)
@@ -158,7 +158,7 @@ def test_an_artifact_of_each_backend_is_verified_and_runs(
     )
     artifact = load_artifact(folder, KEY.public_key())
     assert artifact.manifest.backend == name
-    assert artifact.model_bytes == len(made.data)
+    assert artifact.data == made.data
     assert (folder / made.backend.model_file).read_bytes() == made.data
     assert torch.equal(artifact.predict(x), made.model(x))
     assert made.backend.runs_on in (folder / "MODEL_CARD.md").read_text()
@@ -176,7 +176,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
     with pytest.raises(DependencyError, match=rf"pip install 'reticent\[{name}\]'"):
         deploy(converted("linear")[1], BACKENDS[name], SHAPE)
     with pytest.raises(DependencyError, match="needs the Python packages"):
-        reload(BACKENDS[name], converted("linear")[1].graph, b"")
+        load(BACKENDS[name], converted("linear")[1].graph, b"")
 
 
 @pytest.mark.parametrize("name", [n for n in BACKEND_NAMES if n != "qnnpack"])

@@ -33,7 +33,7 @@ from reticent.core.errors import ArtifactError, DataError, ReticentError
 from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 
 from .backends import BackendName
-from .backends.base import Deployed, deploy, reload
+from .backends.base import Deployed, deploy, load
 from .backends.registry import BACKENDS
 from .integer import Graph, IntegerSpec, Weighted, parse_graph
 
@@ -104,16 +104,19 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact, ready to predict."""
+    """A verified artifact, ready to predict.
+
+    Attributes:
+        manifest: What it is.
+        graph: Layers and activation grids.
+        data: Bytes of the backend's model file.
+        model: Predicts from those bytes.
+    """
 
     manifest: Manifest
     graph: Graph
+    data: bytes
     model: nn.Module
-
-    @property
-    def model_bytes(self) -> int:
-        """Size of the file that holds the model."""
-        return self.manifest.files[BACKENDS[self.manifest.backend].model_file].bytes
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 ``(n, classes)``, for float32 inputs ``(n, *input_shape)``.
@@ -218,12 +221,13 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
     """
     manifest, contents = _verified(folder, public_key)
     backend, graph = BACKENDS[manifest.backend], parse_graph(contents["model.json"])
-    model = reload(backend, graph, contents[backend.model_file]).model
+    data = contents[backend.model_file]
+    model = load(backend, graph, data)
     tensors = _unpack("self_test.safetensors", contents)
     if tensors.keys() != {"inputs", "logits"}:
         raise ArtifactError("self_test.safetensors: must hold inputs and logits")
     _run_self_test(model, graph, manifest.task, SelfTest(**tensors))
-    return Artifact(manifest, graph, model)
+    return Artifact(manifest, graph, data, model)
 
 
 def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dict[str, bytes]]:

@@ -96,10 +96,10 @@ def deploy(spec: IntegerSpec, backend: Backend, input_shape: Shape) -> Deployed:
     """
     require_all(backend)
     data = backend.write(spec, input_shape)
-    return Deployed(backend, spec.graph, data, backend.load(spec.graph, data))
+    return Deployed(backend, spec.graph, data, load(backend, spec.graph, data))
 
 
-def reload(backend: Backend, graph: Graph, data: bytes) -> Deployed:
+def load(backend: Backend, graph: Graph, data: bytes) -> nn.Module:
     """Load a model from verified bytes.
 
     Raises:
@@ -107,7 +107,7 @@ def reload(backend: Backend, graph: Graph, data: bytes) -> Deployed:
         ArtifactError: If the bytes are not a model of it.
     """
     _require(backend, backend.to_load)
-    return Deployed(backend, graph, data, backend.load(graph, data))
+    return backend.load(graph, data)
 
 
 def require_all(backend: Backend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,15 +28,24 @@ def _load(_: Graph, data: bytes) -> Runner:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the warnings and log lines of ExecuTorch, torchao and torch.export to themselves."""
-    before = logging.root.manager.disable
+    """Keep the warnings and log lines of ExecuTorch, torchao and torch.export to themselves.
+
+    ExecuTorch's native code writes to the standard error stream itself; what goes wrong in it is
+    also raised.
+    """
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    stream = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        os.dup2(stream, 2)
+        os.close(stream)
+        logging.disable(level)
 
 
 XNNPACK = Backend(

@@ -102,7 +102,8 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
     from reticent.server.bench import bench_artifact, bench_run
 
     limits = NO_LIMITS if profile is None else parse_profile(profile)
-    if (target / "plan.toml").is_file():
+    of_run = (target / "plan.toml").is_file()
+    if of_run:
         rows = bench_run(Run(target), repeats, limits)
     else:
         rows = bench_artifact(target, public_key_of(target, key), repeats, limits)
@@ -114,6 +115,8 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
     for row in rows:
         if row["misfit"]:
             click.echo(f"{row['model']} on {row['backend']} does not fit: {row['misfit']}")
+    for name in sorted(set(BACKEND_NAMES) - {row["backend"] for row in rows}) if of_run else ():
+        click.echo(f"{name} is not installed: pip install 'reticent[{name}]'")
     if profile is not None:
         click.echo(_limits(limits))
 

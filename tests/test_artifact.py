@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reticent.compression.artifact import (
-    FILES,
     SelfTest,
     TaskInfo,
+    files_of,
     load_artifact,
     verify_artifact,
     write_artifact,
@@ -39,6 +39,7 @@ from reticent.core.signing import make_signing_key, read_private_key, read_publi
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key()
 TASK = TaskInfo(name="blobs", classes=3, input_shape=(1, 6, 6), preprocessing="none")
+FILES = files_of("qnnpack")
 ALL_FILES = sorted([*FILES, "manifest.json", "manifest.sig"])
 
 
@@ -92,7 +93,7 @@ def test_the_loaded_model_is_the_written_one(whole: Path) -> None:
     assert torch.equal(artifact.predict(X), LOGITS)
     last = X.contiguous(memory_format=torch.channels_last)
     assert torch.equal(artifact.predict(last), LOGITS)
-    assert artifact.spec.graph == SPEC.graph
+    assert artifact.graph == SPEC.graph
     assert artifact.manifest == verify_artifact(whole, PUBLIC)
     assert artifact.manifest.task == TASK and artifact.manifest.metrics == {"accuracy": 0.75}
 

@@ -293,14 +293,65 @@ def test_export_writes_an_artifact_that_needs_the_runs_key(
     key = run / "keys" / "signing_key.pub.pem"
     assert call("bench", out, "--repeats", "10", "--key", key, "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["accuracy"] is None and row["bytes"] > 0
+    assert row["accuracy"] is None and row["bytes"] == (out / "model.safetensors").stat().st_size
+
+
+def test_bench_reports_what_does_not_fit_a_device(run: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert call("bench", run / "artifact", "--device-profile", "memory=20MB,cpus=1") == 0
+    out = capsys.readouterr().out
+    assert "int8 on qnnpack does not fit: " in out
+    assert "may allocate 20.0 MB and use 1 of" in out and "the processor is not" in out
+    error = fails(capsys, 4, "bench", run, "--device-profile", "memory=20")
+    assert '"memory=20"' in error and "pi4" in error
+
+
+def test_export_refuses_too_little_agreement(
+    run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reticent.compression.convert import Agreement
+    from reticent.server import finish
+
+    monkeypatch.setattr(finish, "agreement_on_test", lambda *_: Agreement(0.9, 1.0))
+    out = tmp_path / "copy"
+    error = fails(capsys, 7, "export", run, "--out", out)
+    assert "90.00%" in error and "at least 99.00%" in error and not out.exists()
+    assert call("export", run, "--out", out, "--min-agreement", "0.9") == 0
+
+
+def test_export_for_another_backend_lies_beside_the_artifact(run: Path, capsys: Capture) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert call("export", run, "--backend", "onnx", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    folder = run / "artifact-onnx"
+    assert summary["artifact"] == str(folder) and summary["agreement"]["test"] >= 0.99
+    assert summary["bytes"]["int8"] == (folder / "model.onnx").stat().st_size
+    labels = []
+    for artifact in (run / "artifact", folder):
+        assert call("predict", artifact, run / "artifact" / "self_test.safetensors") == 0
+        labels.append([line.split("\t")[1] for line in capsys.readouterr().out.splitlines()])
+    assert labels[0] == labels[1]
+
+
+def test_a_backend_that_is_not_installed_has_its_exit_status(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "reticent[onnx]" in fails(capsys, 10, "export", run, "--backend", "onnx")
 
 
 def test_bench_puts_a_runs_models_side_by_side(run: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert call("bench", run, "--repeats", "10", "--json") == 0
-    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows) == ["teacher", "fp32", "int8"]
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in listed[:3]] == ["teacher", "fp32", "int8"]
+    assert [row["backend"] for row in listed[:3]] == ["torch", "torch", "qnnpack"]
+    assert all(row["misfit"] is None and row["median_us"] <= row["p95_us"] for row in listed)
+    assert all(0 < row["memory_bytes"] < row["process_bytes"] for row in listed)
+    rows = {row["model"]: row for row in listed[:3]}
     assert rows["int8"]["bytes"] < rows["fp32"]["bytes"] < rows["teacher"]["bytes"]
     assert (
         rows["int8"]["accuracy"]

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from reticent.compression.bench import measure, side_by_side, size_on_disk
+from reticent.compression.bench import side_by_side, size_on_disk
 from reticent.compression.convert import calibrate, convert
 from reticent.core.errors import DataError
 
@@ -45,14 +45,14 @@ def test_a_single_model_is_measured_without_gradients() -> None:
         seen.append(layer(x).requires_grad)
         return x
 
-    assert measure(model, torch.zeros(1, 4), repeats=3).median_us > 0
+    assert side_by_side({"a": (model, torch.zeros(1, 4))}, repeats=3)["a"].median_us > 0
     assert seen and not any(seen)
 
 
 @pytest.mark.parametrize(("shape", "repeats"), [((2, 4), 3), ((), 3), ((1, 4), 0)])
 def test_wrong_batches_and_repeats_are_refused(shape: tuple[int, ...], repeats: int) -> None:
     with pytest.raises(DataError):
-        measure(nn.Identity(), torch.zeros(shape), repeats)
+        side_by_side({"a": (nn.Identity(), torch.zeros(shape))}, repeats)
 
 
 def test_size_is_that_of_the_file(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from reticent.compression.backends import BACKEND_NAMES, BackendName
 from reticent.core.errors import ArtifactError
 from reticent.core.run import Run
 
 from .output import emit, human_bytes, table
+
+if TYPE_CHECKING:
+    from reticent.compression.backends.profiles import Profile
 
 PUBLIC_KEY = "signing_key.pub.pem"
 
@@ -41,15 +46,28 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON for mac
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--backend", type=click.Choice(["qnnpack"]), default="qnnpack", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: RUN/artifact.")
+@click.option("--backend", type=click.Choice(BACKEND_NAMES), default="qnnpack", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder; default: RUN/artifact, or RUN/artifact-BACKEND for another than qnnpack.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    default=0.99,
+    show_default=True,
+    help="Refuse a model that predicts otherwise than the fake-quantized student more often.",
+)
 @json_option
-def export(run: Path, backend: str, out: Path | None, as_json: bool) -> None:
-    """Convert the final model of RUN to int8 again and write the signed artifact."""
-    from reticent.server.export import export_run
+def export(
+    run: Path, backend: BackendName, out: Path | None, min_agreement: float, as_json: bool
+) -> None:
+    """Convert the final model of RUN to int8 for BACKEND and write the signed artifact."""
+    from reticent.server.export import export_folder, export_run
 
-    summary = export_run(Run(run), out)
-    folder = out or Run(run).artifact
+    folder = out or export_folder(Run(run), backend)
+    summary = export_run(Run(run), folder, backend, min_agreement)
     if as_json:
         emit({"artifact": str(folder), "backend": backend, **summary})
         return
@@ -58,38 +76,78 @@ def export(run: Path, backend: str, out: Path | None, as_json: bool) -> None:
     click.echo(
         f"int8 on {backend}: {human_bytes(summary['bytes']['int8'])}, accuracy "
         f"{summary['accuracy']['int8']:.1%}, agrees with the fake-quantized student on "
-        f"{agreement['fake_quantized']:.1%} of the public examples"
+        f"{agreement['test']:.1%} of the test examples (logits within "
+        f"{agreement['test_largest_logit_difference']:.2g})"
     )
 
 
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path), metavar="RUN|ARTIFACT")
 @click.option("--repeats", type=click.IntRange(10, 100_000), default=500, show_default=True)
+@click.option(
+    "--device-profile",
+    "profile",
+    metavar="PROFILE",
+    help="Measure within a device's memory and cores: pi4, pizero2, gateway, or limits such as "
+    "memory=256MB,cpus=1. Emulates memory and cores, not the processor.",
+)
 @key_option
 @json_option
-def bench(target: Path, repeats: int, key: Path | None, as_json: bool) -> None:
-    """Measure size, single-thread latency and accuracy; for a RUN, beside fp32 and the teacher."""
-    from reticent.server.export import bench_artifact, bench_run
+def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_json: bool) -> None:
+    """Measure size, latency, memory and accuracy; for a RUN, beside fp32 and the teacher.
 
-    if (target / "plan.toml").is_file():
-        rows = bench_run(Run(target), repeats)
+    Each model runs alone in a process of its own, on one thread, in turns with the others.
+    """
+    from reticent.compression.backends.profiles import NO_LIMITS, parse_profile
+    from reticent.server.bench import bench_artifact, bench_run
+
+    limits = NO_LIMITS if profile is None else parse_profile(profile)
+    of_run = (target / "plan.toml").is_file()
+    if of_run:
+        rows = bench_run(Run(target), repeats, limits)
     else:
-        rows = bench_artifact(target, public_key_of(target, key), repeats)
+        rows = bench_artifact(target, public_key_of(target, key), repeats, limits)
     if as_json:
         emit(rows)
         return
-    click.echo(table(["model", "bytes", "median", "p95", "accuracy"], [_row(r) for r in rows]))
+    headers = ["model", "runs on", "bytes", "median", "p95", "memory", "process", "accuracy"]
+    click.echo(table(headers, [_row(r) for r in rows]))
+    for row in rows:
+        if row["misfit"]:
+            click.echo(f"{row['model']} on {row['backend']} does not fit: {row['misfit']}")
+    for name in sorted(set(BACKEND_NAMES) - {row["backend"] for row in rows}) if of_run else ():
+        click.echo(f"{name} is not installed: pip install 'reticent[{name}]'")
+    if profile is not None:
+        click.echo(_limits(limits))
 
 
 def _row(row: dict[str, Any]) -> list[str]:
     accuracy = row["accuracy"]
+    measured = ["does not fit", "", "", ""]
+    if not row["misfit"]:
+        measured = [
+            f"{row['median_us']:.0f} µs",
+            f"{row['p95_us']:.0f} µs",
+            human_bytes(row["memory_bytes"]),
+            human_bytes(row["process_bytes"]),
+        ]
     return [
         row["model"],
+        row["backend"],
         f"{row['bytes']:,}",
-        f"{row['median_us']:.0f} µs",
-        f"{row['p95_us']:.0f} µs",
+        *measured,
         "" if accuracy is None else f"{accuracy:.2%}",
     ]
+
+
+def _limits(profile: Profile) -> str:
+    memory = "any amount" if profile.memory_bytes is None else human_bytes(profile.memory_bytes)
+    here = len(os.sched_getaffinity(0))
+    cores = here if profile.cpus is None else min(profile.cpus, here)
+    return (
+        f"profile {profile.name}: a process may allocate {memory} and use {cores} of the {here} "
+        "cores here; memory and cores are emulated, the processor is not"
+    )
 
 
 @click.command()

@@ -27,17 +27,26 @@ import safetensors.torch
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from reticent.core.errors import ArtifactError, DataError, ReticentError
 from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 
-from .integer import IntegerModel, IntegerSpec, Weighted, build, parse_graph
+from .backends import BackendName
+from .backends.base import Deployed, deploy, load
+from .backends.registry import BACKENDS
+from .integer import Graph, IntegerSpec, Weighted, parse_graph
 
 FORMAT_VERSION = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
-FILES = ("model.safetensors", "model.json", "self_test.safetensors", "MODEL_CARD.md")
+COMMON_FILES = ("model.json", "self_test.safetensors", "MODEL_CARD.md")
 MAX_FILE_BYTES = 256 * 2**20
 MAX_MANIFEST_BYTES = 2**20
+
+
+def files_of(backend: BackendName) -> tuple[str, ...]:
+    """Return the names of the files that a manifest of ``backend`` lists."""
+    return (BACKENDS[backend].model_file, *COMMON_FILES)
 
 
 class _Part(BaseModel):
@@ -71,9 +80,11 @@ class Manifest(_Part):
     """What an artifact is, and what it is made of.
 
     ``privacy`` always has ``epsilon``: a number, or the word ``"infinity"`` when privacy was off.
+    ``backend`` says which file holds the model and what runs it (:mod:`.backends`).
     """
 
     format_version: Literal[1] = FORMAT_VERSION
+    backend: BackendName = "qnnpack"
     created_by: str
     plan_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     task: TaskInfo
@@ -93,11 +104,19 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact, ready to predict."""
+    """A verified artifact, ready to predict.
+
+    Attributes:
+        manifest: What it is.
+        graph: Layers and activation grids.
+        data: Bytes of the backend's model file.
+        model: Predicts from those bytes.
+    """
 
     manifest: Manifest
-    spec: IntegerSpec
-    model: IntegerModel
+    graph: Graph
+    data: bytes
+    model: nn.Module
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 ``(n, classes)``, for float32 inputs ``(n, *input_shape)``.
@@ -119,6 +138,7 @@ def write_artifact(
     sizes: Mapping[str, Any],
     self_test: SelfTest,
     private_key: Ed25519PrivateKey,
+    deployed: Deployed | None = None,
     replace: bool = False,
 ) -> Path:
     """Write a signed artifact to ``folder`` and return the folder.
@@ -138,6 +158,7 @@ def write_artifact(
         sizes: Measured bytes, by name.
         self_test: Checked now, stored, and checked again whenever the artifact is loaded.
         private_key: Signs the manifest.
+        deployed: ``spec`` as a backend stores and runs it; by default as ``qnnpack`` does.
         replace: Whether an artifact that is already there may be replaced.
 
     Raises:
@@ -145,22 +166,24 @@ def write_artifact(
             account is incomplete.
     """
     _check_target(folder, replace)
-    _run_self_test(build(spec), task, self_test)
+    deployed = deployed or deploy(spec, BACKENDS["qnnpack"], task.input_shape)
+    _run_self_test(deployed.model, deployed.graph, task, self_test)
     account = {
         "metrics": _plain("metrics", metrics),
         "privacy": _privacy(privacy),
         "sizes": _plain("sizes", sizes),
     }
     contents = {
-        "model.safetensors": _pack(dict(spec.arrays)),
-        "model.json": (spec.graph.model_dump_json(indent=1) + "\n").encode(),
+        deployed.backend.model_file: deployed.data,
+        "model.json": (deployed.graph.model_dump_json(indent=1) + "\n").encode(),
         "self_test.safetensors": _pack({"inputs": self_test.inputs, "logits": self_test.logits}),
-        "MODEL_CARD.md": _card(task, plan_digest, account).encode(),
+        "MODEL_CARD.md": _card(deployed, task, plan_digest, account).encode(),
     }
     entries = {name: _entry(data) for name, data in contents.items()}
     manifest = _parse_manifest(
         json.dumps(
             {
+                "backend": deployed.backend.name,
                 "created_by": _created_by(),
                 "plan_digest": plan_digest,
                 "task": task.model_dump(),
@@ -194,15 +217,17 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
     Raises:
         ArtifactError: As :func:`verify_artifact`, and if the model cannot be assembled or does not
             give the logits of the self test on this machine.
+        DependencyError: If what runs the artifact's backend is not installed.
     """
     manifest, contents = _verified(folder, public_key)
-    spec = IntegerSpec(parse_graph(contents["model.json"]), _unpack("model.safetensors", contents))
+    backend, graph = BACKENDS[manifest.backend], parse_graph(contents["model.json"])
+    data = contents[backend.model_file]
+    model = load(backend, graph, data)
     tensors = _unpack("self_test.safetensors", contents)
     if tensors.keys() != {"inputs", "logits"}:
         raise ArtifactError("self_test.safetensors: must hold inputs and logits")
-    artifact = Artifact(manifest, spec, build(spec))
-    _run_self_test(artifact.model, manifest.task, SelfTest(**tensors))
-    return artifact
+    _run_self_test(model, graph, manifest.task, SelfTest(**tensors))
+    return Artifact(manifest, graph, data, model)
 
 
 def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dict[str, bytes]]:
@@ -214,7 +239,7 @@ def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dic
             "with another key"
         )
     manifest = _parse_manifest(text)
-    _check_names(folder)
+    _check_names(folder, manifest)
     contents: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
         data = _read_plain(folder / name, entry.bytes)
@@ -224,9 +249,9 @@ def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dic
     return manifest, contents
 
 
-def _check_names(folder: Path) -> None:
+def _check_names(folder: Path, manifest: Manifest) -> None:
     present = set(os.listdir(folder))
-    for name in sorted(present ^ {*FILES, MANIFEST, SIGNATURE}):
+    for name in sorted(present ^ {*manifest.files, MANIFEST, SIGNATURE}):
         problem = "is not part of an artifact" if name in present else "is missing"
         raise ArtifactError(f"{folder / name}: {problem}")
 
@@ -239,8 +264,9 @@ def _parse_manifest(text: bytes) -> Manifest:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(f"{MANIFEST}: {where}: {first['msg']}") from error
     # A fixed set of names leaves no room for paths that lead elsewhere.
-    if manifest.files.keys() != set(FILES):
-        raise ArtifactError(f"{MANIFEST}: lists {sorted(manifest.files)}: must list {list(FILES)}")
+    files = files_of(manifest.backend)
+    if manifest.files.keys() != set(files):
+        raise ArtifactError(f"{MANIFEST}: lists {sorted(manifest.files)}: must list {list(files)}")
     return manifest
 
 
@@ -279,7 +305,7 @@ def _entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _predict(model: IntegerModel, task: TaskInfo, inputs: torch.Tensor) -> torch.Tensor:
+def _predict(model: nn.Module, task: TaskInfo, inputs: torch.Tensor) -> torch.Tensor:
     if tuple(inputs.shape[1:]) != task.input_shape or inputs.dim() == 0:
         raise DataError(
             f"inputs have shape {tuple(inputs.shape)}: must be (n, "
@@ -290,7 +316,7 @@ def _predict(model: IntegerModel, task: TaskInfo, inputs: torch.Tensor) -> torch
     return model(inputs)
 
 
-def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
+def _run_self_test(model: nn.Module, graph: Graph, task: TaskInfo, test: SelfTest) -> None:
     try:
         logits = _predict(model, task, test.inputs)
     except (ReticentError, RuntimeError) as error:
@@ -302,7 +328,7 @@ def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
         )
     # Processors may round an integer differently by one; after a few layers that is a step or two
     # of the logits' grid, while a wrong memory layout or weight is many.
-    allowed = 2.01 * _output_step(model)
+    allowed = 2.01 * _output_step(graph)
     worst = float((logits - test.logits).abs().max())
     if not worst <= allowed:
         raise ArtifactError(
@@ -311,9 +337,9 @@ def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
         )
 
 
-def _output_step(model: IntegerModel) -> float:
-    grids = [r.output for r in model.graph.layers if isinstance(r, Weighted)]
-    return [model.graph.input, *grids][-1].scale
+def _output_step(graph: Graph) -> float:
+    grids = [r.output for r in graph.layers if isinstance(r, Weighted)]
+    return [graph.input, *grids][-1].scale
 
 
 def _privacy(privacy: Mapping[str, Any] | Literal["off"]) -> dict[str, Any]:
@@ -349,7 +375,9 @@ def _created_by() -> str:
         return "reticent (not installed)"
 
 
-def _card(task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, Any]]) -> str:
+def _card(
+    deployed: Deployed, task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, Any]]
+) -> str:
     off = account["privacy"]["epsilon"] == "infinity"
     promise = (
         "Trained **without** differential privacy: ε = infinity. It may reveal its training data."
@@ -361,7 +389,8 @@ def _card(task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, A
         f"# Model card: {task.name}",
         "",
         f"A classifier with {task.classes} classes for inputs of shape {shape}, float32. The "
-        "weights of its layers and all activations are 8-bit integers (QNNPACK).",
+        f"weights of its layers and all activations are 8-bit integers. "
+        f"`{deployed.backend.model_file}` runs on {deployed.backend.runs_on}.",
         "",
         f"Preprocessing: {task.preprocessing}",
         "",

@@ -40,20 +40,6 @@ class Latency:
     p95_us: float
 
 
-def measure(model: Model, inputs: torch.Tensor, repeats: int = 100) -> Latency:
-    """Time ``model`` on one example, on one thread.
-
-    Args:
-        model: Anything that maps inputs to logits.
-        inputs: Float32 of shape ``(1, *input_shape)``.
-        repeats: Number of timed calls, at least 1; a few untimed ones come first.
-
-    Raises:
-        DataError: If ``inputs`` are not one example or ``repeats`` is below 1.
-    """
-    return side_by_side({"model": (model, inputs)}, repeats)["model"]
-
-
 def side_by_side(
     rows: Mapping[str, tuple[Model, torch.Tensor]], repeats: int = 100
 ) -> dict[str, Latency]:
@@ -62,8 +48,11 @@ def side_by_side(
     Taking turns spreads whatever else the machine does evenly over the models, so the rows can be
     compared with each other even where they cannot be compared with another day's.
 
+    Each is timed on one example, on one thread, after a few untimed calls.
+
     Raises:
-        DataError: As :func:`measure`, naming the row.
+        DataError: If a row's inputs are not one example (float32 ``(1, *input_shape)``), naming the
+            row, or ``repeats`` is below 1.
     """
     if repeats < 1:
         raise DataError(f"repeats={repeats}: must be at least 1")
@@ -77,7 +66,7 @@ def side_by_side(
                 elapsed = _timed(model, inputs)
                 if turn >= _WARMUP:
                     times[name].append(elapsed)
-    return {name: _summary(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}
 
 
 def size_on_disk(model: nn.Module | IntegerSpec) -> int:
@@ -102,7 +91,8 @@ def _timed(model: Model, inputs: torch.Tensor) -> float:
     return (time.perf_counter_ns() - start) / 1000
 
 
-def _summary(times: list[float]) -> Latency:
+def summary(times: list[float]) -> Latency:
+    """Return median and 95th percentile of times in microseconds."""
     ordered = sorted(times)
     rank = -(-95 * len(ordered) // 100) - 1
     return Latency(statistics.median(ordered), ordered[rank])

@@ -1,34 +1,34 @@
-"""Making and measuring artifacts of a run that is already there."""
+"""Making artifacts of a run that is already there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import nn
-
-from reticent.compression.artifact import load_artifact
-from reticent.compression.bench import Latency, measure, size_on_disk
-from reticent.compression.integer import build
+from reticent.compression.backends import BackendName
+from reticent.compression.backends.base import require_all
+from reticent.compression.backends.registry import BACKENDS
 from reticent.core.errors import RunError
 from reticent.core.run import Run
-from reticent.core.signing import read_public_key
 from reticent.core.tasks import load_task
 from reticent.privacy.schedule import schedule_for
 
-from .finish import build_artifact, int8_of, latencies
+from .finish import build_artifact
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
 from .preparation import prepare
-from .public_training import accuracy
 
 
 @contextmanager
-def _finished(run: Run) -> Iterator[tuple[Job, ServerState]]:
+def finished_run(run: Run) -> Iterator[tuple[Job, ServerState]]:
+    """Yield a finished run, prepared, and its state after the last round.
+
+    Raises:
+        RunError: If the run has not finished or is damaged.
+    """
     plan = run.plan()
     if not run.journal.is_file():
         raise RunError(f"{run.folder}: has no journal: the run has not started")
@@ -48,58 +48,25 @@ def _finished(run: Run) -> Iterator[tuple[Job, ServerState]]:
         journal.close()
 
 
-def export_run(run: Run, folder: Path | None) -> dict[str, Any]:
-    """Write the artifact of a finished run to ``folder`` (default: the run's own); return figures.
+def export_folder(run: Run, backend: BackendName) -> Path:
+    """Return where an export goes if nothing is said: the run's own artifact, or beside it."""
+    return run.artifact if backend == "qnnpack" else run.folder / f"artifact-{backend}"
+
+
+def export_run(
+    run: Run, folder: Path, backend: BackendName, min_agreement: float
+) -> dict[str, Any]:
+    """Write the artifact of a finished run to ``folder``; return figures.
+
+    ``min_agreement`` is the share of the test examples on which the artifact must predict what the
+    fake-quantized student does.
 
     Raises:
         RunError: If the run has not finished or is damaged.
-        ArtifactError: If the student cannot be converted or the folder cannot be written.
+        ArtifactError: If the student cannot be converted, agrees too little, or the folder cannot
+            be written.
+        DependencyError: If the backend is not installed.
     """
-    with _finished(run) as (job, state):
-        return build_artifact(job, state, folder or run.artifact)
-
-
-def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
-    """Measure teacher, fp32 student and int8 student of a finished run, interleaved.
-
-    Raises:
-        RunError: If the run has not finished or is damaged.
-    """
-    torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
-    with _finished(run) as (job, state):
-        start, final = job.start, cast(nn.Sequential, job.start.student)
-        start.layout.write(final, state.average)
-        spec = int8_of(final, job.task)
-        times = latencies(job, final, spec, repeats)
-        test = job.task.test()
-        sized = {"teacher": start.teacher, "fp32": final, "int8": spec}
-        models = {"teacher": start.teacher, "fp32": final, "int8": build(spec)}
-        return [
-            _row(name, size_on_disk(sized[name]), times[name], accuracy(model, test))
-            for name, model in models.items()
-        ]
-
-
-def bench_artifact(folder: Path, key: Path, repeats: int) -> list[dict[str, Any]]:
-    """Verify an artifact and measure it alone.
-
-    Raises:
-        ArtifactError: If it is damaged or signed by another key.
-    """
-    torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
-    artifact = load_artifact(folder, read_public_key(key))
-    shape = artifact.manifest.task.input_shape
-    inputs = torch.zeros(1, *shape)
-    return [
-        _row("int8", size_on_disk(artifact.spec), measure(artifact.model, inputs, repeats), None)
-    ]
-
-
-def _row(name: str, size: int, time: Latency, correct: float | None) -> dict[str, Any]:
-    return {
-        "model": name,
-        "bytes": size,
-        "median_us": time.median_us,
-        "p95_us": time.p95_us,
-        "accuracy": correct,
-    }
+    require_all(BACKENDS[backend])
+    with finished_run(run) as (job, state):
+        return build_artifact(job, state, folder, BACKENDS[backend], min_agreement)

@@ -16,8 +16,16 @@ from reticent.compression.artifact import (
     TaskInfo,
     write_artifact,
 )
+from reticent.compression.backends.base import Backend, Deployed, deploy
+from reticent.compression.backends.qnnpack import QNNPACK
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
-from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
+from reticent.compression.convert import (
+    Agreement,
+    calibrate,
+    compare,
+    convert,
+    fake_quantized_model,
+)
 from reticent.compression.fold import is_chain
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
@@ -46,11 +54,27 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     say(f"artifact written to {job.run.artifact}")
 
 
-def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]:
+def build_artifact(
+    job: Job,
+    state: ServerState,
+    folder: Path,
+    backend: Backend = QNNPACK,
+    min_agreement: float | None = None,
+) -> dict[str, Any]:
     """Convert the final model to int8, measure it, write it to ``folder`` and return the summary.
 
+    Args:
+        job: The run.
+        state: Its state after the last round.
+        folder: Where to write.
+        backend: What the model is stored for and measured with.
+        min_agreement: If given, the share of the test examples on which the model must predict what
+            the fake-quantized student does; below it nothing is written.
+
     Raises:
-        ArtifactError: If the student has a layer that has no integer form.
+        ArtifactError: If the student has a layer that has no integer form, or none in this backend,
+            or the agreement is too small.
+        DependencyError: If the backend is not installed.
     """
     start, final = job.start, job.start.student
     start.layout.write(final, state.average)
@@ -63,20 +87,45 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
     spec = int8_of(final, job.task)
-    summary = {
+    deployed = deploy(spec, backend, tuple(job.task.input_shape))
+    tested = {}
+    if min_agreement is not None:
+        tested = _check_agreement(job, final, deployed, min_agreement)
+    summary: dict[str, Any] = {
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
         "parameters": {"kept": start.layout.size, "total": start.layout.total},
         "privacy": _privacy(job, state),
-        "accuracy": _accuracies(job, final, spec),
-        **_measured(job, final, spec),
+        "accuracy": _accuracies(job, final, deployed),
+        **_measured(job, final, deployed),
     }
-    _write_artifact(job, spec, summary, folder)
+    summary["agreement"] |= tested
+    _write_artifact(job, spec, deployed, summary, folder)
     return summary
 
 
-def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
+def agreement_on_test(job: Job, final: nn.Sequential, deployed: Deployed) -> Agreement:
+    """Return how near a deployed model is to the fake-quantized student on the whole test set."""
+    simulated = fake_quantized_model(final, calibrate(final, job.task.public().inputs))
+    return compare(simulated, deployed.model, job.task.test().inputs)
+
+
+def _check_agreement(
+    job: Job, final: nn.Sequential, deployed: Deployed, least: float
+) -> dict[str, float]:
+    found = agreement_on_test(job, final, deployed)
+    if found.argmax < least:
+        raise ArtifactError(
+            f"backend {deployed.backend.name} predicts as the fake-quantized student on "
+            f"{found.argmax:.2%} of the test examples (logits differ by up to "
+            f"{found.max_difference:.3g}): must be at least {least:.2%}; use another --backend, or "
+            "allow less with --min-agreement"
+        )
+    return {"test": found.argmax, "test_largest_logit_difference": found.max_difference}
+
+
+def _accuracies(job: Job, final: nn.Sequential, deployed: Deployed) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
     known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
     # The public-only student is converted too: the baseline to beat is int8 as well.
@@ -86,7 +135,7 @@ def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, 
         **known,
         "public_only_int8": accuracy(build(baseline), test),
         "fp32": accuracy(final, test),
-        "int8": accuracy(build(spec), test),
+        "int8": accuracy(deployed.model, test),
     }
 
 
@@ -95,14 +144,13 @@ def int8_of(model: nn.Sequential, task: Task) -> IntegerSpec:
     return convert(model, calibrate(model, task.public().inputs))
 
 
-def _measured(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, dict[str, Any]]:
+def _measured(job: Job, final: nn.Sequential, deployed: Deployed) -> dict[str, dict[str, Any]]:
     public = job.task.public().inputs
     ranges = calibrate(final, public)
-    integer = build(spec)
-    agreement = compare(fake_quantized_model(final, ranges), integer, public)
-    against_float = compare(final, integer, public)
-    latency = latencies(job, final, spec)
-    sizes = {"teacher": job.start.teacher, "fp32": final, "int8": spec}
+    agreement = compare(fake_quantized_model(final, ranges), deployed.model, public)
+    against_float = compare(final, deployed.model, public)
+    latency = latencies(job, final, deployed)
+    floats = {"teacher": job.start.teacher, "fp32": final}
     return {
         "agreement": {
             "fake_quantized": agreement.argmax,
@@ -111,18 +159,15 @@ def _measured(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, di
         },
         "latency_us": {n: round(t.median_us, 1) for n, t in latency.items()},
         "latency_p95_us": {n: round(t.p95_us, 1) for n, t in latency.items()},
-        "bytes": {n: size_on_disk(m) for n, m in sizes.items()},
+        "bytes": {n: size_on_disk(m) for n, m in floats.items()} | {"int8": len(deployed.data)},
     }
 
 
-def latencies(
-    job: Job, final: nn.Module, spec: IntegerSpec, repeats: int = _LATENCY_REPEATS
-) -> dict[str, Latency]:
+def latencies(job: Job, final: nn.Module, deployed: Deployed) -> dict[str, Latency]:
     """Return single-thread latencies of teacher, fp32 and int8 student, measured in turns."""
     one = job.task.public().inputs[:1]
-    rows = {"teacher": (job.start.teacher, one), "fp32": (final, one), "int8": (build(spec), one)}
-    with torch.no_grad():
-        return side_by_side(rows, repeats=repeats)
+    models = {"teacher": job.start.teacher, "fp32": final, "int8": deployed.model}
+    return side_by_side({n: (m, one) for n, m in models.items()}, repeats=_LATENCY_REPEATS)
 
 
 def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
@@ -170,7 +215,9 @@ def _number(value: float) -> float | str:
     return "infinity" if math.isinf(value) else value
 
 
-def _write_artifact(job: Job, spec: IntegerSpec, summary: dict[str, Any], folder: Path) -> None:
+def _write_artifact(
+    job: Job, spec: IntegerSpec, deployed: Deployed, summary: dict[str, Any], folder: Path
+) -> None:
     task, keys = job.task, job.run.keys
     key_file = keys / "signing_key.pem"
     key = read_private_key(key_file) if key_file.exists() else make_signing_key(keys)
@@ -188,7 +235,8 @@ def _write_artifact(job: Job, spec: IntegerSpec, summary: dict[str, Any], folder
         metrics={k: summary[k] for k in ("accuracy", "agreement", "latency_us", "rounds", "model")},
         privacy="off" if job.plan.private is None else summary["privacy"],
         sizes=summary["bytes"],
-        self_test=SelfTest(inputs, logits_of(build(spec), inputs)),
+        self_test=SelfTest(inputs, logits_of(deployed.model, inputs)),
         private_key=key,
+        deployed=deployed,
         replace=True,
     )

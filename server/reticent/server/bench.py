@@ -1,0 +1,104 @@
+"""Measuring a run's models, or an artifact: size, latency, memory, accuracy, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from reticent.compression.artifact import load_artifact
+from reticent.compression.backends.apart import Measured, Subject, measure_apart
+from reticent.compression.backends.base import Deployed, deploy, installed
+from reticent.compression.backends.profiles import Profile
+from reticent.compression.backends.registry import BACKENDS
+from reticent.compression.bench import size_on_disk
+from reticent.core.run import Run
+from reticent.core.signing import read_public_key
+
+from .export import finished_run
+from .finish import int8_of
+from .job import Job
+from .public_training import accuracy
+
+
+def bench_run(run: Run, repeats: int, profile: Profile) -> list[dict[str, Any]]:
+    """Measure teacher, fp32 student and the int8 student on every installed backend.
+
+    Each model runs in a process of its own within ``profile``; accuracy is measured here, without.
+
+    Raises:
+        RunError: If the run has not finished or is damaged.
+        ArtifactError: If a model can be neither converted nor measured.
+    """
+    torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
+    with finished_run(run) as (job, state):
+        teacher, final = job.start.teacher, cast(nn.Sequential, job.start.student)
+        job.start.layout.write(final, state.average)
+        spec = int8_of(final, job.task)
+        shape = tuple(job.task.input_shape)
+        int8 = [deploy(spec, b, shape) for b in BACKENDS.values() if installed(b)]
+        graph = spec.graph.model_dump_json().encode()
+        subjects = [
+            _teacher(job, teacher),
+            Subject("fp32", "fp32", {"model.json": graph, "weights.safetensors": _weights(final)}),
+            *(Subject.of(d) for d in int8),
+        ]
+        example = job.task.public().inputs[:1].numpy()
+        measured = measure_apart(subjects, example, repeats, profile)
+        test = job.task.test()
+        return [
+            _row("teacher", "torch", size_on_disk(teacher), measured[0], accuracy(teacher, test)),
+            _row("fp32", "torch", size_on_disk(final), measured[1], accuracy(final, test)),
+            *(
+                _row("int8", d.backend.name, len(d.data), m, accuracy(d.model, test))
+                for d, m in zip(int8, measured[2:], strict=True)
+            ),
+        ]
+
+
+def bench_artifact(folder: Path, key: Path, repeats: int, profile: Profile) -> list[dict[str, Any]]:
+    """Verify an artifact and measure it alone, in a process of its own within ``profile``.
+
+    Raises:
+        ArtifactError: If it is damaged, signed by another key, or cannot be measured.
+        DependencyError: If what runs its backend is not installed.
+    """
+    torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
+    artifact = load_artifact(folder, read_public_key(key))
+    backend = BACKENDS[artifact.manifest.backend]
+    deployed = Deployed(backend, artifact.graph, artifact.data, artifact.model)
+    example = torch.zeros(1, *artifact.manifest.task.input_shape).numpy()
+    (measured,) = measure_apart([Subject.of(deployed)], example, repeats, profile)
+    return [_row("int8", backend.name, len(artifact.data), measured, None)]
+
+
+def _teacher(job: Job, teacher: nn.Module) -> Subject:
+    files = {
+        "task.json": job.plan.task.model_dump_json().encode(),
+        "weights.safetensors": _weights(teacher),
+    }
+    return Subject("teacher", "teacher", files, job.plan.seed)
+
+
+def _weights(model: nn.Module) -> bytes:
+    return safetensors.torch.save({n: v.contiguous() for n, v in model.state_dict().items()})
+
+
+def _row(
+    name: str, runs_on: str, size: int, measured: Measured, correct: float | None
+) -> dict[str, Any]:
+    time = measured.latency
+    return {
+        "model": name,
+        "backend": runs_on,
+        "bytes": size,
+        "median_us": time and time.median_us,
+        "p95_us": time and time.p95_us,
+        "memory_bytes": measured.memory_bytes,
+        "process_bytes": measured.process_bytes,
+        "misfit": measured.misfit or None,
+        "accuracy": correct,
+    }

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from reticent.client.training import LocalTrainer
-from reticent.compression.bench import measure as time_of
-from reticent.compression.bench import size_on_disk
+from reticent.compression.bench import side_by_side, size_on_disk
 from reticent.compression.fold import is_chain
 from reticent.compression.integer import build
 from reticent.core.errors import ArtifactError
@@ -83,7 +82,7 @@ def run_trial(candidate: Candidate, task: PublicHalf) -> Trial:
         candidate=candidate,
         parameters=start.layout.size,
         size=size_on_disk(spec),
-        latency=time_of(model, task.test().inputs[:1], _REPEATS).median_us,
+        latency=side_by_side({"": (model, task.test().inputs[:1])}, _REPEATS)[""].median_us,
         bytes=up,
         public_only=public_only,
         accuracy=accuracy(model, task.test()),

@@ -12,6 +12,7 @@ from reticent.core.errors import ReticentError
 
 from .artifacts import bench, export, predict
 from .audits import audit
+from .data import data
 from .devices import device
 from .plans import plan
 from .reports import report
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (simulate, plan, report, audit, export, bench, predict, server, device):
+for command in (simulate, plan, report, audit, export, bench, predict, data, server, device):
     cli.add_command(command)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from reticent.core.errors import ArtifactError, DataError, PlanError
 
+from .fold import is_chain
 from .integer import (
     ConvRecord,
     FlattenRecord,
@@ -126,6 +127,21 @@ def convert(model: nn.Sequential, ranges: Ranges) -> IntegerSpec:
         arrays |= _arrays(step)
     records = tuple(_record(step, ranges) for step in steps)
     return IntegerSpec(Graph(input=_grid(ranges.input), layers=records), arrays)
+
+
+def integer_problem(model: nn.Module) -> str | None:
+    """Return why ``model`` has no integer form, or None if it has one; looks at its layers only."""
+    if not is_chain(model):
+        return (
+            f"student {type(model).__name__}: only nn.Sequential students can be converted to "
+            "int8; write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, "
+            "MaxPool2d and Flatten"
+        )
+    try:
+        _ = list(_steps(model))
+    except ArtifactError as error:
+        return str(error)
+    return None
 
 
 def fake_quantized_model(model: nn.Sequential, ranges: Ranges) -> nn.Sequential:

@@ -12,8 +12,9 @@ from torch import nn
 
 from reticent.compression.artifact import load_artifact
 from reticent.compression.bench import Latency, measure, size_on_disk
+from reticent.compression.convert import integer_problem
 from reticent.compression.integer import build
-from reticent.core.errors import RunError
+from reticent.core.errors import ArtifactError, RunError
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
 from reticent.core.tasks import load_task
@@ -64,9 +65,13 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
 
     Raises:
         RunError: If the run has not finished or is damaged.
+        ArtifactError: If the student has no integer form.
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
     with _finished(run) as (job, state):
+        problem = integer_problem(job.start.student)
+        if problem is not None:
+            raise ArtifactError(f"{problem} (the float model's figures are in {run.summary})")
         start, final = job.start, cast(nn.Sequential, job.start.student)
         start.layout.write(final, state.average)
         spec = int8_of(final, job.task)

@@ -17,8 +17,13 @@ from reticent.compression.artifact import (
     write_artifact,
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
-from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
-from reticent.compression.fold import is_chain
+from reticent.compression.convert import (
+    calibrate,
+    compare,
+    convert,
+    fake_quantized_model,
+    integer_problem,
+)
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
 from reticent.core.run import write_atomic
@@ -38,12 +43,35 @@ _LATENCY_REPEATS = 200
 def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     """Write ``artifact/`` and ``summary.json``; doing it again gives the same model.
 
-    Raises:
-        ArtifactError: If the student has a layer that has no integer form.
+    A student that has no integer form leaves no artifact; the summary says why, and has figures of
+    the float model only.
     """
-    summary = build_artifact(job, state, job.run.artifact)
+    problem = integer_problem(job.start.student)
+    if problem is None:
+        summary = build_artifact(job, state, job.run.artifact)
+        say(f"artifact written to {job.run.artifact}")
+    else:
+        summary = float_summary(job, state, problem)
+        say(f"no int8 artifact: {problem}")
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
-    say(f"artifact written to {job.run.artifact}")
+
+
+def float_summary(job: Job, state: ServerState, problem: str) -> dict[str, Any]:
+    """Return the summary of a run whose student has no integer form, for the reason ``problem``."""
+    start, final = job.start, job.start.student
+    start.layout.write(final, state.average)
+    models = {"teacher": start.teacher, "fp32": final}
+    one = job.task.public().inputs[:1]
+    with torch.no_grad():
+        times = side_by_side({n: (m, one) for n, m in models.items()}, repeats=_LATENCY_REPEATS)
+    return {
+        **_account(job, state),
+        "no_artifact": problem,
+        "accuracy": {**_known(job), "fp32": accuracy(final, job.task.test())},
+        "latency_us": {n: round(t.median_us, 1) for n, t in times.items()},
+        "latency_p95_us": {n: round(t.p95_us, 1) for n, t in times.items()},
+        "bytes": {n: size_on_disk(m) for n, m in models.items()},
+    }
 
 
 def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]:
@@ -54,21 +82,15 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     """
     start, final = job.start, job.start.student
     start.layout.write(final, state.average)
-    if not is_chain(final):
-        raise ArtifactError(
-            f"student {type(final).__name__}: only nn.Sequential students can be converted to "
-            "int8; write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, "
-            "MaxPool2d and Flatten"
-        )
+    problem = integer_problem(final)
+    if problem is not None:
+        raise ArtifactError(problem)
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
+    final = cast(nn.Sequential, final)
     spec = int8_of(final, job.task)
     summary = {
-        "plan": job.plan.digest,
-        "model": vector_digest(state.average),
-        "rounds": state.round,
-        "parameters": {"kept": start.layout.size, "total": start.layout.total},
-        "privacy": _privacy(job, state),
+        **_account(job, state),
         "accuracy": _accuracies(job, final, spec),
         **_measured(job, final, spec),
     }
@@ -76,14 +98,28 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     return summary
 
 
-def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
+def _account(job: Job, state: ServerState) -> dict[str, Any]:
+    layout = job.start.layout
+    return {
+        "plan": job.plan.digest,
+        "model": vector_digest(state.average),
+        "rounds": state.round,
+        "parameters": {"kept": layout.size, "total": layout.total},
+        "privacy": _privacy(job, state),
+    }
+
+
+def _known(job: Job) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
-    known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
+    return {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
+
+
+def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
     # The public-only student is converted too: the baseline to beat is int8 as well.
     baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task)
     test = job.task.test()
     return {
-        **known,
+        **_known(job),
         "public_only_int8": accuracy(build(baseline), test),
         "fp32": accuracy(final, test),
         "int8": accuracy(build(spec), test),

@@ -92,7 +92,7 @@ def student(kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         DataError: If ``input_shape`` is not ``(channels, height, width)``.
     """
     if ":" in kind:
-        return _own_student(kind, input_shape, classes)
+        return own_student(kind, input_shape, classes)
     if kind not in STUDENTS:
         close = difflib.get_close_matches(kind, STUDENTS, n=1)
         hint = f' (did you mean "{close[0]}"?)' if close else ""
@@ -141,7 +141,12 @@ def import_object(key: str, spec: str) -> Callable[..., Any]:
     return found
 
 
-def _own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+def own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Return a user's own student, named ``"package.module:attribute"``.
+
+    Raises:
+        PlanError: If it cannot be imported, or is not a model.
+    """
     model = import_object("student.model", spec)(input_shape, classes)
     if not isinstance(model, nn.Module):
         raise PlanError(

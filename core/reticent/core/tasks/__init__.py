@@ -14,10 +14,11 @@ from .images import ImageTask
 from .owned import OwnedTask
 from .partition import Deal
 from .sources import SOURCES
+from .text import TEXT
 
 __all__ = ["ArrayTask", "Deal", "Examples", "ImageTask", "OwnedTask", "Task", "load_task"]
 
-OWNED = {source.name: source for source in (HAR,)}
+OWNED = {source.name: source for source in (HAR, TEXT)}
 """Tasks of people, by name."""
 
 

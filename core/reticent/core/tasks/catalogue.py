@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 def entries() -> list[Entry]:
     """Return every built-in data set. Nothing is read, so a damaged file counts as there."""
-    embedded = [Entry(name, True, "in the package") for name in ("digits", "fashion")]
+    embedded = [Entry(name, True, "in the package") for name in ("digits", "fashion", "text")]
     return [*embedded, _fashion_full(), _har()]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reticent.core.errors import DataError, PlanError
-from reticent.core.plan import TaskSection, parse_plan
-from reticent.core.tasks import load_task
+from reticent.core.plan import TaskSection, load_plan, parse_plan
+from reticent.core.tasks import OWNED, load_task
 from reticent.core.tasks.people import People, PeopleSplit
 
 PEOPLE = People("people", count=9, examples=30, fewest=20)
@@ -128,6 +130,16 @@ def test_nominal_examples_follow_from_the_plan_alone() -> None:
     assert PEOPLE.nominal_examples(_section(6)) == 30
     assert PEOPLE.nominal_examples(_section(12)) == 15
     assert PEOPLE.nominal_examples(_section(6, kind="iid", examples_per_client=7)) == 7
+
+
+@pytest.mark.parametrize("name", ["har", "text"])
+def test_in_the_example_plans_a_client_is_a_person(name: str) -> None:
+    plan = load_plan(Path(__file__).parent.parent / "examples" / "tasks" / f"{name}.toml")
+    task = load_task(plan.task, plan.seed)
+    people = OWNED[name].people
+    assert plan.task.partition.kind == "natural"
+    assert task.clients == people.count - people.public(plan.task)
+    assert plan.federation.clients_per_round == task.clients
 
 
 def test_natural_clients_need_people_and_all_that_they_have() -> None:

@@ -74,6 +74,18 @@ def test_the_command_ends_well_without_an_artifact(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_the_price_of_a_plan_says_that_there_will_be_no_artifact(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text("")
+    sets = [part for s in [*TINY, "student.model=gru"] for part in ("--set", s)]
+    result = CliRunner().invoke(cli, ["plan", "explain", str(path), *sets])
+    assert "no int8 artifact: layer 0 (OneHot) has no integer form" in result.output
+    images = ["--set", "task.name=digits", "--set", "task.public_examples=100"]
+    result = CliRunner().invoke(cli, ["plan", "explain", str(path), *images])
+    assert result.exit_code == 0
+    assert "no int8 artifact" not in result.output
+
+
 def test_image_students_have_an_integer_form() -> None:
     assert integer_problem(models.student("tiny-gn", (1, 8, 8), 10)) is None
     assert integer_problem(models.teacher((1, 8, 8), 10)) is not None

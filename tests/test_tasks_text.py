@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 from types import ModuleType
 
@@ -65,6 +66,11 @@ def test_the_notice_travels_with_the_file() -> None:
     notice = (EMBEDDED / "LICENSE-plays.txt").read_text(encoding="utf-8")
     assert "public domain" in notice
     assert "Copyright 2019 Sean Stewart" in notice
+
+
+def test_construction_reads_nothing_and_pickles_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnedTask, "_arrays", property(lambda _: pytest.fail("data were read")))
+    assert len(pickle.dumps(load_task(NATURAL, 0))) < 3000
 
 
 def test_sections_that_roles_cannot_serve_are_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from reticent.cli.main import cli
-from reticent.compression.convert import integer_problem
+from reticent.compression.forms import integer_problem
 from reticent.core import models, sequences
 from reticent.core.errors import ArtifactError
 from reticent.core.plan import Plan, parse_plan

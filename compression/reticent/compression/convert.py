@@ -19,7 +19,6 @@ from torch import nn
 
 from reticent.core.errors import ArtifactError, DataError, PlanError
 
-from .fold import is_chain
 from .integer import (
     ConvRecord,
     FlattenRecord,
@@ -129,21 +128,6 @@ def convert(model: nn.Sequential, ranges: Ranges) -> IntegerSpec:
     return IntegerSpec(Graph(input=_grid(ranges.input), layers=records), arrays)
 
 
-def integer_problem(model: nn.Module) -> str | None:
-    """Return why ``model`` has no integer form, or None if it has one; looks at its layers only."""
-    if not is_chain(model):
-        return (
-            f"student {type(model).__name__}: only nn.Sequential students can be converted to "
-            "int8; write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, "
-            "MaxPool2d and Flatten"
-        )
-    try:
-        _ = list(_steps(model))
-    except ArtifactError as error:
-        return str(error)
-    return None
-
-
 def fake_quantized_model(model: nn.Sequential, ranges: Ranges) -> nn.Sequential:
     """Return a float model that rounds weights and activations as the int8 model does.
 
@@ -173,6 +157,16 @@ def compare(first: nn.Module, second: nn.Module, inputs: torch.Tensor) -> Agreem
     a, b = first(inputs), second(inputs)
     same = (a.argmax(1) == b.argmax(1)).double().mean()
     return Agreement(float(same), float((a - b).abs().max()))
+
+
+def check_layers(model: nn.Sequential) -> None:
+    """Check that every layer of ``model`` has an integer form.
+
+    Raises:
+        ArtifactError: Naming the first layer that has none.
+    """
+    for _ in _steps(model):
+        pass
 
 
 class _Round(nn.Module):

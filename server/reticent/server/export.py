@@ -12,7 +12,7 @@ from torch import nn
 
 from reticent.compression.artifact import load_artifact
 from reticent.compression.bench import Latency, measure, size_on_disk
-from reticent.compression.convert import integer_problem
+from reticent.compression.forms import integer_problem
 from reticent.compression.integer import build
 from reticent.core.errors import ArtifactError, RunError
 from reticent.core.run import Run

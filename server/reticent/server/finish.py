@@ -17,13 +17,9 @@ from reticent.compression.artifact import (
     write_artifact,
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
-from reticent.compression.convert import (
-    calibrate,
-    compare,
-    convert,
-    fake_quantized_model,
-    integer_problem,
-)
+from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
+from reticent.compression.fold import is_chain
+from reticent.compression.forms import integer_problem
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
 from reticent.core.run import write_atomic
@@ -32,6 +28,7 @@ from reticent.core.tasks import Task
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
 
+from .float_only import float_summary
 from .job import Job
 from .optimizer import ServerState
 from .public_training import accuracy, logits_of
@@ -49,29 +46,12 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     problem = integer_problem(job.start.student)
     if problem is None:
         summary = build_artifact(job, state, job.run.artifact)
-        say(f"artifact written to {job.run.artifact}")
+        said = f"artifact written to {job.run.artifact}"
     else:
-        summary = float_summary(job, state, problem)
-        say(f"no int8 artifact: {problem}")
+        summary = float_summary(job, state, problem, _privacy(job, state))
+        said = f"no int8 artifact: {problem}"
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
-
-
-def float_summary(job: Job, state: ServerState, problem: str) -> dict[str, Any]:
-    """Return the summary of a run whose student has no integer form, for the reason ``problem``."""
-    start, final = job.start, job.start.student
-    start.layout.write(final, state.average)
-    models = {"teacher": start.teacher, "fp32": final}
-    one = job.task.public().inputs[:1]
-    with torch.no_grad():
-        times = side_by_side({n: (m, one) for n, m in models.items()}, repeats=_LATENCY_REPEATS)
-    return {
-        **_account(job, state),
-        "no_artifact": problem,
-        "accuracy": {**_known(job), "fp32": accuracy(final, job.task.test())},
-        "latency_us": {n: round(t.median_us, 1) for n, t in times.items()},
-        "latency_p95_us": {n: round(t.p95_us, 1) for n, t in times.items()},
-        "bytes": {n: size_on_disk(m) for n, m in models.items()},
-    }
+    say(said)
 
 
 def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]:
@@ -82,15 +62,21 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     """
     start, final = job.start, job.start.student
     start.layout.write(final, state.average)
-    problem = integer_problem(final)
-    if problem is not None:
-        raise ArtifactError(problem)
+    if not is_chain(final):
+        raise ArtifactError(
+            f"student {type(final).__name__}: only nn.Sequential students can be converted to "
+            "int8; write the student as an nn.Sequential of Conv2d, Linear, GroupNorm, ReLU, "
+            "MaxPool2d and Flatten"
+        )
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
-    final = cast(nn.Sequential, final)
     spec = int8_of(final, job.task)
     summary = {
-        **_account(job, state),
+        "plan": job.plan.digest,
+        "model": vector_digest(state.average),
+        "rounds": state.round,
+        "parameters": {"kept": start.layout.size, "total": start.layout.total},
+        "privacy": _privacy(job, state),
         "accuracy": _accuracies(job, final, spec),
         **_measured(job, final, spec),
     }
@@ -98,28 +84,14 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     return summary
 
 
-def _account(job: Job, state: ServerState) -> dict[str, Any]:
-    layout = job.start.layout
-    return {
-        "plan": job.plan.digest,
-        "model": vector_digest(state.average),
-        "rounds": state.round,
-        "parameters": {"kept": layout.size, "total": layout.total},
-        "privacy": _privacy(job, state),
-    }
-
-
-def _known(job: Job) -> dict[str, float]:
-    names = ("teacher", "public_only", "public_only_pruned")
-    return {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
-
-
 def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
+    names = ("teacher", "public_only", "public_only_pruned")
+    known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
     # The public-only student is converted too: the baseline to beat is int8 as well.
     baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task)
     test = job.task.test()
     return {
-        **_known(job),
+        **known,
         "public_only_int8": accuracy(build(baseline), test),
         "fp32": accuracy(final, test),
         "int8": accuracy(build(spec), test),

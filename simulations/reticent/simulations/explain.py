@@ -19,7 +19,7 @@ from reticent.client.training import (
     student_model,
 )
 from reticent.compression.codec import build_codec
-from reticent.compression.convert import integer_problem
+from reticent.compression.forms import integer_problem
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator

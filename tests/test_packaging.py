@@ -20,6 +20,7 @@ NEEDED = {
     "reticent/core/data/sums.json",
     "reticent/core/data/fashion-train-images.idx.gz",
     "reticent/core/data/digits-images.idx.gz",
+    "reticent/core/data/plays-roles.idx.gz",
     "reticent/privacy/report/template.html.j2",
     "reticent/privacy/report/report.md.j2",
     "reticent/privacy/report/compare.html.j2",

@@ -40,7 +40,10 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("privacy.delta=1", ["privacy.delta=1", "less than 1"]),
         ("privacy.trust=nobody", ['privacy.trust="nobody"', "'local' or 'aggregator'"]),
         ("privacy=on", ['privacy="on"', 'a section or "off"']),
-        ("task.partition.kind=sorted", ["task.partition.kind", "'iid', 'dirichlet' or 'shards'"]),
+        (
+            "task.partition.kind=sorted",
+            ["partition.kind", "'dirichlet', 'shards' or 'natural'"],
+        ),
         ("federation.clients_per_round=101", ["clients_per_round=101", "task.clients=100"]),
         ("federation.min_replies=101", ["min_replies=101", "clients_per_round=100"]),
         ("federation.steps_per_round=2", ["steps_per_round=2", "must be 1", "noise share"]),

@@ -162,7 +162,7 @@ def test_releases_count_what_left_with_its_bytes(example: dict[str, Any]) -> Non
     assert released(example, "Reply that the server did not use")["count"] == ROUNDS
     assert released(example, "Metrics")["bytes"] == 0
     assert released(example, "Broadcast model")["count"] == 5 * ROUNDS
-    assert released(example, "Deployed int8 model")["bytes"] == 17_200
+    assert released(example, "Deployed model")["bytes"] == 17_200
 
 
 def test_every_refusal_code_has_its_own_row_when_it_left(tmp_path: Path) -> None:

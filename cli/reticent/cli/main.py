@@ -13,6 +13,7 @@ from reticent.core.errors import ReticentError
 from .artifacts import bench, export, predict
 from .audits import audit
 from .compress import compress
+from .data import data
 from .devices import device
 from .plans import plan
 from .reports import report
@@ -42,6 +43,7 @@ for command in (
     export,
     bench,
     predict,
+    data,
     server,
     device,
 ):

@@ -64,6 +64,8 @@ def explain(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> Non
         emit(price)
         return
     click.echo(table(["what", "value"], _rows(price)))
+    if price["no_artifact"]:
+        click.echo(f"no int8 artifact: {price['no_artifact']}")
 
 
 def _rows(price: dict[str, Any]) -> list[list[str]]:

@@ -109,28 +109,13 @@ def _write_reports(run: Run) -> list[str]:
 
 def _closing(run: Run, seconds: float) -> str:
     summary: dict[str, Any] = run.read_summary()
-    accuracy, sizes, speed = summary["accuracy"], summary["bytes"], summary["latency_us"]
     rows = [
-        [
-            "teacher",
-            f"{accuracy['teacher']:.1%}",
-            human_bytes(sizes["teacher"]),
-            f"{speed['teacher']:.0f} µs",
-        ],
-        ["public-only student", f"{accuracy['public_only']:.1%}", "", ""],
-        [
-            "federated student, fp32",
-            f"{accuracy['fp32']:.1%}",
-            human_bytes(sizes["fp32"]),
-            f"{speed['fp32']:.0f} µs",
-        ],
-        [
-            "federated student, int8",
-            f"{accuracy['int8']:.1%}",
-            human_bytes(sizes["int8"]),
-            f"{speed['int8']:.0f} µs",
-        ],
+        _model_row("teacher", "teacher", summary),
+        ["public-only student", f"{summary['accuracy']['public_only']:.1%}", "", ""],
+        _model_row("federated student, fp32", "fp32", summary),
     ]
+    if "no_artifact" not in summary:
+        rows.append(_model_row("federated student, int8", "int8", summary))
     lines = [
         "",
         table(["model", "accuracy", "size", "latency"], rows),
@@ -138,10 +123,19 @@ def _closing(run: Run, seconds: float) -> str:
         _spent(summary["privacy"]),
     ]
     lines.append(f"report    {run.folder / 'report.html'}")
-    lines.append(f"artifact  {run.artifact}")
+    lines.append(f"artifact  {'none' if 'no_artifact' in summary else run.artifact}")
     lines.append(f"model     {summary['model']}")
     lines.append(f"finished in {seconds:.0f} s")
     return "\n".join(lines)
+
+
+def _model_row(name: str, key: str, summary: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        f"{summary['accuracy'][key]:.1%}",
+        human_bytes(summary["bytes"][key]),
+        f"{summary['latency_us'][key]:.0f} µs",
+    ]
 
 
 _RELATIONS = {"add-or-remove-one": "add or remove", "replace-one": "replace"}

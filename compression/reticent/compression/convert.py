@@ -159,6 +159,16 @@ def compare(first: nn.Module, second: nn.Module, inputs: torch.Tensor) -> Agreem
     return Agreement(float(same), float((a - b).abs().max()))
 
 
+def check_layers(model: nn.Sequential) -> None:
+    """Check that every layer of ``model`` has an integer form.
+
+    Raises:
+        ArtifactError: Naming the first layer that has none.
+    """
+    for _ in _steps(model):
+        pass
+
+
 class _Round(nn.Module):
     """Rounds an activation to its quint8 grid."""
 

@@ -14,17 +14,21 @@ from .errors import DataError, PlanError
 
 STUDENTS = ("tiny", "tiny-gn", "wide", "wide-gn")
 
+Kernel = tuple[int, int]
+
 _SMALL = 16
 """Below this height or width a first stride of 2 would leave too few pixels: it is 1."""
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with BatchNorm around a shortcut (He et al. 2016)."""
+    """Two convolutions with BatchNorm around a shortcut (He et al. 2016)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kernel: Kernel = (3, 3)) -> None:
         """Make a block of ``width`` channels."""
         super().__init__()
-        self.body = nn.Sequential(*_conv(width, width, 3), nn.ReLU(), *_conv(width, width, 3))
+        self.body = nn.Sequential(
+            *_conv(width, width, kernel), nn.ReLU(), *_conv(width, width, kernel)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the shape of ``x``, ``(n, width, height, width)``."""
@@ -35,22 +39,24 @@ def teacher(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Return a residual network of about 105,000 parameters for the server, randomly initialised.
 
     Maps ``(n, channels, height, width)`` to logits ``(n, classes)``. Any height and width of at
-    least 1 works. Initial weights come from torch's global generator.
+    least 1 works. On signals (a height of 1) the kernels are 1x9 in place of 3x3: as many weights.
+    Initial weights come from torch's global generator.
 
     Raises:
         DataError: If ``input_shape`` is not ``(channels, height, width)``.
     """
-    channels = _image_shape(input_shape)[0]
+    channels, height, _ = _image_shape(input_shape)
+    kernel = _kernel(3, height)
     return nn.Sequential(
-        *_conv(channels, 24, 3),
+        *_conv(channels, 24, kernel),
         nn.ReLU(),
         nn.MaxPool2d(2, ceil_mode=True),
-        Residual(24),
-        *_conv(24, 48, 3),
+        Residual(24, kernel),
+        *_conv(24, 48, kernel),
         nn.ReLU(),
         nn.MaxPool2d(2, ceil_mode=True),
-        Residual(48),
-        Residual(48),
+        Residual(48, kernel),
+        Residual(48, kernel),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(48, classes),
@@ -62,8 +68,10 @@ def student(kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
 
     ``tiny`` has three 3x3 convolutions of stride 2 (16, 32, 32 channels), ``wide`` a 5x5 and a 3x3
     one (16, 32); each is followed by BatchNorm and ReLU, and then come Flatten and Linear. On
-    inputs smaller than 16 pixels the first stride is 1. Parameters for one channel and 10 classes,
-    with BatchNorm folded into the convolutions:
+    inputs smaller than 16 pixels the first stride is 1. On signals, ``(channels, 1, width)``, a
+    kernel is 1x9 in place of 3x3 and 1x25 in place of 5x5: as many weights, none of which could
+    only ever meet padding (under privacy they would be noised all the same). Parameters for one
+    channel and 10 classes, with BatchNorm folded into the convolutions:
 
     ======  ======  ======
     kind    28x28   8x8
@@ -84,7 +92,7 @@ def student(kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         DataError: If ``input_shape`` is not ``(channels, height, width)``.
     """
     if ":" in kind:
-        return _own_student(kind, input_shape, classes)
+        return own_student(kind, input_shape, classes)
     if kind not in STUDENTS:
         close = difflib.get_close_matches(kind, STUDENTS, n=1)
         hint = f' (did you mean "{close[0]}"?)' if close else ""
@@ -95,12 +103,13 @@ def student(kind: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     channels, height, width = _image_shape(input_shape)
     base, _, norm = kind.partition("-")
     group = norm == "gn"
-    first = 1 if min(height, width) < _SMALL else 2
-    stem = _conv(channels, 16, 3 if base == "tiny" else 5, first, group)
-    layers = [*stem, nn.ReLU(), *_conv(16, 32, 3, 2, group), nn.ReLU()]
+    first = 1 if (width if height == 1 else min(height, width)) < _SMALL else 2
+    kernel = _kernel(3, height)
+    stem = _conv(channels, 16, kernel if base == "tiny" else _kernel(5, height), first, group)
+    layers = [*stem, nn.ReLU(), *_conv(16, 32, kernel, 2, group), nn.ReLU()]
     strides = [first, 2]
     if base == "tiny":
-        layers += [*_conv(32, 32, 3, 2, group), nn.ReLU()]
+        layers += [*_conv(32, 32, kernel, 2, group), nn.ReLU()]
         strides.append(2)
     for stride in strides:
         height, width = -(-height // stride), -(-width // stride)
@@ -132,7 +141,12 @@ def import_object(key: str, spec: str) -> Callable[..., Any]:
     return found
 
 
-def _own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+def own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Return a user's own student, named ``"package.module:attribute"``.
+
+    Raises:
+        PlanError: If it cannot be imported, or is not a model.
+    """
     model = import_object("student.model", spec)(input_shape, classes)
     if not isinstance(model, nn.Module):
         raise PlanError(
@@ -141,12 +155,17 @@ def _own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Mo
     return model
 
 
+def _kernel(size: int, height: int) -> Kernel:
+    return (1, size * size) if height == 1 else (size, size)
+
+
 def _conv(
-    inputs: int, outputs: int, size: int, stride: int = 1, group: bool = False
+    inputs: int, outputs: int, kernel: Kernel, stride: int = 1, group: bool = False
 ) -> list[nn.Module]:
     norm = nn.GroupNorm(outputs // 4, outputs) if group else nn.BatchNorm2d(outputs)
+    padding = (kernel[0] // 2, kernel[1] // 2)
     # The norm's own bias follows, and folding gives the convolution one.
-    return [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False), norm]
+    return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), norm]
 
 
 def _image_shape(input_shape: tuple[int, ...]) -> tuple[int, int, int]:

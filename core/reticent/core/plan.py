@@ -32,8 +32,8 @@ class Partition(Section):
 
     Attributes:
         kind: ``iid``, ``dirichlet`` (label proportions of each client from Dirichlet(alpha); Hsu et
-            al. 2019) or ``shards`` (each client holds ``labels_per_client`` labels; McMahan et al.
-            2017).
+            al. 2019), ``shards`` (each client holds ``labels_per_client`` labels; McMahan et al.
+            2017) or ``natural`` (a client is a person, in tasks whose data belong to people).
         alpha: Concentration of the Dirichlet distribution; smaller is more skewed.
         labels_per_client: Number of label shards a client holds, for ``shards``.
         examples_per_client: When given, every client draws this many examples of its own from the
@@ -41,10 +41,19 @@ class Partition(Section):
             When absent, the pool is split into disjoint parts.
     """
 
-    kind: Literal["iid", "dirichlet", "shards"] = "iid"
+    kind: Literal["iid", "dirichlet", "shards", "natural"] = "iid"
     alpha: Positive = 0.5
     labels_per_client: Count = 2
     examples_per_client: Count | None = None
+
+    @model_validator(mode="after")
+    def _natural_is_what_it_is(self) -> Self:
+        if self.kind == "natural" and self.examples_per_client is not None:
+            raise ValueError(
+                f"examples_per_client={self.examples_per_client}: leave it out when kind is "
+                '"natural", where a client holds what its people have; or use kind="iid"'
+            )
+        return self
 
 
 class TaskSection(Section):

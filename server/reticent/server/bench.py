@@ -15,6 +15,8 @@ from reticent.compression.backends.base import Deployed, deploy, installed
 from reticent.compression.backends.profiles import Profile
 from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.bench import size_on_disk
+from reticent.compression.forms import integer_problem
+from reticent.core.errors import ArtifactError
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
 
@@ -35,6 +37,9 @@ def bench_run(run: Run, repeats: int, profile: Profile) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
     with finished_run(run) as (job, state):
+        problem = integer_problem(job.start.student)
+        if problem is not None:
+            raise ArtifactError(f"{problem} (the float model's figures are in {run.summary})")
         teacher, final = job.start.teacher, cast(nn.Sequential, job.start.student)
         job.start.layout.write(final, state.average)
         spec = int8_of(final, job.task)

@@ -27,6 +27,7 @@ from reticent.compression.convert import (
     fake_quantized_model,
 )
 from reticent.compression.fold import is_chain
+from reticent.compression.forms import integer_problem
 from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
 from reticent.core.run import write_atomic
@@ -35,6 +36,7 @@ from reticent.core.tasks import Task
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
 
+from .float_only import float_summary
 from .job import Job
 from .optimizer import ServerState
 from .public_training import accuracy, logits_of
@@ -46,12 +48,18 @@ _LATENCY_REPEATS = 200
 def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     """Write ``artifact/`` and ``summary.json``; doing it again gives the same model.
 
-    Raises:
-        ArtifactError: If the student has a layer that has no integer form.
+    A student that has no integer form leaves no artifact; the summary says why, and has figures of
+    the float model only.
     """
-    summary = build_artifact(job, state, job.run.artifact)
+    problem = integer_problem(job.start.student)
+    if problem is None:
+        summary = build_artifact(job, state, job.run.artifact)
+        said = f"artifact written to {job.run.artifact}"
+    else:
+        summary = float_summary(job, state, problem, _privacy(job, state))
+        said = f"no int8 artifact: {problem}"
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
-    say(f"artifact written to {job.run.artifact}")
+    say(said)
 
 
 def build_artifact(

@@ -12,8 +12,14 @@ import numpy as np
 import torch
 
 from reticent.client.round import quantization_step, update_step
-from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients
+from reticent.client.training import (
+    LocalTrainer,
+    NoisyStep,
+    require_whole_gradients,
+    student_model,
+)
 from reticent.compression.codec import build_codec
+from reticent.compression.forms import integer_problem
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator
@@ -65,6 +71,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             "fp32": 4 * trainer.layout.total,
             "total": messages * (up + down),
         },
+        "no_artifact": integer_problem(student_model(task, plan)),
         "work": {
             "step_seconds": seconds,
             "steps": steps,

@@ -9,15 +9,21 @@ from ..models import import_object
 from ..plan import TaskSection
 from .arrays import ArrayTask
 from .base import Examples, Task
+from .har import HAR
 from .images import ImageTask
+from .owned import OwnedTask
 from .partition import Deal
 from .sources import SOURCES
+from .text import TEXT
 
-__all__ = ["ArrayTask", "Deal", "Examples", "ImageTask", "Task", "load_task"]
+__all__ = ["ArrayTask", "Deal", "Examples", "ImageTask", "OwnedTask", "Task", "load_task"]
+
+OWNED = {source.name: source for source in (HAR, TEXT)}
+"""Tasks of people, by name."""
 
 
 def load_task(section: TaskSection, seed: int) -> Task:
-    """Return the task that a plan names: ``digits``, ``fashion``, ``fashion-full`` or a user's own.
+    """Return the task that a plan names: a built-in one (``docs/tasks.md``) or a user's own.
 
     A name ``"package.module:attribute"`` is imported, and the attribute is called with
     ``(section, seed)`` and must return a :class:`Task`. Importing runs that module's code.
@@ -32,15 +38,17 @@ def load_task(section: TaskSection, seed: int) -> Task:
     """
     if ":" in section.name:
         return _own_task(section, seed)
-    source = SOURCES.get(section.name)
-    if source is None:
-        close = difflib.get_close_matches(section.name, SOURCES, n=1)
-        hint = f' (did you mean "{close[0]}"?)' if close else ""
-        raise PlanError(
-            f'task.name="{section.name}": must be one of {", ".join(SOURCES)}, or '
-            f'"package.module:attribute"{hint}'
-        )
-    return ImageTask(source, section, seed)
+    if section.name in SOURCES:
+        return ImageTask(SOURCES[section.name], section, seed)
+    if section.name in OWNED:
+        return OwnedTask(OWNED[section.name], section, seed)
+    names = [*SOURCES, *OWNED]
+    close = difflib.get_close_matches(section.name, names, n=1)
+    hint = f' (did you mean "{close[0]}"?)' if close else ""
+    raise PlanError(
+        f'task.name="{section.name}": must be one of {", ".join(names)}, or '
+        f'"package.module:attribute"{hint}'
+    )
 
 
 def _own_task(section: TaskSection, seed: int) -> Task:

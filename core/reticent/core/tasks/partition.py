@@ -24,8 +24,14 @@ def check_partition(pool: int, classes: int, clients: int, partition: Partition)
     """Refuse a partition that would leave some client without data.
 
     Raises:
-        DataError: Naming the first client without data, the pool, and what to change.
+        DataError: Naming the first client without data, the pool, and what to change; or if the
+            partition is by people, which a pool does not know.
     """
+    if partition.kind == "natural":
+        raise DataError(
+            'task.partition.kind="natural": this task\'s examples belong to nobody; use iid, '
+            "dirichlet or shards, or a task of people (har, text)"
+        )
     if pool < 1:
         raise DataError(f"client 0 of {clients} would have no data: the pool has no examples")
     own = partition.examples_per_client is not None

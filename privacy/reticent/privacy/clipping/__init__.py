@@ -8,6 +8,7 @@ module                    what it holds
 :mod:`.terms`             gradients of single examples, as rows or as outer products
 :mod:`.hooks`             any model: rows, from Opacus' hooks
 :mod:`.ghost`             plain chains of layers: norms without the gradients, one backward pass
+:mod:`.recurrent`         LSTM and GRU in such chains
 ========================  ====================================================================
 """
 

@@ -5,13 +5,14 @@ of one example is the outer product of its output's gradient and its input, of w
 a closed form (Goodfellow 2015, "Efficient per-example gradient computations"), and the clipped sum
 is one matrix product (Bu et al. 2023, "Differentially private optimization on large model at small
 cost": no second backward pass). Convolutions and GroupNorm, whose gradients are small next to
-their activations, are written out.
+their activations, are written out, and so are recurrent layers (see :mod:`.recurrent`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,7 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from reticent.core.errors import DataError
+from reticent.core.sequences import OneHot
 
+from .recurrent import RECURRENT, Unrolled, unrolled
 from .terms import Outer, Rows, Term
 
 PLAIN = (
@@ -36,6 +39,7 @@ PLAIN = (
     nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
+    OneHot,
 )
 """Layers without parameters that treat every example on its own."""
 
@@ -78,20 +82,47 @@ class GhostGradients:
         Raises:
             DataError: If the loss does not depend on a layer, or a layer mixes examples.
         """
-        taken: list[tuple[nn.Module, torch.Tensor]] = []
-        outputs: list[torch.Tensor] = []
+        taken: list[_Taken] = []
         with swap(self._model):
             values = inputs
             for layer in self._layers:
-                before, values = values, layer(values)
+                step = _taken(layer, values)
+                values = step.after
                 if layer._parameters:
-                    taken.append((layer, before.detach()))
-                    outputs.append(values)
-            gradients = torch.autograd.grad(loss(values, labels), outputs, allow_unused=True)
+                    taken.append(step)
+            outputs = [output for step in taken for output in step.outputs]
+            found = iter(torch.autograd.grad(loss(values, labels), outputs, allow_unused=True))
             terms: list[Term] = []
-            for (layer, before), back in zip(taken, gradients, strict=True):
-                terms += _terms(layer, before, _checked(layer, back, len(labels)))
+            for step in taken:
+                back = [_checked(step.layer, next(found), len(labels)) for _ in step.outputs]
+                terms += step.terms(back)
         return terms
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A layer that was applied, and the outputs that a gradient is needed of."""
+
+    layer: nn.Module
+    before: torch.Tensor
+    after: torch.Tensor
+    unrolled: Unrolled | None = None
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        return self.unrolled.outputs if self.unrolled else (self.after,)
+
+    def terms(self, back: list[torch.Tensor]) -> Iterator[Term]:
+        if self.unrolled:
+            return self.unrolled.terms(back)
+        return _terms(self.layer, self.before, back[0])
+
+
+def _taken(layer: nn.Module, values: torch.Tensor) -> _Taken:
+    if isinstance(layer, RECURRENT):
+        whole = unrolled(layer, values)
+        return _Taken(layer, values.detach(), whole.last, whole)
+    return _Taken(layer, values.detach(), layer(values))
 
 
 def _flatten(module: nn.Module) -> Iterator[nn.Module]:
@@ -103,6 +134,8 @@ def _flatten(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _known(layer: nn.Module) -> bool:
+    if type(layer) in RECURRENT:
+        return True
     if set(layer._parameters) - {"weight", "bias"}:
         return False
     if type(layer) is nn.Conv2d:

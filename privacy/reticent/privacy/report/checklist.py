@@ -43,8 +43,7 @@ def _scope(data: dict[str, Any], private: bool) -> dict[str, str]:
     )
     sent = "every update of a client, " if promise["trust"] == "local" else ""
     covered = (
-        f"{sent}every model of every round, the deployed int8 model and all that is computed from "
-        "them"
+        f"{sent}every model of every round, the deployed model and all that is computed from them"
     )
     if private and promise["clip_quantile"] is not None:
         covered += "; the noised counts that move the bound, and the bounds"

@@ -170,7 +170,7 @@ def _published(
     final = "post-processing of the last models; calibrated on public examples"
     tested = sum(row["accuracy"] is not None for row in rounds)
     rows = [
-        _row("Deployed int8 model", "the run", 1, artifact_bytes)
+        _row("Deployed model", "the run", 1, artifact_bytes)
         | {"mechanism": final if private else "none: ε = ∞", "depends": through},
         _row("Test accuracy", "the run", tested, None)
         | {

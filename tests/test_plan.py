@@ -47,6 +47,7 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("privacy.unit=person", ['privacy.unit="person"', "'example' or 'client'"]),
         ("privacy.relation=swap", ["privacy.relation", "'add-or-remove-one' or 'replace-one'"]),
         ("privacy.clip_quantile=0.5", ["clip_quantile=0.5", 'unit="client"']),
+        ("teacher.precision=fp16", ['precision="fp16"', '"bf16"', "CPU"]),
         ("engine.kind=cloud", ["engine.kind", "'inprocess' or 'ray'"]),
         ("seed=-1", ["seed=-1"]),
         ("rounds", ["--set rounds", "section.key=value"]),

@@ -16,7 +16,13 @@ from reticent.core.plan import Plan, parse_plan
 from reticent.core.tasks import Examples, Task, load_task
 from reticent.server.distillation import lesson, new_student, new_teacher, untrained_teacher
 from reticent.server.preparation import prepare
-from reticent.server.public_training import accuracy, batches, soft_labels, train_public
+from reticent.server.public_training import (
+    accuracy,
+    batches,
+    in_precision,
+    soft_labels,
+    train_public,
+)
 
 SMALL = [
     "task.name=digits",
@@ -223,3 +229,29 @@ def test_a_hint_reaches_the_student_and_its_projection_does_not() -> None:
     ]
     assert not same(models[0], models[2])
     assert_equal(models[1], models[2])
+
+
+def test_bf16_computes_in_bfloat16_and_learns_in_float32() -> None:
+    model = new_teacher(PLAN, TASK).train()
+    seen: list[torch.dtype] = []
+    model.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    inputs, labels = TASK.public()
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        logits = in_precision(model, precision)(inputs)
+        found = torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in found]))
+        assert logits.dtype == torch.float32
+        assert all(g.dtype == torch.float32 for g in found)
+    assert seen == [torch.float32, torch.bfloat16]
+    apart = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
+    assert 1e-4 < apart < 0.2  # bfloat16 keeps 8 bits; equality would mean that nothing was cast
+
+
+def test_only_the_teacher_is_trained_in_bf16() -> None:
+    plain = lesson(plan_of("student.distill.kind=none"), TASK, TASK.public())
+    mixed_plan = plan_of("student.distill.kind=none", "teacher.precision=bf16")
+    mixed = lesson(mixed_plan, TASK, TASK.public())
+    assert not same(mixed.teacher, plain.teacher)
+    assert all(p.dtype == torch.float32 for p in mixed.teacher.parameters())
+    assert_equal(mixed.student, plain.student)

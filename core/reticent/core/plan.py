@@ -68,11 +68,23 @@ class Teacher(Section):
     Attributes:
         count: How many teachers are trained, from different initial weights; the student learns
             from the mean of their softened answers.
+        precision: ``bf16`` runs the teacher's convolutions and products in bfloat16 (weights,
+            optimizer and loss stay float32). It has float32's range, so no loss is scaled.
     """
 
     epochs: Count = 30
     learning_rate: Positive = 0.01
     count: Count = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _no_half_precision(self) -> Self:
+        if self.precision == "fp16":
+            raise ValueError(
+                'precision="fp16": must be "fp32" or "bf16": training runs on the CPU, and small '
+                "gradients vanish in float16 unless the loss is scaled"
+            )
+        return self
 
 
 class Distill(Section):

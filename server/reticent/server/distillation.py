@@ -15,7 +15,7 @@ from reticent.core.plan import Distill, Plan
 from reticent.core.seeds import derive_key, numpy_generator
 from reticent.core.tasks import Examples, Task
 
-from .public_training import Update, batches, logits_of, steps_of, train_public
+from .public_training import Update, batches, in_precision, logits_of, steps_of, train_public
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def learn_together(plan: Plan, teacher: nn.Module, student: nn.Module, public: E
     ]
     for model in models:
         model.train()
+    runs = (in_precision(teacher, plan.teacher.precision), student)
     for inputs, labels in batches(public, epochs, seed, "student"):
-        first, second = (model(inputs) for model in models)
+        first, second = (model(inputs) for model in runs)
         pairs = ((first, second), (second, first))
         for update, (own, other) in zip(updates, pairs, strict=True):
             update(mutual_loss(own, other.detach(), labels, plan.student.distill))
@@ -133,6 +134,7 @@ def _teacher(
         _named("teacher", index),
         small,
         distill,
+        section.precision,
     )
 
 

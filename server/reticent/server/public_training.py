@@ -27,6 +27,7 @@ def train_public(
     name: str,
     teacher: nn.Module | None = None,
     distill: Distill | None = None,
+    precision: str = "fp32",
 ) -> nn.Module:
     """Train ``model`` in place on public examples and return it in evaluation mode.
 
@@ -35,6 +36,8 @@ def train_public(
 
     Args:
         name: Names the random streams: batches depend on ``(seed, name)`` only.
+        precision: ``fp32``, or ``bf16`` for :class:`BFloat16`; the teacher, and what is compared
+            with it, is float32 either way.
 
     Raises:
         PlanError: If hidden layers are compared and a model has none.
@@ -45,13 +48,10 @@ def train_public(
         guide = Guide(teacher, distill, model, examples.inputs[:1], draws)
     learned = [*model.parameters(), *(guide.parameters if guide else ())]
     update = Update(learned, learning_rate, steps_of(examples, epochs))
-    model.train()
+    runs = in_precision(model.train(), precision)
     for inputs, labels in batches(examples, epochs, seed, name):
         plain = guide is None
-        loss = (
-            F.cross_entropy(model(inputs), labels) if plain else guide.loss(model, inputs, labels)
-        )
-        update(loss)
+        update(F.cross_entropy(runs(inputs), labels) if plain else guide.loss(runs, inputs, labels))
     return model.eval()
 
 
@@ -73,6 +73,30 @@ def batches(
         if inputs.ndim == 4:
             inputs = _shift(inputs, generator.integers(-_SHIFT, _SHIFT + 1, 2).tolist())
         yield inputs, labels
+
+
+class BFloat16(nn.Module):
+    """A model whose convolutions and matrix products run in bfloat16 (CPU autocast).
+
+    Weights, their gradients, and so the optimizer stay float32. bfloat16 has float32's range, so
+    gradients do not vanish and no loss is scaled (Kalamkar et al. 2019). For public data only: a
+    per-example gradient that was rounded after its norm was taken can exceed its bound.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap ``model``, which keeps its parameters and its mode."""
+        super().__init__()
+        self._model = model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self._model(inputs).float()
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Return ``model`` itself for ``fp32``, and what runs it in bfloat16 for ``bf16``."""
+    return BFloat16(model) if precision == "bf16" else model
 
 
 class Update:

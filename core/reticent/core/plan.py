@@ -70,12 +70,15 @@ class Teacher(Section):
             from the mean of their softened answers.
         precision: ``bf16`` runs the teacher's convolutions and products in bfloat16 (weights,
             optimizer and loss stay float32). It has float32's range, so no loss is scaled.
+        offload: ``disk`` keeps weights, gradients and optimizer state of the teacher in files while
+            it is trained, for a teacher that is larger than memory.
     """
 
     epochs: Count = 30
     learning_rate: Positive = 0.01
     count: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    offload: Literal["none", "disk"] = "none"
 
     @model_validator(mode="after")
     def _no_half_precision(self) -> Self:

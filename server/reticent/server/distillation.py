@@ -84,11 +84,11 @@ def learn_together(plan: Plan, teacher: nn.Module, student: nn.Module, public: E
     """
     epochs, seed = plan.student.epochs, plan.seed
     models = (teacher, student)
-    rates = (plan.teacher.learning_rate, plan.student.learning_rate)
-    updates = [
-        Update(model.parameters(), rate, steps_of(public, epochs))
-        for model, rate in zip(models, rates, strict=True)
-    ]
+    steps, large = steps_of(public, epochs), plan.teacher
+    updates = (
+        Update(teacher.parameters(), large.learning_rate, steps, large.offload),
+        Update(student.parameters(), plan.student.learning_rate, steps),
+    )
     for model in models:
         model.train()
     runs = (in_precision(teacher, plan.teacher.precision), student)
@@ -98,6 +98,7 @@ def learn_together(plan: Plan, teacher: nn.Module, student: nn.Module, public: E
         for update, (own, other) in zip(updates, pairs, strict=True):
             update(mutual_loss(own, other.detach(), labels, plan.student.distill))
     for model in models:
+        model.zero_grad()
         model.eval()
 
 
@@ -135,6 +136,7 @@ def _teacher(
         small,
         distill,
         section.precision,
+        section.offload,
     )
 
 

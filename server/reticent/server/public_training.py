@@ -13,6 +13,8 @@ from reticent.core.plan import Distill
 from reticent.core.seeds import numpy_generator, torch_generator
 from reticent.core.tasks import Examples
 
+from .offload import to_disk
+
 _BATCH = 50
 _SHIFT = 2
 _CHUNK = 500
@@ -28,6 +30,7 @@ def train_public(
     teacher: nn.Module | None = None,
     distill: Distill | None = None,
     precision: str = "fp32",
+    offload: str = "none",
 ) -> nn.Module:
     """Train ``model`` in place on public examples and return it in evaluation mode.
 
@@ -38,6 +41,7 @@ def train_public(
         name: Names the random streams: batches depend on ``(seed, name)`` only.
         precision: ``fp32``, or ``bf16`` for :class:`BFloat16`; the teacher, and what is compared
             with it, is float32 either way.
+        offload: ``none``, or ``disk``: what is trained lies in files, see :mod:`.offload`.
 
     Raises:
         PlanError: If hidden layers are compared and a model has none.
@@ -47,7 +51,7 @@ def train_public(
         draws = torch_generator(seed, "public", name, "projection")
         guide = Guide(teacher, distill, model, examples.inputs[:1], draws)
     learned = [*model.parameters(), *(guide.parameters if guide else ())]
-    update = Update(learned, learning_rate, steps_of(examples, epochs))
+    update = Update(learned, learning_rate, steps_of(examples, epochs), offload)
     runs = in_precision(model.train(), precision)
     for inputs, labels in batches(examples, epochs, seed, name):
         plain = guide is None
@@ -103,17 +107,29 @@ class Update:
     """AdamW with a one-cycle learning rate (Smith and Topin 2018)."""
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], learning_rate: float, steps: int
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        steps: int,
+        offload: str = "none",
     ) -> None:
-        """Update ``parameters`` at most ``steps`` times."""
-        self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
+        """Update ``parameters`` at most ``steps`` times.
+
+        Raises:
+            RunError: If they are to lie on disk and it has no room.
+        """
+        learned = list(parameters)
+        self._optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=1e-3)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, learning_rate, total_steps=steps
         )
+        self._drop = offload == "none"
+        if not self._drop:
+            to_disk(self._optimizer, learned)
 
     def __call__(self, loss: torch.Tensor) -> None:
         """Take one step down the gradient of ``loss``."""
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=self._drop)
         loss.backward()
         self._optimizer.step()
         self._schedule.step()

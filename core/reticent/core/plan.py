@@ -51,8 +51,9 @@ class TaskSection(Section):
     """Which data and models, and how many clients share them.
 
     Attributes:
-        public_labels: How many public examples keep their labels; the others get the labels that
-            the teacher, which learns from the first, gives them. When absent, all keep theirs.
+        public_labels: How many public examples, the first ones, keep their labels; the others get
+            the labels that the teacher, which learns from those, gives them. When absent, all keep
+            theirs.
     """
 
     name: str = "fashion"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from reticent.compression.distill import Ensemble, response_loss
 from reticent.core.plan import Distill, Plan
-from reticent.core.seeds import derive_key, numpy_generator
+from reticent.core.seeds import derive_key
 from reticent.core.tasks import Examples, Task
 
 from .public_training import Update, batches, in_precision, logits_of, steps_of, train_public
@@ -141,26 +140,18 @@ def _teacher(
 
 
 def _labelled(plan: Plan, public: Examples) -> Examples:
-    """Return the public examples that keep their labels."""
-    if plan.task.public_labels is None:
-        return public
-    kept = _kept(plan, len(public.labels))
-    return Examples(public.inputs[kept], public.labels[kept])
+    """Return the public examples that keep their labels: the first ones."""
+    count = plan.task.public_labels
+    return Examples(public.inputs[:count], public.labels[:count])
 
 
 def _completed(plan: Plan, public: Examples, teacher: nn.Module) -> Examples:
     """Return all public examples, with the teacher's labels where the others were not kept."""
-    if plan.task.public_labels is None:
+    count = plan.task.public_labels
+    if count is None:
         return public
-    kept = _kept(plan, len(public.labels))
-    labels = logits_of(teacher, public.inputs).argmax(dim=1)
-    labels[kept] = public.labels[kept]
-    return Examples(public.inputs, labels)
-
-
-def _kept(plan: Plan, count: int) -> torch.Tensor:
-    order = numpy_generator(plan.seed, "public", "labels").permutation(count)
-    return torch.from_numpy(np.sort(order[: plan.task.public_labels]))
+    guessed = logits_of(teacher, public.inputs[count:]).argmax(dim=1)
+    return Examples(public.inputs, torch.cat([public.labels[:count], guessed]))
 
 
 def _named(name: str, index: int) -> str:

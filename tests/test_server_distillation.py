@@ -14,6 +14,7 @@ from reticent.compression.distill import Ensemble
 from reticent.core.models import student as student_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.tasks import Examples, Task, load_task
+from reticent.server import public_training
 from reticent.server.distillation import lesson, new_student, new_teacher, untrained_teacher
 from reticent.server.preparation import prepare
 from reticent.server.public_training import (
@@ -244,3 +245,30 @@ def test_only_the_teacher_is_trained_in_bf16() -> None:
     assert not same(mixed.teacher, plain.teacher)
     assert all(p.dtype == torch.float32 for p in mixed.teacher.parameters())
     assert_equal(mixed.student, plain.student)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online", "reverse"])
+def test_only_the_teacher_is_trained_from_disk_and_it_is_the_same(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+
+    def to_disk(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter]) -> None:
+        moved.append(sum(p.numel() for p in parameters))
+        real(optimizer, parameters)
+
+    real = public_training.to_disk
+    monkeypatch.setattr(public_training, "to_disk", to_disk)
+    memory = lesson(plan_of(f"student.distill.mode={mode}"), TASK, TASK.public())
+    assert not moved
+    plan = plan_of(f"student.distill.mode={mode}", "teacher.offload=disk")
+    disk = lesson(plan, TASK, TASK.public())
+    assert moved == [sum(p.numel() for p in disk.teacher.parameters())]
+    assert_equal(disk.teacher, memory.teacher)
+    assert_equal(disk.student, memory.student)
+
+
+def test_online_the_teacher_may_be_trained_in_bf16() -> None:
+    plain = lesson(plan_of("student.distill.mode=online"), TASK, TASK.public())
+    plan = plan_of("student.distill.mode=online", "teacher.precision=bf16")
+    assert not same(lesson(plan, TASK, TASK.public()).teacher, plain.teacher)

@@ -107,8 +107,14 @@ def angle_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of the distance and the angle loss. Not separable by example."""
-    return _DISTANCE * distance_loss(student, teacher) + _ANGLE * angle_loss(student, teacher)
+    """Return the weighted sum of the distance and the angle loss. Not separable by example.
+
+    Args:
+        student: A layer's output ``(n, ...)``, flattened here.
+        teacher: Another's, ``(n, ...)``.
+    """
+    first, second = student.flatten(1), teacher.flatten(1)
+    return _DISTANCE * distance_loss(first, second) + _ANGLE * angle_loss(first, second)
 
 
 class Hint(nn.Module):
@@ -192,21 +198,15 @@ class Guide:
         with _watched(student, self._layers[0]) as seen:
             logits = student(inputs)
         hard = F.cross_entropy(logits, labels)
+        with _watched(self._teacher, self._layers[1]) as shown:
+            target = softened(self._teacher, inputs, distill.temperature)
         terms: list[torch.Tensor] = []
         if "response" in distill.terms:
-            target = softened(self._teacher, inputs, distill.temperature)
             terms.append(response_loss(logits, target, distill.temperature))
         if self._layers[0]:
-            with torch.no_grad(), _watched(self._teacher, self._layers[1]) as shown:
-                self._teacher(inputs)
-            compare = relation_of_layers if self._hint is None else self._hint
+            compare = relation_loss if self._hint is None else self._hint
             terms.append(compare(seen[-1], shown[-1]))
         return (1 - distill.weight) * hard + distill.weight * torch.stack(terms).sum()
-
-
-def relation_of_layers(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return :func:`relation_loss` of two layers' outputs ``(n, ...)``, flattened."""
-    return relation_loss(student.flatten(1), teacher.flatten(1))
 
 
 def _last_hidden(

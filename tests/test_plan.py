@@ -50,6 +50,7 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("privacy.unit=person", ['privacy.unit="person"', "'example' or 'client'"]),
         ("privacy.relation=swap", ["privacy.relation", "'add-or-remove-one' or 'replace-one'"]),
         ("privacy.clip_quantile=0.5", ["clip_quantile=0.5", 'unit="client"']),
+        ("teacher.precision=fp16", ['precision="fp16"', '"bf16"', "CPU"]),
         ("engine.kind=cloud", ["engine.kind", "'inprocess' or 'ray'"]),
         ("seed=-1", ["seed=-1"]),
         ("rounds", ["--set rounds", "section.key=value"]),
@@ -63,6 +64,35 @@ def test_an_error_names_the_key_the_value_and_what_is_allowed(
         parse_plan("", [override])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["kind=relation", "local_weight=0.5"], ["local_weight=0.5", "sum over examples"]),
+        (["kind=feature", "local_weight=0.5"], ["local_weight=0.5", "hidden layers"]),
+        (["kind=none", "mode=self"], ['mode="self"', "nothing is distilled"]),
+        (["kind=feature", "mode=online"], ['kind="feature"', 'must be "response"']),
+        (["kind=relation", "teacher.count=2"], ["teacher.count=2", "must be 1", "relation"]),
+        (["mode=online", "teacher.count=2"], ["teacher.count=2", "must be 1", "online"]),
+        (["mode=online", "task.public_labels=5"], ["task.public_labels=5", "online"]),
+        (["task.public_labels=1001"], ["task.public_labels=1001", "task.public_examples=1000"]),
+        (["mode=twice"], ["student.distill.mode", "'online', 'self' or 'reverse'"]),
+    ],
+)
+def test_what_cannot_be_distilled_together_is_refused(
+    overrides: list[str], words: list[str]
+) -> None:
+    whole = [o if "." in o.split("=")[0] else f"student.distill.{o}" for o in overrides]
+    with pytest.raises(PlanError) as caught:
+        parse_plan("", whole)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["response", "response+feature", "response+relation", "none"])
+def test_devices_may_imitate_answers_whatever_else_is_imitated_before(kind: str) -> None:
+    plan = parse_plan("", [f"student.distill.kind={kind}", "student.distill.local_weight=0.5"])
+    assert "feature" not in plan.student.distill.tuning.terms
 
 
 def test_epsilon_and_noise_together_are_refused() -> None:

@@ -57,26 +57,60 @@ class Partition(Section):
 
 
 class TaskSection(Section):
-    """Which data and models, and how many clients share them."""
+    """Which data and models, and how many clients share them.
+
+    Attributes:
+        public_labels: How many public examples, the first ones, keep their labels; the others get
+            the labels that the teacher, which learns from those, gives them. When absent, all keep
+            theirs.
+    """
 
     name: str = "fashion"
     clients: Count = 100
     public_examples: Count = 1000
+    public_labels: Count | None = None
     partition: Partition = Partition()
 
 
 class Teacher(Section):
-    """Training of the teacher on the public split."""
+    """Training of the teacher on the public split.
+
+    Attributes:
+        count: How many teachers are trained, from different initial weights; the student learns
+            from the mean of their softened answers.
+        precision: ``bf16`` runs the teacher's convolutions and products in bfloat16 (weights,
+            optimizer and loss stay float32). It has float32's range, so no loss is scaled.
+        offload: ``disk`` keeps weights, gradients and optimizer state of the teacher in files while
+            it is trained, for a teacher that is larger than memory.
+    """
 
     epochs: Count = 30
     learning_rate: Positive = 0.01
+    count: Count = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    offload: Literal["none", "disk"] = "none"
+
+    @model_validator(mode="after")
+    def _no_half_precision(self) -> Self:
+        if self.precision == "fp16":
+            raise ValueError(
+                'precision="fp16": must be "fp32" or "bf16": training runs on the CPU, and small '
+                "gradients vanish in float16 unless the loss is scaled"
+            )
+        return self
 
 
 class Distill(Section):
-    """Distillation from the teacher (Hinton, Vinyals and Dean 2015, section 2).
+    """Distillation from a teacher, on public data; see :mod:`reticent.compression.distill`.
 
     Attributes:
-        kind: ``response`` or ``none``.
+        kind: What is imitated: softened answers (``response``; Hinton, Vinyals and Dean 2015), a
+            hidden layer (``feature``; Romero et al. 2015), distances and angles between the
+            examples of a batch (``relation``; Park et al. 2019), two of them, or nothing.
+        mode: Who teaches. ``offline``: a trained teacher. ``online``: teacher and student learn
+            from each other (Zhang et al. 2018). ``self``: the teacher has the student's own
+            architecture (Furlanello et al. 2018). ``reverse``: a model of the student's
+            architecture teaches the teacher first (Yuan et al. 2020).
         temperature: Softens both distributions; the loss is scaled by its square.
         weight: Share of the distillation loss while the student trains on public data.
         local_weight: Share of the distillation loss on the devices, where the teacher's answer for
@@ -84,10 +118,54 @@ class Distill(Section):
             of classes x classes, public, so that no teacher travels and no device runs one).
     """
 
-    kind: Literal["response", "none"] = "response"
+    kind: Literal[
+        "response", "feature", "relation", "response+feature", "response+relation", "none"
+    ] = "response"
+    mode: Literal["offline", "online", "self", "reverse"] = "offline"
     temperature: Positive = 2.0
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     local_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The parts of ``kind``: of response, feature and relation; empty for ``none``."""
+        return () if self.kind == "none" else tuple(self.kind.split("+"))
+
+    @property
+    def tuning(self) -> Distill:
+        """What guides a student that is already trained: the same without the hidden layer.
+
+        A hint leads to a good start (Romero et al. 2015, section 2.3); its projection begins at
+        random and would first pull a trained student away from there.
+        """
+        kind = {"feature": "none", "response+feature": "response"}.get(self.kind, self.kind)
+        return self.model_copy(update={"kind": kind})
+
+    @model_validator(mode="after")
+    def _devices_have_answers_only(self) -> Self:
+        if self.local_weight == 0 or "response" in self.terms or self.kind == "none":
+            return self
+        why = (
+            "a relation between examples is not a sum over examples, so clipping each example's "
+            "gradient would not bound what one example changes"
+            if self.kind == "relation"
+            else "devices hold the teacher's mean answers, and not its hidden layers"
+        )
+        raise ValueError(
+            f'local_weight={self.local_weight}: must be 0 when kind is "{self.kind}": {why}; use '
+            f'kind="response+{self.kind}" for the public data with "response" on the devices'
+        )
+
+    @model_validator(mode="after")
+    def _mode_fits(self) -> Self:
+        if self.mode != "offline" and self.kind == "none":
+            raise ValueError(f'mode="{self.mode}": nothing is distilled when kind is "none"')
+        if self.mode == "online" and self.kind != "response":
+            raise ValueError(
+                f'kind="{self.kind}": must be "response" when mode is "online", because hidden '
+                "layers of a teacher that still changes are no target"
+            )
+        return self
 
 
 class Prune(Section):
@@ -276,6 +354,7 @@ class Plan(Section):
                 f"federation.min_replies={f.min_replies}: must be at most "
                 f"federation.clients_per_round={f.clients_per_round}"
             )
+        self._teachers_fit()
         shares = p != "off" and p.trust == "aggregator" and p.unit == "example"
         if shares and f.steps_per_round != 1:
             raise ValueError(
@@ -284,6 +363,27 @@ class Plan(Section):
                 'broadcast model; use privacy.trust="local" for several local steps'
             )
         return self
+
+    def _teachers_fit(self) -> None:
+        task, teacher, distill = self.task, self.teacher, self.student.distill
+        if task.public_labels is not None and task.public_labels > task.public_examples:
+            raise ValueError(
+                f"task.public_labels={task.public_labels}: must be at most "
+                f"task.public_examples={task.public_examples}"
+            )
+        if distill.mode == "online" and task.public_labels is not None:
+            raise ValueError(
+                f"task.public_labels={task.public_labels}: must be left out when "
+                'student.distill.mode is "online", because a teacher that learns together with the '
+                "student labels nothing before it"
+            )
+        single = distill.mode == "online" or {"feature", "relation"} & set(distill.terms)
+        if teacher.count > 1 and single:
+            raise ValueError(
+                f"teacher.count={teacher.count}: must be 1 when student.distill.mode is "
+                f'"online" or student.distill.kind (here "{distill.kind}") compares hidden '
+                "layers; several teachers give one answer, but no one layer"
+            )
 
     def canonical(self) -> str:
         """Return the plan as canonical JSON: sorted keys, no spaces, every default written out."""

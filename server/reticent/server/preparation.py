@@ -16,10 +16,10 @@ from reticent.compression.prune import magnitude_mask
 from reticent.core.errors import DataError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
-from reticent.core.seeds import derive_key
-from reticent.core.tasks import Task
+from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
 
+from .distillation import lesson, new_student, untrained_teacher
 from .journal import Journal
 from .public_training import accuracy, soft_labels, train_public
 
@@ -73,50 +73,23 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
-    teacher = _seeded(plan, "teacher", task.teacher)
-    section = plan.teacher
-    train_public(teacher, public, section.epochs, section.learning_rate, plan.seed, "teacher")
-    say(f"teacher trained on {len(public.labels)} public examples")
-    dense = _train_student(plan, task, teacher, _raw_student(plan, task), "student")
-    public_only = folded(dense)
+    taught = lesson(plan, task, public)
+    teacher, examples = taught.teacher, taught.examples
+    count = plan.task.public_labels or len(public.labels)
+    say(f"teacher trained on {count} public examples")
+    public_only = folded(taught.student)
     mask = _mask(plan, public_only)
     # A copy even when nothing is pruned: the rounds write into the student, not into the baseline.
     student = (
-        deepcopy(public_only) if mask is None else _tuned(plan, task, teacher, public_only, mask)
+        deepcopy(public_only)
+        if mask is None
+        else _tuned(plan, task, teacher, public_only, mask, examples)
     )
     layout = Layout.of(student, mask)
-    constants = Constants(layout.kept, _soft_labels(plan, task, teacher)).encode()
+    constants = Constants(layout.kept, _soft_labels(plan, task, teacher, examples)).encode()
     say(f"student trained: {layout.size:,} of {layout.total:,} parameters kept")
     _store(journal, teacher, public_only, student, constants)
     return Start(teacher, public_only, student, layout, layout.read(student), constants)
-
-
-def _raw_student(plan: Plan, task: Task) -> nn.Module:
-    return _seeded(plan, "student", lambda: task.student(plan.student.model))
-
-
-def _seeded(plan: Plan, name: str, make: Callable[[], nn.Module]) -> nn.Module:
-    """Call ``make`` with torch's global generator seeded, as layer initialisers draw from it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(derive_key(plan.seed, "init", name)[:8], "big") >> 1)
-        return make()
-
-
-def _train_student(
-    plan: Plan, task: Task, teacher: nn.Module, student: nn.Module, name: str
-) -> nn.Module:
-    section = plan.student
-    distill = section.distill if section.distill.kind == "response" else None
-    return train_public(
-        student,
-        task.public(),
-        section.epochs,
-        section.learning_rate,
-        plan.seed,
-        name,
-        teacher if distill else None,
-        distill,
-    )
 
 
 def _mask(plan: Plan, student: nn.Module) -> np.ndarray | None:
@@ -127,7 +100,12 @@ def _mask(plan: Plan, student: nn.Module) -> np.ndarray | None:
 
 
 def _tuned(
-    plan: Plan, task: Task, teacher: nn.Module, dense: nn.Module, mask: np.ndarray
+    plan: Plan,
+    task: Task,
+    teacher: nn.Module,
+    dense: nn.Module,
+    mask: np.ndarray,
+    examples: Examples,
 ) -> nn.Module:
     """Return the pruned student, tuned on public data with the mask held."""
     student = _structure(plan, task)
@@ -138,16 +116,15 @@ def _tuned(
         shaped = part.view_as(parameter).to(torch.float32)
         parameter.register_hook(lambda gradient, shaped=shaped: gradient * shaped)
     section = plan.student
-    distill = section.distill if section.distill.kind == "response" else None
     train_public(
         student,
-        task.public(),
+        examples,
         max(1, section.epochs // 4),
         section.learning_rate / 10,
         plan.seed,
         "pruned",
-        teacher if distill else None,
-        distill,
+        teacher,
+        section.distill.tuning,
     )
     # Weight decay and the hooks leave pruned coordinates at zero; a fresh copy drops the hooks.
     final = _structure(plan, task)
@@ -156,14 +133,14 @@ def _tuned(
 
 
 def _structure(plan: Plan, task: Task) -> nn.Module:
-    return folded(_raw_student(plan, task).eval())
+    return folded(new_student(plan, task).eval())
 
 
-def _soft_labels(plan: Plan, task: Task, teacher: nn.Module) -> np.ndarray:
+def _soft_labels(plan: Plan, task: Task, teacher: nn.Module, examples: Examples) -> np.ndarray:
     distill = plan.student.distill
     if distill.kind == "none" or distill.local_weight == 0:
         return np.zeros((0, 0), dtype=np.float32)
-    return soft_labels(teacher, task.public(), task.classes, distill.temperature).numpy()
+    return soft_labels(teacher, examples, task.classes, distill.temperature).numpy()
 
 
 def _store(
@@ -178,7 +155,7 @@ def _restored(plan: Plan, task: Task, journal: Journal) -> Start | None:
     encoded = journal.restore("constants")
     if encoded is None:
         return None
-    teacher = _loaded(task.teacher(), journal, "teacher")
+    teacher = _loaded(untrained_teacher(plan, task), journal, "teacher")
     public_only = _loaded(_structure(plan, task), journal, "public-only")
     student = _loaded(_structure(plan, task), journal, "start")
     constants = encoded["bytes"].tobytes()

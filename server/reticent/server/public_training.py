@@ -1,17 +1,23 @@
-"""Training on public data: the teacher, and the student before the federation."""
+"""Training of one model on public data: a teacher, or the student before the federation."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from reticent.compression.distill import Guide, softened
 from reticent.core.plan import Distill
-from reticent.core.seeds import numpy_generator
+from reticent.core.seeds import numpy_generator, torch_generator
 from reticent.core.tasks import Examples
+
+from .offload import to_disk
 
 _BATCH = 50
 _SHIFT = 2
+_CHUNK = 500
 
 
 def train_public(
@@ -23,37 +29,110 @@ def train_public(
     name: str,
     teacher: nn.Module | None = None,
     distill: Distill | None = None,
+    precision: str = "fp32",
+    offload: str = "none",
 ) -> nn.Module:
     """Train ``model`` in place on public examples and return it in evaluation mode.
 
-    AdamW with a one-cycle learning rate (Smith and Topin 2018); images are shifted by up to two
-    pixels at random. With a teacher the loss is
-    ``(1 - w) * CE + w * T^2 * KL(teacher_T || student_T)`` (Hinton et al. 2015, section 2).
+    The loss is the cross entropy; with a teacher and a kind of distillation it is that of
+    :class:`reticent.compression.distill.Guide`.
 
     Args:
         name: Names the random streams: batches depend on ``(seed, name)`` only.
+        precision: ``fp32``, or ``bf16`` for :class:`BFloat16`; the teacher, and what is compared
+            with it, is float32 either way.
+        offload: ``none``, or ``disk``: what is trained lies in files, see :mod:`.offload`.
+
+    Raises:
+        PlanError: If hidden layers are compared and a model has none.
     """
+    guide = None
+    if teacher is not None and distill is not None and distill.terms:
+        draws = torch_generator(seed, "public", name, "projection")
+        guide = Guide(teacher, distill, model, examples.inputs[:1], draws)
+    learned = [*model.parameters(), *(guide.parameters if guide else ())]
+    update = Update(learned, learning_rate, steps_of(examples, epochs), offload)
+    runs = in_precision(model.train(), precision)
+    for inputs, labels in batches(examples, epochs, seed, name):
+        plain = guide is None
+        update(F.cross_entropy(runs(inputs), labels) if plain else guide.loss(runs, inputs, labels))
+    return model.eval()
+
+
+def steps_of(examples: Examples, epochs: int) -> int:
+    """Return the number of batches in ``epochs`` passes over the examples."""
+    count = len(examples.labels)
+    return epochs * max(1, count // min(_BATCH, count))
+
+
+def batches(
+    examples: Examples, epochs: int, seed: int, name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield random batches; images are shifted by up to two pixels at random."""
     generator = numpy_generator(seed, "public", name)
     count = len(examples.labels)
-    batch = min(_BATCH, count)
-    steps = epochs * max(1, count // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    model.train()
-    for _ in range(steps):
-        chosen = torch.from_numpy(generator.choice(count, batch, replace=False))
+    for _ in range(steps_of(examples, epochs)):
+        chosen = torch.from_numpy(generator.choice(count, min(_BATCH, count), replace=False))
         inputs, labels = examples.inputs[chosen], examples.labels[chosen]
         if inputs.ndim == 4:
             inputs = _shift(inputs, generator.integers(-_SHIFT, _SHIFT + 1, 2).tolist())
-        logits = model(inputs)
-        loss = F.cross_entropy(logits, labels)
-        if teacher is not None and distill is not None:
-            loss = _distilled(loss, logits, teacher, inputs, distill)
-        optimizer.zero_grad()
+        yield inputs, labels
+
+
+class BFloat16(nn.Module):
+    """A model whose convolutions and matrix products run in bfloat16 (CPU autocast).
+
+    Weights, their gradients, and so the optimizer stay float32. bfloat16 has float32's range, so
+    gradients do not vanish and no loss is scaled (Kalamkar et al. 2019). For public data only: a
+    per-example gradient that was rounded after its norm was taken can exceed its bound.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap ``model``, which keeps its parameters and its mode."""
+        super().__init__()
+        self._model = model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self._model(inputs).float()
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Return ``model`` itself for ``fp32``, and what runs it in bfloat16 for ``bf16``."""
+    return BFloat16(model) if precision == "bf16" else model
+
+
+class Update:
+    """AdamW with a one-cycle learning rate (Smith and Topin 2018)."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        steps: int,
+        offload: str = "none",
+    ) -> None:
+        """Update ``parameters`` at most ``steps`` times.
+
+        Raises:
+            RunError: If they are to lie on disk and it has no room.
+        """
+        learned = list(parameters)
+        self._optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=1e-3)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer, learning_rate, total_steps=steps
+        )
+        self._drop = offload == "none"
+        if not self._drop:
+            to_disk(self._optimizer, learned)
+
+    def __call__(self, loss: torch.Tensor) -> None:
+        """Take one step down the gradient of ``loss``."""
+        self._optimizer.zero_grad(set_to_none=self._drop)
         loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+        self._optimizer.step()
+        self._schedule.step()
 
 
 def _shift(images: torch.Tensor, by: list[int]) -> torch.Tensor:
@@ -65,29 +144,16 @@ def _shift(images: torch.Tensor, by: list[int]) -> torch.Tensor:
     return padded[:, :, top : top + height, left : left + width]
 
 
-def _distilled(
-    hard: torch.Tensor,
-    logits: torch.Tensor,
-    teacher: nn.Module,
-    inputs: torch.Tensor,
-    distill: Distill,
-) -> torch.Tensor:
-    heat = distill.temperature
-    with torch.no_grad():
-        target = F.softmax(teacher(inputs) / heat, dim=1)
-    mimic = F.kl_div(F.log_softmax(logits / heat, dim=1), target, reduction="batchmean")
-    return (1 - distill.weight) * hard + distill.weight * heat**2 * mimic
-
-
 @torch.no_grad()
 def soft_labels(
     teacher: nn.Module, examples: Examples, classes: int, temperature: float
 ) -> torch.Tensor:
     """Return the teacher's mean softened response to each label, float32 ``(classes, classes)``.
 
-    A label without public examples gets the one-hot row.
+    A label without public examples gets the one-hot row. The teacher is in evaluation mode.
     """
-    probabilities = F.softmax(logits_of(teacher, examples.inputs) / temperature, dim=1)
+    parts = [softened(teacher, part, temperature) for part in examples.inputs.split(_CHUNK)]
+    probabilities = torch.cat(parts)
     table = torch.eye(classes)
     for label in range(classes):
         rows = probabilities[examples.labels == label]
@@ -97,7 +163,7 @@ def soft_labels(
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, inputs: torch.Tensor, batch: int = 500) -> torch.Tensor:
+def logits_of(model: nn.Module, inputs: torch.Tensor, batch: int = _CHUNK) -> torch.Tensor:
     """Return the logits of ``model`` in evaluation mode, a batch at a time."""
     training = model.training
     model.eval()

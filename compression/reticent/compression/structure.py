@@ -1,0 +1,298 @@
+"""A chain of layers as plain JSON, and back: how a student that was reshaped reaches the devices.
+
+:func:`describe` and :func:`build` are inverse to each other up to the values of the parameters,
+which travel apart. The text comes from the network on a device, so :func:`build` takes a closed
+list of layers, each of which treats every example on its own, and bounds what it allocates before
+it allocates it. Nothing in the text is a name that is looked up or code that is run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from reticent.core.errors import PayloadError, PlanError
+
+from .fold import is_chain
+
+MAX_TEXT = 2**16
+MAX_LAYERS = 256
+MAX_PARAMETERS = 2**24
+MAX_ACTIVATION = 2**22
+"""Most numbers that one layer may put out for one example."""
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Offset = Annotated[int, Field(ge=0, le=2**10)]
+Pair = tuple[Size, Size]
+Offsets = tuple[Offset, Offset]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def parameters(self) -> int:
+        """Return how many parameters the layer has."""
+        return 0
+
+
+class _Conv(_Record):
+    kind: Literal["conv2d"] = "conv2d"
+    inputs: Size
+    outputs: Size
+    kernel: Pair
+    stride: Pair
+    padding: Offsets
+    dilation: Pair
+    groups: Size
+    bias: bool
+
+    def parameters(self) -> int:
+        return self.outputs * (self.inputs // self.groups * math.prod(self.kernel) + self.bias)
+
+
+class _Linear(_Record):
+    kind: Literal["linear"] = "linear"
+    inputs: Size
+    outputs: Size
+    bias: bool
+
+    def parameters(self) -> int:
+        return self.outputs * (self.inputs + self.bias)
+
+
+class _GroupNorm(_Record):
+    kind: Literal["group_norm"] = "group_norm"
+    groups: Size
+    channels: Size
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    def parameters(self) -> int:
+        return 2 * self.channels
+
+
+class _Plain(_Record):
+    kind: Literal["relu", "gelu", "silu", "sigmoid", "tanh", "identity", "flatten"]
+
+
+class _MaxPool(_Record):
+    kind: Literal["max_pool2d"] = "max_pool2d"
+    kernel: Pair
+    stride: Pair
+    padding: Offsets
+    dilation: Pair
+    ceil: bool
+
+
+class _AvgPool(_Record):
+    kind: Literal["avg_pool2d"] = "avg_pool2d"
+    kernel: Pair
+    stride: Pair
+    padding: Offsets
+    ceil: bool
+    count_padding: bool
+
+
+class _AdaptivePool(_Record):
+    kind: Literal["adaptive_avg_pool2d"] = "adaptive_avg_pool2d"
+    size: Pair
+
+
+Layer = Annotated[
+    _Conv | _Linear | _GroupNorm | _Plain | _MaxPool | _AvgPool | _AdaptivePool,
+    Field(discriminator="kind"),
+]
+
+
+class Structure(BaseModel):
+    """The layers of a chain in order: what the text holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+
+
+_PLAIN: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+    "flatten": nn.Flatten,
+}
+_Model = TypeVar("_Model", bound=BaseModel)
+_KINDS = "Conv2d, Linear, GroupNorm, pooling, Flatten and the usual activations"
+
+
+def describe(model: nn.Module) -> str:
+    """Return the layers of ``model`` as JSON text; the values of its parameters are left out.
+
+    Raises:
+        PlanError: If ``model`` is no chain, or a layer has no description; the layer is named.
+    """
+    if not is_chain(model):
+        raise PlanError(
+            f"student {type(model).__name__}: only an nn.Sequential of layers can be reshaped "
+            "(student.thin, student.factorize, student.adapt); write it as one, or leave them off"
+        )
+    layers = tuple(_record(name, layer) for name, layer in model.named_children())
+    structure = _checked(Structure, {"layers": layers}, "student")
+    return structure.model_dump_json()
+
+
+def build(text: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return the chain that ``text`` describes, with all parameters zero.
+
+    No random numbers are drawn.
+
+    Args:
+        text: What :func:`describe` made, or anything at all.
+        input_shape: Shape of one example.
+        classes: Length of the logits.
+
+    Raises:
+        PayloadError: If the text is not a description, is too large in any way, or its layers do
+            not map one example to logits of the task's classes.
+    """
+    if len(text) > MAX_TEXT:
+        raise PayloadError(f"structure has {len(text)} characters: at most {MAX_TEXT}")
+    try:
+        structure = Structure.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the text"
+        raise PayloadError(f"structure: {where}: {first['msg']}") from error
+    count = sum(layer.parameters() for layer in structure.layers)
+    if count > MAX_PARAMETERS:
+        raise PayloadError(f"structure has {count} parameters: at most {MAX_PARAMETERS}")
+    try:
+        with torch.device("meta"):
+            chain = nn.Sequential(*map(_module, structure.layers))
+        _check_shapes(chain, input_shape, classes)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PayloadError(f"structure: the layers do not fit together: {reason}") from error
+    chain.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.zero_()
+    return chain
+
+
+def _check_shapes(chain: nn.Sequential, input_shape: tuple[int, ...], classes: int) -> None:
+    """Run one example through without memory or arithmetic."""
+    x = torch.empty(1, *input_shape, device="meta")
+    for name, layer in chain.named_children():
+        x = layer(x)
+        if x.numel() > MAX_ACTIVATION or x.shape[0] != 1:
+            raise PayloadError(
+                f"structure layer {name} gives shape {tuple(x.shape)} for one example: must keep "
+                f"the first dimension, and hold at most {MAX_ACTIVATION} numbers"
+            )
+    if tuple(x.shape) != (1, classes):
+        raise PayloadError(
+            f"structure gives shape {tuple(x.shape)} for one example: must be (1, {classes})"
+        )
+
+
+def _record(name: str, layer: nn.Module) -> _Record:
+    kind = type(layer).__name__
+    given = _fields(layer)
+    if given is None:
+        raise PlanError(
+            f"student layer {name} ({kind}) has no description that can be sent; use {_KINDS}, "
+            "with padding of zeros given in pixels, nothing in place, and Flatten from dimension 1"
+        )
+    record, fields = given
+    return _checked(record, fields, f"student layer {name} ({kind})")
+
+
+def _checked(record: type[_Model], fields: dict[str, Any], where: str) -> _Model:
+    try:
+        return record(**fields)
+    except ValidationError as error:
+        raise PlanError(f"{where}: {error.errors()[0]['msg']}: too large to be sent") from error
+
+
+def _fields(layer: Any) -> tuple[type[_Record], dict[str, Any]] | None:
+    for kind, plain in _PLAIN.items():
+        if type(layer) is plain:
+            return (_Plain, {"kind": kind}) if _is_default(layer) else None
+    kind = type(layer)
+    if kind is nn.Conv2d:
+        return (_Conv, _conv_fields(layer)) if _is_plain_conv(layer) else None
+    if kind is nn.Linear:
+        sizes = {"inputs": layer.in_features, "outputs": layer.out_features}
+        return _Linear, {**sizes, "bias": layer.bias is not None}
+    if kind is nn.GroupNorm and layer.affine and layer.bias is not None:
+        sizes = {"groups": layer.num_groups, "channels": layer.num_channels}
+        return _GroupNorm, {**sizes, "eps": float(layer.eps)}
+    if kind is nn.MaxPool2d and not layer.return_indices:
+        pool = {"dilation": _pair(layer.dilation), "ceil": layer.ceil_mode}
+        return _MaxPool, {**_pool_fields(layer), **pool}
+    if kind is nn.AvgPool2d and layer.divisor_override is None:
+        pool = {"ceil": layer.ceil_mode, "count_padding": layer.count_include_pad}
+        return _AvgPool, {**_pool_fields(layer), **pool}
+    if kind is nn.AdaptiveAvgPool2d and None not in _pair(layer.output_size):
+        return _AdaptivePool, {"size": _pair(layer.output_size)}
+    return None
+
+
+def _is_default(layer: Any) -> bool:
+    """Return whether an activation or Flatten has no option that the description lacks."""
+    if type(layer) is nn.Flatten:
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    if getattr(layer, "approximate", "none") != "none":
+        return False
+    return not getattr(layer, "inplace", False)
+
+
+def _is_plain_conv(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _conv_fields(layer: nn.Conv2d) -> dict[str, Any]:
+    return {
+        "inputs": layer.in_channels,
+        "outputs": layer.out_channels,
+        "kernel": layer.kernel_size,
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "groups": layer.groups,
+        "bias": layer.bias is not None,
+    }
+
+
+def _pool_fields(layer: Any) -> dict[str, Any]:
+    names = {"kernel": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+    return {name: _pair(value) for name, value in names.items()}
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return (value, value) if isinstance(value, int) or value is None else tuple(value)
+
+
+def _module(r: Any) -> nn.Module:
+    match r:
+        case _Conv():
+            return nn.Conv2d(
+                r.inputs, r.outputs, r.kernel, r.stride, r.padding, r.dilation, r.groups, r.bias
+            )
+        case _Linear():
+            return nn.Linear(r.inputs, r.outputs, r.bias)
+        case _GroupNorm():
+            return nn.GroupNorm(r.groups, r.channels, r.eps)
+        case _MaxPool():
+            return nn.MaxPool2d(r.kernel, r.stride, r.padding, r.dilation, False, r.ceil)
+        case _AvgPool():
+            return nn.AvgPool2d(r.kernel, r.stride, r.padding, r.ceil, r.count_padding)
+        case _AdaptivePool():
+            return nn.AdaptiveAvgPool2d(r.size)
+        case _:
+            return _PLAIN[r.kind]()

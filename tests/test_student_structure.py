@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -112,9 +112,24 @@ def conv(**changes: object) -> str:
     return json.dumps({"version": 1, "layers": [layer | changes, {"kind": "flatten"}]})
 
 
+def pool(**changes: object) -> str:
+    layer = {
+        "kind": "max_pool2d",
+        "kernel": [3, 3],
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "ceil": False,
+    }
+    layers = [layer | changes, {"kind": "flatten"}, {"kind": "linear", "inputs": 64, "outputs": 5}]
+    layers[2]["bias"] = True
+    return json.dumps({"version": 1, "layers": layers})
+
+
 def test_the_plain_texts_of_these_tests_are_good() -> None:
     build(linear(), SHAPE, 5)
     build(conv(), SHAPE, 5)
+    build(pool(), SHAPE, 5)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +146,9 @@ def test_the_plain_texts_of_these_tests_are_good() -> None:
         '{"version":1,"layers":[{"kind":"group_norm","groups":3,"channels":4,"eps":0.1}]}',
         json.dumps({"version": 1, "layers": [{"kind": "relu"}] * 300}),
         " " * (MAX_TEXT + 1),
+        '{"version":1,"layers":[{"kind":"group_norm","groups":1,"channels":1,"eps":0.1}]}',
+        pool(padding=[2, 0]),
+        pool(kernel=[9, 1]),
         linear(inputs=63),
         linear(outputs=6),
         linear(outputs=0),
@@ -153,9 +171,9 @@ def test_hostile_texts_are_refused(text: str) -> None:
         build(text, SHAPE, 5)
 
 
-def test_a_chain_that_moves_the_batch_is_refused() -> None:
+def test_logits_of_another_length_are_refused() -> None:
     text = json.dumps({"version": 1, "layers": [{"kind": "flatten"}]})
-    with pytest.raises(PayloadError, match=r"must be \(1, 5\)"):
+    with pytest.raises(PayloadError, match=r"must be \(5,\)"):
         build(text, SHAPE, 5)
 
 
@@ -164,3 +182,35 @@ def test_a_chain_that_moves_the_batch_is_refused() -> None:
 def test_any_text_is_built_or_refused(text: str) -> None:
     with pytest.raises(PayloadError):
         build(text, SHAPE, 5)
+
+
+WINDOWS = st.tuples(*[st.integers(1, 4)] * 3, st.integers(0, 2), st.integers(1, 2), st.booleans())
+
+
+@settings(deadline=None, max_examples=150)
+@given(WINDOWS, st.sampled_from(["conv", "max", "avg"]), st.integers(1, 7), st.integers(1, 7))
+def test_shapes_are_those_that_torch_gives(
+    window: tuple[int, int, int, int, int, bool], kind: str, height: int, width: int
+) -> None:
+    kernel, wide, stride, padding, dilation, ceil = window
+    # With ceil_mode torch also takes windows that are larger than the image; these are refused.
+    reach = dilation if kind == "max" else 1
+    least = min(height - reach * (kernel - 1), width - reach * (wide - 1)) + 2 * padding
+    assume(not ceil or kind == "conv" or least >= 1)
+    sizes = ((kernel, wide), stride)
+    layer: nn.Module = {
+        "conv": nn.Conv2d(2, 4, *sizes, padding, dilation, 2),
+        "max": nn.MaxPool2d(*sizes, padding, dilation, ceil_mode=ceil),
+        "avg": nn.AvgPool2d(*sizes, padding, ceil),
+    }[kind]
+    shape = (2, height, width)
+    try:
+        expected = int(layer(torch.zeros(3, *shape)).flatten(1).shape[1])
+    except RuntimeError:
+        expected = 0
+    text = describe(nn.Sequential(layer, nn.Flatten()))
+    if expected:
+        assert len(build(text, shape, expected)) == 2
+    else:
+        with pytest.raises(PayloadError, match="cannot take"):
+            build(text, shape, 1)

@@ -25,6 +25,7 @@ MAX_PARAMETERS = 2**24
 MAX_ACTIVATION = 2**22
 """Most numbers that one layer may put out for one example."""
 
+Shape = tuple[int, ...]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Offset = Annotated[int, Field(ge=0, le=2**10)]
 Pair = tuple[Size, Size]
@@ -37,6 +38,14 @@ class _Record(BaseModel):
     def parameters(self) -> int:
         """Return how many parameters the layer has."""
         return 0
+
+    def shape(self, given: Shape) -> Shape:
+        """Return the shape that one example of shape ``given`` leaves with.
+
+        Raises:
+            ValueError: If the layer cannot take it.
+        """
+        return given
 
 
 class _Conv(_Record):
@@ -53,6 +62,11 @@ class _Conv(_Record):
     def parameters(self) -> int:
         return self.outputs * (self.inputs // self.groups * math.prod(self.kernel) + self.bias)
 
+    def shape(self, given: Shape) -> Shape:
+        _require(self.inputs % self.groups == 0 and self.outputs % self.groups == 0, "groups")
+        _require(len(given) == 3 and given[0] == self.inputs, f"shape {given}")
+        return (self.outputs, *_places(given, self, self.dilation, False))
+
 
 class _Linear(_Record):
     kind: Literal["linear"] = "linear"
@@ -62,6 +76,10 @@ class _Linear(_Record):
 
     def parameters(self) -> int:
         return self.outputs * (self.inputs + self.bias)
+
+    def shape(self, given: Shape) -> Shape:
+        _require(given[-1] == self.inputs, f"shape {given}")
+        return (*given[:-1], self.outputs)
 
 
 class _GroupNorm(_Record):
@@ -73,9 +91,20 @@ class _GroupNorm(_Record):
     def parameters(self) -> int:
         return 2 * self.channels
 
+    def shape(self, given: Shape) -> Shape:
+        _require(self.channels % self.groups == 0, "groups")
+        # torch refuses a group of one number, but only in batches of one example: it would tell
+        # the size of a batch.
+        _require(math.prod(given) > self.groups, "a group of one number")
+        _require(given[0] == self.channels, f"shape {given}")
+        return given
+
 
 class _Plain(_Record):
     kind: Literal["relu", "gelu", "silu", "sigmoid", "tanh", "identity", "flatten"]
+
+    def shape(self, given: Shape) -> Shape:
+        return (math.prod(given),) if self.kind == "flatten" else given
 
 
 class _MaxPool(_Record):
@@ -86,6 +115,9 @@ class _MaxPool(_Record):
     dilation: Pair
     ceil: bool
 
+    def shape(self, given: Shape) -> Shape:
+        return _pooled(given, self, self.dilation)
+
 
 class _AvgPool(_Record):
     kind: Literal["avg_pool2d"] = "avg_pool2d"
@@ -95,10 +127,46 @@ class _AvgPool(_Record):
     ceil: bool
     count_padding: bool
 
+    def shape(self, given: Shape) -> Shape:
+        return _pooled(given, self, (1, 1))
+
 
 class _AdaptivePool(_Record):
     kind: Literal["adaptive_avg_pool2d"] = "adaptive_avg_pool2d"
     size: Pair
+
+    def shape(self, given: Shape) -> Shape:
+        _require(len(given) == 3, f"shape {given}")
+        return (given[0], *self.size)
+
+
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"cannot take {what}")
+
+
+def _pooled(given: Shape, pool: _MaxPool | _AvgPool, dilation: Pair) -> Shape:
+    _require(len(given) == 3, f"shape {given}")
+    halves = all(2 * p <= k for p, k in zip(pool.padding, pool.kernel, strict=True))
+    _require(halves, "a padding of more than half the kernel")
+    return (given[0], *_places(given, pool, dilation, pool.ceil))
+
+
+def _places(
+    given: Shape, layer: _Conv | _MaxPool | _AvgPool, dilation: Pair, ceil: bool
+) -> tuple[int, int]:
+    """Return the height and width that a sliding window leaves."""
+    windows = zip(given[1:], layer.kernel, layer.stride, layer.padding, dilation, strict=True)
+    height, width = (_along(*window, ceil) for window in windows)
+    return height, width
+
+
+def _along(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> int:
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    _require(room >= 0, f"{size} places with a window that is larger")
+    steps = -(-room // stride) if ceil else room // stride
+    # A last window that would start in the padding on the right is left out.
+    return steps if ceil and steps * stride >= size + padding else steps + 1
 
 
 Layer = Annotated[
@@ -170,34 +238,29 @@ def build(text: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequentia
     count = sum(layer.parameters() for layer in structure.layers)
     if count > MAX_PARAMETERS:
         raise PayloadError(f"structure has {count} parameters: at most {MAX_PARAMETERS}")
-    try:
-        with torch.device("meta"):
-            chain = nn.Sequential(*map(_module, structure.layers))
-        _check_shapes(chain, input_shape, classes)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PayloadError(f"structure: the layers do not fit together: {reason}") from error
-    chain.to_empty(device="cpu")
+    _check_shapes(structure, input_shape, classes)
+    with torch.random.fork_rng(devices=[]):
+        chain = nn.Sequential(*map(_module, structure.layers))
     with torch.no_grad():
         for parameter in chain.parameters():
             parameter.zero_()
     return chain
 
 
-def _check_shapes(chain: nn.Sequential, input_shape: tuple[int, ...], classes: int) -> None:
-    """Run one example through without memory or arithmetic."""
-    x = torch.empty(1, *input_shape, device="meta")
-    for name, layer in chain.named_children():
-        x = layer(x)
-        if x.numel() > MAX_ACTIVATION or x.shape[0] != 1:
+def _check_shapes(structure: Structure, input_shape: Shape, classes: int) -> None:
+    shape = tuple(input_shape)
+    for index, layer in enumerate(structure.layers):
+        try:
+            shape = layer.shape(shape)
+        except ValueError as error:
+            raise PayloadError(f"structure: layer {index} ({layer.kind}) {error}") from error
+        if math.prod(shape) > MAX_ACTIVATION:
             raise PayloadError(
-                f"structure layer {name} gives shape {tuple(x.shape)} for one example: must keep "
-                f"the first dimension, and hold at most {MAX_ACTIVATION} numbers"
+                f"structure: layer {index} ({layer.kind}) gives shape {shape} for one example: at "
+                f"most {MAX_ACTIVATION} numbers"
             )
-    if tuple(x.shape) != (1, classes):
-        raise PayloadError(
-            f"structure gives shape {tuple(x.shape)} for one example: must be (1, {classes})"
-        )
+    if shape != (classes,):
+        raise PayloadError(f"structure gives shape {shape} for one example: must be ({classes},)")
 
 
 def _record(name: str, layer: nn.Module) -> _Record:

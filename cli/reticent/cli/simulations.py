@@ -137,11 +137,21 @@ def _closing(run: Run, seconds: float) -> str:
         "",
         _spent(summary["privacy"]),
     ]
+    lines += _reshaped(summary["parameters"])
     lines.append(f"report    {run.folder / 'report.html'}")
     lines.append(f"artifact  {run.artifact}")
     lines.append(f"model     {summary['model']}")
     lines.append(f"finished in {seconds:.0f} s")
     return "\n".join(lines)
+
+
+def _reshaped(parameters: dict[str, int]) -> list[str]:
+    """Say how many parameters a student that was reshaped has left."""
+    deployed, before = (parameters.get(key) for key in ("deployed", "before"))
+    if before is None or deployed == before:
+        return []
+    sent = f"{parameters['kept']:,} trained and sent"
+    return [f"student   {deployed:,} parameters deployed, {before:,} before; {sent}"]
 
 
 _RELATIONS = {"add-or-remove-one": "add or remove", "replace-one": "replace"}

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from reticent.core.errors import PayloadError, PlanError
+from reticent.core.plan import Plan
+from reticent.core.tasks import Task
 
-from .fold import is_chain
+from .fold import folded, is_chain
 
 MAX_TEXT = 2**16
 MAX_LAYERS = 256
@@ -195,6 +197,28 @@ _PLAIN: dict[str, type[nn.Module]] = {
 }
 _Model = TypeVar("_Model", bound=BaseModel)
 _KINDS = "Conv2d, Linear, GroupNorm, pooling, Flatten and the usual activations"
+
+
+def student_of(task: Task, plan: Plan, text: str) -> nn.Module:
+    """Return an untrained student in the shape that is trained federatedly.
+
+    Args:
+        task: The task.
+        plan: The plan.
+        text: The layers, where the plan changes them; otherwise empty, and the student is the
+            task's own, with batch normalisation folded away.
+
+    Raises:
+        PayloadError: If the text is not a description that fits the task, or is there though the
+            plan does not change the layers, or is not there though it does.
+    """
+    if bool(text) != plan.student.reshaped:
+        wrong = "is there though" if text else "is missing: this run needs a description, as"
+        changes = "changes" if plan.student.reshaped else "does not change"
+        raise PayloadError(f"constants.structure {wrong} the plan {changes} the student's layers")
+    if text:
+        return build(text, task.input_shape, task.classes)
+    return folded(task.student(plan.student.model))
 
 
 def describe(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ DEFAULT_EPSILON = 8.0
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -88,6 +89,23 @@ class Prune(Section):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
+class Thin(Section):
+    """Structured pruning of the public-data student: whole filters and neurons are removed.
+
+    Attributes:
+        kind: How units are scored, on public data or weights: ``l1``, ``l2``, ``taylor``,
+            ``shapley`` or ``random``; ``none`` removes nothing.
+        share: Share of the units of every layer but the last that is removed.
+        shares: One share for each layer but the last, in order, instead of ``share``.
+        permutations: Sampled orders of the units of a layer, for ``shapley``.
+    """
+
+    kind: Literal["none", "l1", "l2", "taylor", "shapley", "random"] = "none"
+    share: Share = 0.5
+    shares: tuple[Share, ...] = ()
+    permutations: Count = 8
+
+
 class Quantize(Section):
     """Quantization-aware training of the weights and the int8 engine it is meant for."""
 
@@ -102,8 +120,19 @@ class Student(Section):
     epochs: Count = 60
     learning_rate: Positive = 0.01
     distill: Distill = Distill()
+    thin: Thin = Thin()
     prune: Prune = Prune()
     quantize: Quantize = Quantize()
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether the trained student has other layers than ``model``, which clients must get."""
+        return self.thin.kind != "none"
+
+    @property
+    def unshaped(self) -> Student:
+        """The same student without anything that changes its layers."""
+        return self.model_copy(update={"thin": Thin()})
 
 
 class Privacy(Section):

@@ -125,15 +125,21 @@ class Constants:
         kept: Bit-packed mask of the coordinates that are trained and sent; empty for all.
         soft_labels: float32 ``(classes, classes)``: the teacher's mean softened response to public
             examples of each label; shape ``(0, 0)`` when nothing is distilled on the devices.
+        structure: Layers of the student as text (:mod:`reticent.compression.structure`); empty when
+            they are those of the task's own student.
     """
 
     kept: bytes
     soft_labels: NDArray[np.float32]
+    structure: str = ""
 
     def encode(self) -> bytes:
-        """Return the constants as safetensors bytes."""
+        """Return the constants as safetensors bytes; an empty structure is left out."""
         kept = np.frombuffer(self.kept, dtype=np.uint8)
-        return save({"kept": kept, "soft_labels": self.soft_labels})
+        arrays = {"kept": kept, "soft_labels": self.soft_labels}
+        if self.structure:
+            arrays["structure"] = np.frombuffer(self.structure.encode("ascii"), dtype=np.uint8)
+        return save(arrays)
 
     @staticmethod
     def decode(data: bytes) -> Constants:
@@ -149,11 +155,27 @@ class Constants:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PayloadError(f"constants are not safetensors: {error}") from error
         kept, soft = arrays.get("kept"), arrays.get("soft_labels")
-        if kept is None or soft is None or len(arrays) != 2:
-            raise PayloadError(f"constants hold {sorted(arrays)}: must hold kept, soft_labels")
+        if kept is None or soft is None or set(arrays) - {"kept", "soft_labels", "structure"}:
+            raise PayloadError(
+                f"constants hold {sorted(arrays)}: must hold kept, soft_labels, and at most a "
+                "structure besides"
+            )
         square = soft.ndim == 2 and soft.shape[0] == soft.shape[1]
         if kept.dtype != np.uint8 or kept.ndim != 1 or soft.dtype != np.float32 or not square:
             raise PayloadError("constants have arrays of another type or shape")
         if not np.isfinite(soft).all():
             raise PayloadError("constants.soft_labels holds non-finite values")
-        return Constants(kept.tobytes(), soft)
+        return Constants(kept.tobytes(), soft, _text(arrays.get("structure")))
+
+
+def _text(codes: NDArray[np.uint8] | None) -> str:
+    """Return the structure's text.
+
+    Raises:
+        PayloadError: If it is not ASCII, or present and empty: then it would have two encodings.
+    """
+    if codes is None:
+        return ""
+    if codes.dtype != np.uint8 or codes.ndim != 1 or not codes.size or (codes > 127).any():
+        raise PayloadError("constants.structure is not ASCII text")
+    return codes.tobytes().decode("ascii")

@@ -30,6 +30,7 @@ from reticent.privacy.accounting import epsilon
 from .job import Job
 from .optimizer import ServerState
 from .public_training import accuracy, logits_of
+from .shrinking import parameters_of
 
 _SELF_TEST = 8
 _LATENCY_REPEATS = 200
@@ -67,7 +68,12 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
-        "parameters": {"kept": start.layout.size, "total": start.layout.total},
+        "parameters": {
+            "kept": start.layout.size,
+            "total": start.layout.total,
+            "before": parameters_of(start.public_only),
+            "deployed": parameters_of(final),
+        },
         "privacy": _privacy(job, state),
         "accuracy": _accuracies(job, final, spec),
         **_measured(job, final, spec),

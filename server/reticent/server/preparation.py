@@ -13,6 +13,7 @@ from torch import nn
 
 from reticent.compression.fold import folded
 from reticent.compression.prune import magnitude_mask
+from reticent.compression.structure import student_of
 from reticent.core.errors import DataError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
@@ -22,6 +23,7 @@ from reticent.core.update import Layout, Vector
 
 from .journal import Journal
 from .public_training import accuracy, soft_labels, train_public
+from .shrinking import reshaped, structure_of
 
 # Fixed, because the order of float32 additions, and so the model, depends on it; one, because two
 # threads that wait for each other on a busy machine are many times slower than one.
@@ -37,7 +39,7 @@ class Start:
     Attributes:
         teacher: Trained on the public split.
         public_only: The dense student trained on the public split: the baseline to beat.
-        student: The student that is trained federatedly, folded and pruned.
+        student: The student that is trained federatedly, folded, reshaped and pruned.
         layout: Its layout, with the mask.
         weights: Its parameters, float32 ``(layout.size,)``.
         constants: Encoded :class:`Constants`.
@@ -79,13 +81,22 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     say(f"teacher trained on {len(public.labels)} public examples")
     dense = _train_student(plan, task, teacher, _raw_student(plan, task), "student")
     public_only = folded(dense)
-    mask = _mask(plan, public_only)
-    # A copy even when nothing is pruned: the rounds write into the student, not into the baseline.
-    student = (
-        deepcopy(public_only) if mask is None else _tuned(plan, task, teacher, public_only, mask)
+    # A copy even when nothing is changed: the rounds write into the student, not into the baseline.
+    student = deepcopy(
+        reshaped(
+            plan,
+            public_only,
+            public,
+            lambda model, name: _tuned(plan, task, teacher, model, name),
+            say,
+        )
     )
+    mask = _mask(plan, student)
+    if mask is not None:
+        student = _tuned(plan, task, teacher, student, "pruned", mask)
     layout = Layout.of(student, mask)
-    constants = Constants(layout.kept, _soft_labels(plan, task, teacher)).encode()
+    soft, structure = _soft_labels(plan, task, teacher), structure_of(plan, task, student)
+    constants = Constants(layout.kept, soft, structure).encode()
     say(f"student trained: {layout.size:,} of {layout.total:,} parameters kept")
     _store(journal, teacher, public_only, student, constants)
     return Start(teacher, public_only, student, layout, layout.read(student), constants)
@@ -127,13 +138,18 @@ def _mask(plan: Plan, student: nn.Module) -> np.ndarray | None:
 
 
 def _tuned(
-    plan: Plan, task: Task, teacher: nn.Module, dense: nn.Module, mask: np.ndarray
+    plan: Plan,
+    task: Task,
+    teacher: nn.Module,
+    changed: nn.Module,
+    name: str,
+    mask: np.ndarray | None = None,
 ) -> nn.Module:
-    """Return the pruned student, tuned on public data with the mask held."""
-    student = _structure(plan, task)
+    """Return a copy of a changed student, tuned on public data; a mask is applied and held."""
+    student = deepcopy(changed)
     layout = Layout.of(student, mask)
-    layout.write(student, layout.read(dense))
-    kept = torch.from_numpy(mask).split(list(layout.sizes))
+    layout.write(student, layout.read(changed))
+    kept = torch.from_numpy(layout.mask).split(list(layout.sizes))
     for parameter, part in zip(student.parameters(), kept, strict=True):
         shaped = part.view_as(parameter).to(torch.float32)
         parameter.register_hook(lambda gradient, shaped=shaped: gradient * shaped)
@@ -145,12 +161,12 @@ def _tuned(
         max(1, section.epochs // 4),
         section.learning_rate / 10,
         plan.seed,
-        "pruned",
+        name,
         teacher if distill else None,
         distill,
     )
     # Weight decay and the hooks leave pruned coordinates at zero; a fresh copy drops the hooks.
-    final = _structure(plan, task)
+    final = deepcopy(changed)
     layout.write(final, layout.read(student))
     return final.eval()
 
@@ -180,11 +196,12 @@ def _restored(plan: Plan, task: Task, journal: Journal) -> Start | None:
         return None
     teacher = _loaded(task.teacher(), journal, "teacher")
     public_only = _loaded(_structure(plan, task), journal, "public-only")
-    student = _loaded(_structure(plan, task), journal, "start")
-    constants = encoded["bytes"].tobytes()
+    data = encoded["bytes"].tobytes()
+    constants = Constants.decode(data)
+    student = _loaded(student_of(task, plan, constants.structure), journal, "start")
     bare = Layout.of(student)
-    layout = Layout(bare.names, bare.shapes, Constants.decode(constants).kept)
-    return Start(teacher, public_only, student, layout, layout.read(student), constants)
+    layout = Layout(bare.names, bare.shapes, constants.kept)
+    return Start(teacher, public_only, student, layout, layout.read(student), data)
 
 
 def _loaded(model: nn.Module, journal: Journal, name: str) -> nn.Module:

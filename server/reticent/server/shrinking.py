@@ -1,0 +1,84 @@
+"""Making the public student smaller by changing its layers, before any private data are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from reticent.compression.fold import folded
+from reticent.compression.structure import build, describe
+from reticent.compression.thin import CRITERIA, thinned
+from reticent.core.plan import Plan
+from reticent.core.seeds import numpy_generator
+from reticent.core.tasks import Examples, Task
+from reticent.core.update import Layout
+
+Tune = Callable[[nn.Module, str], nn.Module]
+"""Trains a reshaped student a little on public data; the name decides the batches."""
+
+Say = Callable[[str], None]
+
+
+def reshaped(plan: Plan, dense: nn.Module, public: Examples, tune: Tune, say: Say) -> nn.Module:
+    """Return the student with the layers that the plan asks for, tuned on public data.
+
+    ``dense`` itself is returned when the plan changes no layers, and never changed.
+
+    Raises:
+        PlanError: If the student cannot be reshaped like that; the layer is named.
+    """
+    student = dense
+    if plan.student.thin.kind != "none":
+        student = tune(_thinned(plan, student, public, say), "thinned")
+    return student
+
+
+def sketch(plan: Plan, task: Task) -> nn.Module:
+    """Return a student with the layers that the plan asks for, without training or real data.
+
+    How many filters go follows from the plan alone; which ones does not matter here.
+
+    Raises:
+        PlanError: As :func:`reshaped`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = folded(task.student(plan.student.model).eval())
+    nothing = Examples(torch.zeros(1, *task.input_shape), torch.zeros(1, dtype=torch.int64))
+    thin = plan.student.thin
+    if thin.kind != "none":
+        by_weight = {"thin": thin.model_copy(update={"kind": "l1"})}
+        plan = plan.model_copy(update={"student": plan.student.model_copy(update=by_weight)})
+    return reshaped(plan, dense, nothing, lambda model, _: model, lambda _: None)
+
+
+def structure_of(plan: Plan, task: Task, student: nn.Module) -> str:
+    """Return what the run's constants say about the student's layers; empty if nothing.
+
+    Raises:
+        PlanError: If a layer has no description.
+        PayloadError: If the devices would refuse the description.
+    """
+    if not plan.student.reshaped:
+        return ""
+    text = describe(student)
+    build(text, task.input_shape, task.classes)
+    return text
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Return how many parameters a model has."""
+    return Layout.of(model).total
+
+
+def _thinned(plan: Plan, student: nn.Module, public: Examples, say: Say) -> nn.Module:
+    section = plan.student.thin
+    generator = numpy_generator(plan.seed, "thin", section.kind)
+    score = CRITERIA[section.kind](section.permutations)
+    shares = section.shares or section.share
+    smaller, cuts = thinned(student, score, shares, public, generator)
+    before, after = parameters_of(student), parameters_of(smaller)
+    say(f"student thinned from {before:,} to {after:,} parameters: {', '.join(map(str, cuts))}")
+    return smaller

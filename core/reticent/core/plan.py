@@ -83,10 +83,25 @@ class Distill(Section):
 
 
 class Prune(Section):
-    """Magnitude pruning of the public-data student, before any private data are used."""
+    """Pruning of single weights of the public-data student, before any private data are used.
 
-    kind: Literal["magnitude", "none"] = "magnitude"
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    Attributes:
+        kind: How weights are scored, on public data: ``magnitude``, ``taylor`` (weight times
+            gradient) or ``random``; ``none`` drops nothing.
+        sparsity: Share of the prunable weights that is dropped.
+        schedule: ``one-shot``: once, then tuned. ``gradual``: in steps along a cubic curve (Zhu and
+            Gupta 2017). ``weight-rewind`` and ``rate-rewind``: in steps, after each of which
+            training resumes at ``rewind`` with the weights that it had there (Frankle et al. 2020),
+            or with its learning rates alone (Renda et al. 2020).
+        steps: Steps of every schedule but ``one-shot``.
+        rewind: Share of the training on public data that is not repeated.
+    """
+
+    kind: Literal["magnitude", "taylor", "random", "none"] = "magnitude"
+    sparsity: Share = 0.5
+    schedule: Literal["one-shot", "gradual", "weight-rewind", "rate-rewind"] = "one-shot"
+    steps: Count = 4
+    rewind: Share = 0.25
 
 
 class Thin(Section):
@@ -123,6 +138,15 @@ class Student(Section):
     thin: Thin = Thin()
     prune: Prune = Prune()
     quantize: Quantize = Quantize()
+
+    @model_validator(mode="after")
+    def _rewinds_to_its_own_layers(self) -> Self:
+        if self.prune.kind != "none" and self.prune.schedule == "weight-rewind" and self.reshaped:
+            raise ValueError(
+                'prune.schedule="weight-rewind" goes back to weights of the student\'s own layers, '
+                'which are changed here: use prune.schedule="rate-rewind", or leave thin off'
+            )
+        return self
 
     @property
     def reshaped(self) -> bool:

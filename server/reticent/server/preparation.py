@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from reticent.compression.fold import folded
-from reticent.compression.prune import magnitude_mask
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError
 from reticent.core.plan import Plan
@@ -22,8 +21,9 @@ from reticent.core.tasks import Task
 from reticent.core.update import Layout, Vector
 
 from .journal import Journal
+from .pruning import Stretch, Train, pruned
 from .public_training import accuracy, soft_labels, train_public
-from .shrinking import reshaped, structure_of
+from .shrinking import reshaped, sketch, structure_of
 
 # Fixed, because the order of float32 additions, and so the model, depends on it; one, because two
 # threads that wait for each other on a busy machine are many times slower than one.
@@ -75,25 +75,19 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
+    if plan.student.reshaped:
+        structure_of(plan, task, sketch(plan, task))  # refused now rather than after training
     teacher = _seeded(plan, "teacher", task.teacher)
     section = plan.teacher
     train_public(teacher, public, section.epochs, section.learning_rate, plan.seed, "teacher")
     say(f"teacher trained on {len(public.labels)} public examples")
     dense = _train_student(plan, task, teacher, _raw_student(plan, task), "student")
     public_only = folded(dense)
+    train = _trainer(plan, task, teacher)
+    student = reshaped(plan, public_only, public, train, say)
+    student, mask = pruned(plan, student, lambda: _raw_student(plan, task), public, train)
     # A copy even when nothing is changed: the rounds write into the student, not into the baseline.
-    student = deepcopy(
-        reshaped(
-            plan,
-            public_only,
-            public,
-            lambda model, name: _tuned(plan, task, teacher, model, name),
-            say,
-        )
-    )
-    mask = _mask(plan, student)
-    if mask is not None:
-        student = _tuned(plan, task, teacher, student, "pruned", mask)
+    student = deepcopy(student)
     layout = Layout.of(student, mask)
     soft, structure = _soft_labels(plan, task, teacher), structure_of(plan, task, student)
     constants = Constants(layout.kept, soft, structure).encode()
@@ -130,45 +124,25 @@ def _train_student(
     )
 
 
-def _mask(plan: Plan, student: nn.Module) -> np.ndarray | None:
-    prune = plan.student.prune
-    if prune.kind == "none" or prune.sparsity == 0:
-        return None
-    return magnitude_mask(student, prune.sparsity)
-
-
-def _tuned(
-    plan: Plan,
-    task: Task,
-    teacher: nn.Module,
-    changed: nn.Module,
-    name: str,
-    mask: np.ndarray | None = None,
-) -> nn.Module:
-    """Return a copy of a changed student, tuned on public data; a mask is applied and held."""
-    student = deepcopy(changed)
-    layout = Layout.of(student, mask)
-    layout.write(student, layout.read(changed))
-    kept = torch.from_numpy(layout.mask).split(list(layout.sizes))
-    for parameter, part in zip(student.parameters(), kept, strict=True):
-        shaped = part.view_as(parameter).to(torch.float32)
-        parameter.register_hook(lambda gradient, shaped=shaped: gradient * shaped)
+def _trainer(plan: Plan, task: Task, teacher: nn.Module) -> Train:
+    """Return what trains a changed student on public data."""
     section = plan.student
     distill = section.distill if section.distill.kind == "response" else None
-    train_public(
-        student,
-        task.public(),
-        max(1, section.epochs // 4),
-        section.learning_rate / 10,
-        plan.seed,
-        name,
-        teacher if distill else None,
-        distill,
-    )
-    # Weight decay and the hooks leave pruned coordinates at zero; a fresh copy drops the hooks.
-    final = deepcopy(changed)
-    layout.write(final, layout.read(student))
-    return final.eval()
+
+    def train(model: nn.Module, name: str, stretch: Stretch) -> object:
+        return train_public(
+            model,
+            task.public(),
+            stretch.epochs,
+            stretch.learning_rate,
+            plan.seed,
+            name,
+            teacher if distill else None,
+            distill,
+            stretch.span,
+        )
+
+    return train
 
 
 def _structure(plan: Plan, task: Task) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ def train_public(
     name: str,
     teacher: nn.Module | None = None,
     distill: Distill | None = None,
+    span: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Train ``model`` in place on public examples and return it in evaluation mode.
 
@@ -32,6 +35,9 @@ def train_public(
 
     Args:
         name: Names the random streams: batches depend on ``(seed, name)`` only.
+        span: First epoch and the one after the last, to train only a part of the ``epochs``: with
+            the learning rates of that part, and an optimizer that starts anew. A part that begins
+            at 0 is the beginning of the whole training, bit for bit.
     """
     generator = numpy_generator(seed, "public", name)
     count = len(examples.labels)
@@ -39,8 +45,13 @@ def train_public(
     steps = epochs * max(1, count // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    first, last = (steps * epoch // epochs for epoch in span or (0, epochs))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in range(first):
+            schedule.step()
     model.train()
-    for _ in range(steps):
+    for _ in range(first, last):
         chosen = torch.from_numpy(generator.choice(count, batch, replace=False))
         inputs, labels = examples.inputs[chosen], examples.labels[chosen]
         if inputs.ndim == 4:

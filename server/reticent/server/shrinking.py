@@ -15,13 +15,12 @@ from reticent.core.seeds import numpy_generator
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout
 
-Tune = Callable[[nn.Module, str], nn.Module]
-"""Trains a reshaped student a little on public data; the name decides the batches."""
+from .pruning import Train, trained_under, tuning
 
 Say = Callable[[str], None]
 
 
-def reshaped(plan: Plan, dense: nn.Module, public: Examples, tune: Tune, say: Say) -> nn.Module:
+def reshaped(plan: Plan, dense: nn.Module, public: Examples, train: Train, say: Say) -> nn.Module:
     """Return the student with the layers that the plan asks for, tuned on public data.
 
     ``dense`` itself is returned when the plan changes no layers, and never changed.
@@ -31,7 +30,8 @@ def reshaped(plan: Plan, dense: nn.Module, public: Examples, tune: Tune, say: Sa
     """
     student = dense
     if plan.student.thin.kind != "none":
-        student = tune(_thinned(plan, student, public, say), "thinned")
+        student = _thinned(plan, student, public, say)
+        student = trained_under(student, None, train, "thinned", tuning(plan))
     return student
 
 
@@ -51,7 +51,7 @@ def sketch(plan: Plan, task: Task) -> nn.Module:
     if thin.kind != "none":
         by_weight = {"thin": thin.model_copy(update={"kind": "l1"})}
         plan = plan.model_copy(update={"student": plan.student.model_copy(update=by_weight)})
-    return reshaped(plan, dense, nothing, lambda model, _: model, lambda _: None)
+    return reshaped(plan, dense, nothing, lambda *_: None, lambda _: None)
 
 
 def structure_of(plan: Plan, task: Task, student: nn.Module) -> str:

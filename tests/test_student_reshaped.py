@@ -39,7 +39,8 @@ SMALL = [
 ]
 
 THIN = ["student.thin.kind=taylor", "student.thin.share=0.3"]
-SHAPES = {"thin": THIN}
+FACTORIZE = ["student.factorize.kind=svd", "student.factorize.keep=0.5"]
+SHAPES = {"thin+factorize": [*THIN, *FACTORIZE]}
 NO_SOFT = np.zeros((0, 0), dtype=np.float32)
 
 

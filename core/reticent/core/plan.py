@@ -121,6 +121,22 @@ class Thin(Section):
     permutations: Count = 8
 
 
+class Factorize(Section):
+    """Low-rank factorization of the public-data student, after thinning and before pruning.
+
+    Attributes:
+        kind: ``svd``: layers become two factors by truncated singular value decomposition, where
+            that makes them smaller. ``none``: they stay.
+        rule: ``energy``: the rank keeps a share of the squared singular values; ``size``: of the
+            layer's parameters.
+        keep: That share.
+    """
+
+    kind: Literal["none", "svd"] = "none"
+    rule: Literal["energy", "size"] = "size"
+    keep: Probability = 0.5
+
+
 class Quantize(Section):
     """Quantization-aware training of the weights and the int8 engine it is meant for."""
 
@@ -136,6 +152,7 @@ class Student(Section):
     learning_rate: Positive = 0.01
     distill: Distill = Distill()
     thin: Thin = Thin()
+    factorize: Factorize = Factorize()
     prune: Prune = Prune()
     quantize: Quantize = Quantize()
 
@@ -144,19 +161,19 @@ class Student(Section):
         if self.prune.kind != "none" and self.prune.schedule == "weight-rewind" and self.reshaped:
             raise ValueError(
                 'prune.schedule="weight-rewind" goes back to weights of the student\'s own layers, '
-                'which are changed here: use prune.schedule="rate-rewind", or leave thin off'
+                'which thin and factorize change: use "rate-rewind", or leave them off'
             )
         return self
 
     @property
     def reshaped(self) -> bool:
         """Whether the trained student has other layers than ``model``, which clients must get."""
-        return self.thin.kind != "none"
+        return self.thin.kind != "none" or self.factorize.kind != "none"
 
     @property
     def unshaped(self) -> Student:
         """The same student without anything that changes its layers."""
-        return self.model_copy(update={"thin": Thin()})
+        return self.model_copy(update={"thin": Thin(), "factorize": Factorize()})
 
 
 class Privacy(Section):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from reticent.compression.factorize import factorized
 from reticent.compression.fold import folded
 from reticent.compression.structure import build, describe
 from reticent.compression.thin import CRITERIA, thinned
@@ -32,13 +33,18 @@ def reshaped(plan: Plan, dense: nn.Module, public: Examples, train: Train, say: 
     if plan.student.thin.kind != "none":
         student = _thinned(plan, student, public, say)
         student = trained_under(student, None, train, "thinned", tuning(plan))
+    if plan.student.factorize.kind != "none":
+        student = _factorized(plan, student, say)
+        student = trained_under(student, None, train, "factorized", tuning(plan))
     return student
 
 
 def sketch(plan: Plan, task: Task) -> nn.Module:
     """Return a student with the layers that the plan asks for, without training or real data.
 
-    How many filters go follows from the plan alone; which ones does not matter here.
+    How many filters go follows from the plan alone; which ones does not matter here. Ranks by
+    energy are those of random weights, whose singular values are more alike than those of trained
+    ones: more parameters, if anything, than the run will have.
 
     Raises:
         PlanError: As :func:`reshaped`.
@@ -71,6 +77,15 @@ def structure_of(plan: Plan, task: Task, student: nn.Module) -> str:
 def parameters_of(model: nn.Module) -> int:
     """Return how many parameters a model has."""
     return Layout.of(model).total
+
+
+def _factorized(plan: Plan, student: nn.Module, say: Say) -> nn.Module:
+    section = plan.student.factorize
+    smaller, splits = factorized(student, section.rule, section.keep)
+    before, after = parameters_of(student), parameters_of(smaller)
+    done = ", ".join(map(str, splits)) or "no layer would get smaller"
+    say(f"student factorized from {before:,} to {after:,} parameters: {done}")
+    return smaller
 
 
 def _thinned(plan: Plan, student: nn.Module, public: Examples, say: Say) -> nn.Module:

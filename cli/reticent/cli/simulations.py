@@ -146,9 +146,9 @@ def _closing(run: Run, seconds: float) -> str:
 
 
 def _reshaped(parameters: dict[str, int]) -> list[str]:
-    """Say how many parameters a student that was reshaped has left."""
+    """Say how many parameters a student that was reshaped or frozen has."""
     deployed, before = (parameters.get(key) for key in ("deployed", "before"))
-    if before is None or deployed == before:
+    if deployed == before and deployed in (None, parameters["total"]):
         return []
     sent = f"{parameters['kept']:,} trained and sent"
     return [f"student   {deployed:,} parameters deployed, {before:,} before; {sent}"]

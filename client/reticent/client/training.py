@@ -24,16 +24,16 @@ from reticent.privacy.clipping import ClippedGradients, Loss
 from reticent.privacy.randomness import Randomness
 
 
-def student_model(task: Task, plan: Plan, structure: str = "") -> nn.Module:
+def student_model(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
     """Return an untrained student in the shape that is trained federatedly: norm-free or GroupNorm.
 
-    Batch normalisation, used only while the student is trained on public data, is folded away.
-    ``structure`` is that of the run's :class:`Constants`.
+    Batch normalisation, used only while the student is trained on public data, is folded away. The
+    run's constants are needed where the plan changes the student's layers.
 
     Raises:
-        PayloadError: If the structure is not one that the plan and the task allow.
+        PayloadError: If their structure is not one that the plan and the task allow.
     """
-    return student_of(task, plan, structure)
+    return student_of(task, plan, constants)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LocalTrainer:
         """
         _check_soft_labels(constants, task)
         self._plan = plan
-        self._model = student_model(task, plan, constants.structure)
+        self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
@@ -159,7 +159,7 @@ class LocalTrainer:
         return loss
 
 
-def require_whole_gradients(plan: Plan, task: Task, structure: str = "") -> None:
+def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None = None) -> None:
     """Check on a few random examples that what is clipped and summed is the student's gradient.
 
     It is not where a parameter is used by something else than a layer, or by none. Privacy does not
@@ -171,10 +171,10 @@ def require_whole_gradients(plan: Plan, task: Task, structure: str = "") -> None
     private = plan.private
     if private is None or private.unit == "client":
         return
-    model, same = (student_model(task, plan, structure) for _ in range(2))
+    model, same = (student_model(task, plan, constants) for _ in range(2))
     layout = Layout.of(model)
     draws = torch.Generator().manual_seed(0)
-    if structure:  # it comes with no weights of its own
+    if constants and constants.structure:  # it comes with no weights of its own
         layout.write(model, (0.1 * torch.randn(layout.size, generator=draws)).numpy())
     same.load_state_dict(model.state_dict())
     inputs = torch.randn((_TRIED, *task.input_shape), generator=draws)

@@ -17,8 +17,10 @@ from torch import nn
 
 from reticent.core.errors import PayloadError, PlanError
 from reticent.core.plan import Plan
+from reticent.core.protocol import Constants
 from reticent.core.tasks import Task
 
+from .adapt import Adapted, Frozen, adapted, hold_values, is_adapted, largest_rank
 from .fold import folded, is_chain
 
 MAX_TEXT = 2**16
@@ -177,13 +179,22 @@ Layer = Annotated[
 ]
 
 
+class _Adapter(_Record):
+    layer: Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+    rank: Size
+
+
 class Structure(BaseModel):
-    """The layers of a chain in order: what the text holds."""
+    """The layers of a chain in order, and which of them have factors: what the text holds.
+
+    With any factors everything but them is held (:mod:`reticent.compression.adapt`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[1] = 1
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+    adapters: Annotated[tuple[_Adapter, ...], Field(max_length=MAX_LAYERS)] = ()
 
 
 _PLAIN: dict[str, type[nn.Module]] = {
@@ -199,26 +210,35 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _KINDS = "Conv2d, Linear, GroupNorm, pooling, Flatten and the usual activations"
 
 
-def student_of(task: Task, plan: Plan, text: str) -> nn.Module:
+def student_of(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
     """Return an untrained student in the shape that is trained federatedly.
 
     Args:
         task: The task.
         plan: The plan.
-        text: The layers, where the plan changes them; otherwise empty, and the student is the
-            task's own, with batch normalisation folded away.
+        constants: Hold the layers where the plan changes them, and what is held. Otherwise the
+            student is the task's own, with batch normalisation folded away.
 
     Raises:
-        PayloadError: If the text is not a description that fits the task, or is there though the
-            plan does not change the layers, or is not there though it does.
+        PayloadError: If the structure is not a description that fits the task, or is there though
+            the plan does not change the layers, or is not there though it does; or if what is held
+            is not what this student holds.
     """
+    text = constants.structure if constants else ""
     if bool(text) != plan.student.reshaped:
         wrong = "is there though" if text else "is missing: this run needs a description, as"
         changes = "changes" if plan.student.reshaped else "does not change"
         raise PayloadError(f"constants.structure {wrong} the plan {changes} the student's layers")
+    model: nn.Module
     if text:
-        return build(text, task.input_shape, task.classes)
-    return folded(task.student(plan.student.model))
+        model = build(text, task.input_shape, task.classes)
+    else:
+        model = folded(task.student(plan.student.model))
+    if is_adapted(model) != (plan.student.adapt.kind != "none"):
+        raise PayloadError("constants.structure has factors exactly when the plan does not ask so")
+    if constants is not None:
+        hold_values(model, constants.held)
+    return model
 
 
 def describe(model: nn.Module) -> str:
@@ -232,8 +252,11 @@ def describe(model: nn.Module) -> str:
             f"student {type(model).__name__}: only an nn.Sequential of layers can be reshaped "
             "(student.thin, student.factorize, student.adapt); write it as one, or leave them off"
         )
-    layers = tuple(_record(name, layer) for name, layer in model.named_children())
-    structure = _checked(Structure, {"layers": layers}, "student")
+    children = [(n, m.layer if isinstance(m, Frozen) else m) for n, m in model.named_children()]
+    layers = tuple(_record(name, layer) for name, layer in children)
+    ranks = {i: m.rank for i, m in enumerate(model) if isinstance(m, Adapted)}
+    adapters = tuple(_Adapter(layer=i, rank=rank) for i, rank in ranks.items())
+    structure = _checked(Structure, {"layers": layers, "adapters": adapters}, "student")
     return structure.model_dump_json()
 
 
@@ -268,7 +291,18 @@ def build(text: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequentia
     with torch.no_grad():
         for parameter in chain.parameters():
             parameter.zero_()
-    return chain
+    return _with_adapters(chain, structure) if structure.adapters else chain
+
+
+def _with_adapters(chain: nn.Sequential, structure: Structure) -> nn.Sequential:
+    ranks = {adapter.layer: adapter.rank for adapter in structure.adapters}
+    layers = dict(enumerate(chain))
+    wrong = [i for i, rank in ranks.items() if i not in layers or rank > largest_rank(layers[i])]
+    if wrong or len(ranks) < len(structure.adapters):
+        raise PayloadError(
+            "structure: every adapter must be of another layer, and smaller than the layer"
+        )
+    return adapted(chain, ranks)
 
 
 def _check_shapes(structure: Structure, input_shape: Shape, classes: int) -> None:

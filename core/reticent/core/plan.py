@@ -137,6 +137,20 @@ class Factorize(Section):
     keep: Probability = 0.5
 
 
+class Adapt(Section):
+    """Low-rank adapters (Hu et al. 2021): the public student is frozen, clients train factors.
+
+    Attributes:
+        kind: ``lora`` or ``none``.
+        rank: Rank of the change of every adapted layer.
+        layers: Names of the adapted layers; empty for all whose factors are smaller than they are.
+    """
+
+    kind: Literal["none", "lora"] = "none"
+    rank: Count = 4
+    layers: tuple[str, ...] = ()
+
+
 class Quantize(Section):
     """Quantization-aware training of the weights and the int8 engine it is meant for."""
 
@@ -154,7 +168,18 @@ class Student(Section):
     thin: Thin = Thin()
     factorize: Factorize = Factorize()
     prune: Prune = Prune()
+    adapt: Adapt = Adapt()
     quantize: Quantize = Quantize()
+
+    @model_validator(mode="after")
+    def _keeps_what_is_pruned(self) -> Self:
+        pruned = self.prune.kind != "none" and self.prune.sparsity > 0
+        if self.adapt.kind != "none" and pruned:
+            raise ValueError(
+                f'adapt.kind="{self.adapt.kind}": the factors would fill again what is pruned: '
+                'use prune.kind="none", and thin or factorize to make the student smaller'
+            )
+        return self
 
     @model_validator(mode="after")
     def _rewinds_to_its_own_layers(self) -> Self:
@@ -168,12 +193,12 @@ class Student(Section):
     @property
     def reshaped(self) -> bool:
         """Whether the trained student has other layers than ``model``, which clients must get."""
-        return self.thin.kind != "none" or self.factorize.kind != "none"
+        return {self.thin.kind, self.factorize.kind, self.adapt.kind} != {"none"}
 
     @property
     def unshaped(self) -> Student:
         """The same student without anything that changes its layers."""
-        return self.model_copy(update={"thin": Thin(), "factorize": Factorize()})
+        return self.model_copy(update={"thin": Thin(), "factorize": Factorize(), "adapt": Adapt()})
 
 
 class Privacy(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -127,18 +127,23 @@ class Constants:
             examples of each label; shape ``(0, 0)`` when nothing is distilled on the devices.
         structure: Layers of the student as text (:mod:`reticent.compression.structure`); empty when
             they are those of the task's own student.
+        held: float32 ``(n,)``: parameters that are not trained, of a student with adapters; empty
+            otherwise.
     """
 
     kept: bytes
     soft_labels: NDArray[np.float32]
     structure: str = ""
+    held: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def encode(self) -> bytes:
-        """Return the constants as safetensors bytes; an empty structure is left out."""
+        """Return the constants as safetensors bytes; empty parts that are rare are left out."""
         kept = np.frombuffer(self.kept, dtype=np.uint8)
         arrays = {"kept": kept, "soft_labels": self.soft_labels}
         if self.structure:
             arrays["structure"] = np.frombuffer(self.structure.encode("ascii"), dtype=np.uint8)
+        if self.held.size:
+            arrays["held"] = self.held
         return save(arrays)
 
     @staticmethod
@@ -155,17 +160,19 @@ class Constants:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PayloadError(f"constants are not safetensors: {error}") from error
         kept, soft = arrays.get("kept"), arrays.get("soft_labels")
-        if kept is None or soft is None or set(arrays) - {"kept", "soft_labels", "structure"}:
+        known = {"kept", "soft_labels", "structure", "held"}
+        if kept is None or soft is None or set(arrays) - known:
             raise PayloadError(
-                f"constants hold {sorted(arrays)}: must hold kept, soft_labels, and at most a "
-                "structure besides"
+                f"constants hold {sorted(arrays)}: must hold kept, soft_labels, and at most "
+                "structure and held besides"
             )
         square = soft.ndim == 2 and soft.shape[0] == soft.shape[1]
         if kept.dtype != np.uint8 or kept.ndim != 1 or soft.dtype != np.float32 or not square:
             raise PayloadError("constants have arrays of another type or shape")
         if not np.isfinite(soft).all():
             raise PayloadError("constants.soft_labels holds non-finite values")
-        return Constants(kept.tobytes(), soft, _text(arrays.get("structure")))
+        structure, held = _text(arrays.get("structure")), _held(arrays.get("held"))
+        return Constants(kept.tobytes(), soft, structure, held)
 
 
 def _text(codes: NDArray[np.uint8] | None) -> str:
@@ -179,3 +186,18 @@ def _text(codes: NDArray[np.uint8] | None) -> str:
     if codes.dtype != np.uint8 or codes.ndim != 1 or not codes.size or (codes > 127).any():
         raise PayloadError("constants.structure is not ASCII text")
     return codes.tobytes().decode("ascii")
+
+
+def _held(values: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Return the held parameters.
+
+    Raises:
+        PayloadError: If they are not float32 numbers, or present and none.
+    """
+    if values is None:
+        return np.zeros(0, dtype=np.float32)
+    if values.dtype != np.float32 or values.ndim != 1 or not values.size:
+        raise PayloadError("constants.held has another type or shape")
+    if not np.isfinite(values).all():
+        raise PayloadError("constants.held holds non-finite values")
+    return values

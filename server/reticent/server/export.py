@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from reticent.compression.adapt import merged
 from reticent.compression.artifact import load_artifact
 from reticent.compression.bench import Latency, measure, size_on_disk
 from reticent.compression.integer import build
@@ -67,8 +68,9 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
     with _finished(run) as (job, state):
-        start, final = job.start, cast(nn.Sequential, job.start.student)
-        start.layout.write(final, state.average)
+        start = job.start
+        start.layout.write(start.student, state.average)
+        final = cast(nn.Sequential, merged(start.student))
         spec = int8_of(final, job.task)
         times = latencies(job, final, spec, repeats)
         test = job.task.test()

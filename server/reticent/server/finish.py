@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from reticent.compression.adapt import merged
 from reticent.compression.artifact import (
     SelfTest,
     TaskInfo,
@@ -53,8 +54,9 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
     Raises:
         ArtifactError: If the student has a layer that has no integer form.
     """
-    start, final = job.start, job.start.student
-    start.layout.write(final, state.average)
+    start = job.start
+    start.layout.write(start.student, state.average)
+    final = merged(start.student)
     if not is_chain(final):
         raise ArtifactError(
             f"student {type(final).__name__}: only nn.Sequential students can be converted to "

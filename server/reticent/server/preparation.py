@@ -23,7 +23,7 @@ from reticent.core.update import Layout, Vector
 from .journal import Journal
 from .pruning import Stretch, Train, pruned
 from .public_training import accuracy, soft_labels, train_public
-from .shrinking import reshaped, sketch, structure_of
+from .shrinking import constants_of, reshaped, sketch, with_adapters
 
 # Fixed, because the order of float32 additions, and so the model, depends on it; one, because two
 # threads that wait for each other on a busy machine are many times slower than one.
@@ -76,7 +76,8 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
     if plan.student.reshaped:
-        structure_of(plan, task, sketch(plan, task))  # refused now rather than after training
+        # What cannot be done is refused now rather than after training.
+        constants_of(plan, task, sketch(plan, task), b"", np.zeros((0, 0), dtype=np.float32))
     teacher = _seeded(plan, "teacher", task.teacher)
     section = plan.teacher
     train_public(teacher, public, section.epochs, section.learning_rate, plan.seed, "teacher")
@@ -87,10 +88,10 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     student = reshaped(plan, public_only, public, train, say)
     student, mask = pruned(plan, student, lambda: _raw_student(plan, task), public, train)
     # A copy even when nothing is changed: the rounds write into the student, not into the baseline.
-    student = deepcopy(student)
+    student = with_adapters(plan, deepcopy(student))
     layout = Layout.of(student, mask)
-    soft, structure = _soft_labels(plan, task, teacher), structure_of(plan, task, student)
-    constants = Constants(layout.kept, soft, structure).encode()
+    soft = _soft_labels(plan, task, teacher)
+    constants = constants_of(plan, task, student, layout.kept, soft).encode()
     say(f"student trained: {layout.size:,} of {layout.total:,} parameters kept")
     _store(journal, teacher, public_only, student, constants)
     return Start(teacher, public_only, student, layout, layout.read(student), constants)
@@ -172,7 +173,7 @@ def _restored(plan: Plan, task: Task, journal: Journal) -> Start | None:
     public_only = _loaded(_structure(plan, task), journal, "public-only")
     data = encoded["bytes"].tobytes()
     constants = Constants.decode(data)
-    student = _loaded(student_of(task, plan, constants.structure), journal, "start")
+    student = _loaded(student_of(task, plan, constants), journal, "start")
     bare = Layout.of(student)
     layout = Layout(bare.names, bare.shapes, constants.kept)
     return Start(teacher, public_only, student, layout, layout.read(student), data)

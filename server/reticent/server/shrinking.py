@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from reticent.compression.adapt import adapted, begin, held_values, ranks_of
 from reticent.compression.factorize import factorized
 from reticent.compression.fold import folded
-from reticent.compression.structure import build, describe
+from reticent.compression.structure import describe, student_of
 from reticent.compression.thin import CRITERIA, thinned
 from reticent.core.plan import Plan
-from reticent.core.seeds import numpy_generator
+from reticent.core.protocol import Constants
+from reticent.core.seeds import numpy_generator, torch_generator
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout
 
@@ -40,7 +44,7 @@ def reshaped(plan: Plan, dense: nn.Module, public: Examples, train: Train, say: 
 
 
 def sketch(plan: Plan, task: Task) -> nn.Module:
-    """Return a student with the layers that the plan asks for, without training or real data.
+    """Return a student as the plan asks for it to be trained, without training or real data.
 
     How many filters go follows from the plan alone; which ones does not matter here. Ranks by
     energy are those of random weights, whose singular values are more alike than those of trained
@@ -57,21 +61,40 @@ def sketch(plan: Plan, task: Task) -> nn.Module:
     if thin.kind != "none":
         by_weight = {"thin": thin.model_copy(update={"kind": "l1"})}
         plan = plan.model_copy(update={"student": plan.student.model_copy(update=by_weight)})
-    return reshaped(plan, dense, nothing, lambda *_: None, lambda _: None)
+    student = reshaped(plan, dense, nothing, lambda *_: None, lambda _: None)
+    return with_adapters(plan, student)
 
 
-def structure_of(plan: Plan, task: Task, student: nn.Module) -> str:
-    """Return what the run's constants say about the student's layers; empty if nothing.
+def with_adapters(plan: Plan, student: nn.Module) -> nn.Module:
+    """Return the student with the factors that the plan asks for, or itself without any.
+
+    Every A is drawn by the plan's seed, every B is zero: the function stays the same.
+
+    Raises:
+        PlanError: If there is no such layer, or its factors would not be smaller than itself.
+    """
+    section = plan.student.adapt
+    if section.kind == "none":
+        return student
+    frozen = adapted(student, ranks_of(student, section.rank, section.layers))
+    begin(frozen, torch_generator(plan.seed, "adapt"))
+    return frozen
+
+
+def constants_of(
+    plan: Plan, task: Task, student: nn.Module, kept: bytes, soft_labels: NDArray[np.float32]
+) -> Constants:
+    """Return the run's constants: with the student's layers, where the plan changes them.
 
     Raises:
         PlanError: If a layer has no description.
         PayloadError: If the devices would refuse the description.
     """
     if not plan.student.reshaped:
-        return ""
-    text = describe(student)
-    build(text, task.input_shape, task.classes)
-    return text
+        return Constants(kept, soft_labels)
+    constants = Constants(kept, soft_labels, describe(student), held_values(student))
+    student_of(task, plan, constants)
+    return constants
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from reticent.privacy.accounting import epsilon
 from reticent.privacy.calibrate import max_rounds
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
-from reticent.server.shrinking import sketch, structure_of
+from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs
 
@@ -39,7 +39,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     task = load_task(plan.task, plan.seed)
     constants = sketched_constants(plan, task)
     LocalTrainer(plan, task, constants)
-    require_whole_gradients(plan, task, constants.structure)
+    require_whole_gradients(plan, task, constants)
     return task, schedule_for(plan)
 
 
@@ -78,8 +78,8 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
 
 def sketched_constants(plan: Plan, task: Task) -> Constants:
     """Return the constants of a run as far as they are known before training: no mask."""
-    structure = structure_of(plan, task, sketch(plan, task)) if plan.student.reshaped else ""
-    return Constants(b"", np.zeros((0, 0), dtype=np.float32), structure)
+    nothing = np.zeros((0, 0), dtype=np.float32)
+    return constants_of(plan, task, sketch(plan, task), b"", nothing)
 
 
 def _half_mask(plan: Plan, task: Task) -> Constants:

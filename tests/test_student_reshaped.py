@@ -169,9 +169,19 @@ def test_only_the_factors_of_an_adapted_student_change(tmp_path: Path) -> None:
         assert torch.equal(a, b) == (name != "7.weight")
 
 
-def test_a_plan_keeps_what_it_pruned() -> None:
+def test_adapters_need_dense_layers_that_are_known_before_training() -> None:
     with pytest.raises(PlanError, match="would fill again what is pruned"):
         plan_of("student.adapt.kind=lora")
+    with pytest.raises(PlanError, match="must be known before training"):
+        plan_of(*ADAPT, "student.factorize.kind=svd", "student.factorize.rule=energy")
+
+
+def test_devices_refuse_a_student_that_is_larger_than_the_plans() -> None:
+    thin = plan_of(*THIN)
+    task = task_of(thin)
+    wide = describe(student_model(task, plan_of("student.model=tiny"))).replace("16", "17")
+    with pytest.raises(PayloadError, match="at most 15338"):
+        LocalTrainer(thin, task, Constants(b"", NO_SOFT, wide))
 
 
 def test_devices_take_factors_and_held_values_exactly_as_planned() -> None:

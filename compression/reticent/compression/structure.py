@@ -229,11 +229,11 @@ def student_of(task: Task, plan: Plan, constants: Constants | None = None) -> nn
         wrong = "is there though" if text else "is missing: this run needs a description, as"
         changes = "changes" if plan.student.reshaped else "does not change"
         raise PayloadError(f"constants.structure {wrong} the plan {changes} the student's layers")
-    model: nn.Module
+    model = folded(task.student(plan.student.model))
     if text:
-        model = build(text, task.input_shape, task.classes)
-    else:
-        model = folded(task.student(plan.student.model))
+        # Nothing that a plan can ask for makes a student larger than the one its owner agreed to.
+        most = sum(p.numel() for p in model.parameters())
+        model = build(text, task.input_shape, task.classes, min(most, MAX_PARAMETERS))
     if is_adapted(model) != (plan.student.adapt.kind != "none"):
         raise PayloadError("constants.structure has factors exactly when the plan does not ask so")
     if constants is not None:
@@ -260,7 +260,9 @@ def describe(model: nn.Module) -> str:
     return structure.model_dump_json()
 
 
-def build(text: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequential:
+def build(
+    text: str, input_shape: tuple[int, ...], classes: int, most: int = MAX_PARAMETERS
+) -> nn.Sequential:
     """Return the chain that ``text`` describes, with all parameters zero.
 
     No random numbers are drawn.
@@ -269,6 +271,7 @@ def build(text: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequentia
         text: What :func:`describe` made, or anything at all.
         input_shape: Shape of one example.
         classes: Length of the logits.
+        most: Most parameters that the layers may have, factors left out.
 
     Raises:
         PayloadError: If the text is not a description, is too large in any way, or its layers do
@@ -283,8 +286,8 @@ def build(text: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequentia
         where = ".".join(str(part) for part in first["loc"]) or "the text"
         raise PayloadError(f"structure: {where}: {first['msg']}") from error
     count = sum(layer.parameters() for layer in structure.layers)
-    if count > MAX_PARAMETERS:
-        raise PayloadError(f"structure has {count} parameters: at most {MAX_PARAMETERS}")
+    if count > most:
+        raise PayloadError(f"structure has {count} parameters: at most {most}")
     _check_shapes(structure, input_shape, classes)
     with torch.random.fork_rng(devices=[]):
         chain = nn.Sequential(*map(_module, structure.layers))

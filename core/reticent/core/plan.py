@@ -172,12 +172,18 @@ class Student(Section):
     quantize: Quantize = Quantize()
 
     @model_validator(mode="after")
-    def _keeps_what_is_pruned(self) -> Self:
+    def _adapts_layers_that_are_known(self) -> Self:
         pruned = self.prune.kind != "none" and self.prune.sparsity > 0
         if self.adapt.kind != "none" and pruned:
             raise ValueError(
                 f'adapt.kind="{self.adapt.kind}": the factors would fill again what is pruned: '
                 'use prune.kind="none", and thin or factorize to make the student smaller'
+            )
+        by_energy = self.factorize.kind != "none" and self.factorize.rule == "energy"
+        if self.adapt.kind != "none" and by_energy:
+            raise ValueError(
+                f'adapt.kind="{self.adapt.kind}": which layers there are must be known before '
+                'training: use factorize.rule="size"'
             )
         return self
 

@@ -290,3 +290,23 @@ def test_a_linear_layer_at_several_places_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(PlanError, match="several places"):
         thinned(model, thin.l1, 0.5, public(), DRAWS)
+
+
+def test_torch_pruning_cuts_the_same_filters() -> None:
+    """Optional: it is no dependency, as a chain needs no graph of dependencies."""
+    tp = pytest.importorskip("torch_pruning")
+    model, twin = plain(), plain()
+    ours, _ = thinned(model, thin.l2, [0.5, 0.5, 0.0], public(), DRAWS)
+    importance = tp.importance.MagnitudeImportance(p=2, group_reduction="first", normalizer=None)
+    pruner = tp.pruner.MagnitudePruner(
+        twin,
+        public(1).inputs,
+        importance=importance,
+        pruning_ratio=0.5,
+        ignored_layers=[twin[-3], twin[-1]],
+    )
+    pruner.step()
+    theirs = twin.eval()
+    shapes = [[tuple(p.shape) for p in m.parameters()] for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert torch.allclose(ours(public().inputs), theirs(public().inputs), atol=1e-5)

@@ -193,8 +193,8 @@ def test_devices_take_factors_and_held_values_exactly_as_planned() -> None:
     back = Constants.decode(factors.encode())
     assert (back.held == factors.held).all()
     LocalTrainer(adapt, task, back)
-    for plan, wrong in [(thin, factors), (adapt, narrow)]:
-        with pytest.raises(PayloadError, match="exactly when the plan does not"):
+    for plan, wrong, has in [(thin, factors, "has factors"), (adapt, narrow, "has no factors")]:
+        with pytest.raises(PayloadError, match=has):
             LocalTrainer(plan, task, wrong)
     with pytest.raises(PayloadError, match="must be 15338"):
         LocalTrainer(adapt, task, replace(factors, held=factors.held[1:]))

@@ -234,8 +234,9 @@ def student_of(task: Task, plan: Plan, constants: Constants | None = None) -> nn
         # Nothing that a plan can ask for makes a student larger than the one its owner agreed to.
         most = sum(p.numel() for p in model.parameters())
         model = build(text, task.input_shape, task.classes, min(most, MAX_PARAMETERS))
-    if is_adapted(model) != (plan.student.adapt.kind != "none"):
-        raise PayloadError("constants.structure has factors exactly when the plan does not ask so")
+    kind, has = plan.student.adapt.kind, "factors" if is_adapted(model) else "no factors"
+    if is_adapted(model) != (kind != "none"):
+        raise PayloadError(f'constants.structure has {has}: student.adapt.kind="{kind}"')
     if constants is not None:
         hold_values(model, constants.held)
     return model

@@ -22,6 +22,7 @@ from reticent.server.public_training import (
     batches,
     in_precision,
     soft_labels,
+    steps_of,
     train_public,
 )
 
@@ -77,7 +78,7 @@ def test_the_default_is_hinton_s_loop() -> None:
     teacher, student = new_teacher(PLAN, TASK), new_student(PLAN, TASK)
     for model, name, epochs in ((teacher, "teacher", 2), (student, "student", 4)):
         optimizer, schedule = adamw(model.train(), 0.01, epochs)
-        for inputs, labels in batches(TASK.public(), epochs, 0, name):
+        for inputs, labels in batches(TASK.public(), steps_of(TASK.public(), epochs), 0, name):
             logits = model(inputs)
             loss = F.cross_entropy(logits, labels)
             if name == "student":
@@ -98,7 +99,7 @@ def test_online_both_learn_from_each_other() -> None:
     taught = lesson(plan, TASK, TASK.public())
     first, second = new_teacher(plan, TASK).train(), new_student(plan, TASK).train()
     tools = [adamw(first, 0.003, 4), adamw(second, 0.01, 4)]
-    for inputs, labels in batches(TASK.public(), 4, 0, "student"):
+    for inputs, labels in batches(TASK.public(), steps_of(TASK.public(), 4), 0, "student"):
         z, y = first(inputs), second(inputs)
         log, target = F.log_softmax(z / 2, dim=1), F.softmax(y.detach() / 2, dim=1)
         one = 0.5 * F.cross_entropy(z, labels)

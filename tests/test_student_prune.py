@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reticent.compression.prune import apply_mask, magnitude_mask
+from reticent.compression.prune import (
+    apply_mask,
+    lowest_dropped,
+    magnitude_mask,
+    magnitudes,
+    sparsities,
+    taylor,
+)
 from reticent.core.errors import PlanError
 from reticent.core.seeds import torch_generator
+from reticent.core.tasks import Examples
 from reticent.core.update import Layout
 
 
@@ -88,3 +96,45 @@ def test_apply_mask_zeroes_what_is_dropped_and_nothing_else() -> None:
     mask = magnitude_mask(model, 0.5)
     apply_mask(model, mask)
     assert np.array_equal(Layout.of(model).read(model), np.where(mask, before, 0))
+
+
+def test_what_was_dropped_before_stays_dropped_and_counts() -> None:
+    model = student()
+    first = magnitude_mask(model, 0.3)
+    scores = magnitudes(model)
+    scores[~first] = 100.0  # they would come last by score
+    second = lowest_dropped(model, scores, 0.5, first)
+    assert not (second & ~first).any()
+    assert (~second).sum() == round(0.5 * 116)
+
+
+def test_taylor_scores_are_the_slopes_of_a_loss_that_loses_the_weight() -> None:
+    model = student().double()
+    generator = torch_generator(4, "taylor")
+    inputs = torch.randn(300, 1, 4, 4, generator=generator, dtype=torch.float64)
+    public = Examples(inputs, torch.arange(300) % 5)
+    found = taylor(model, public)
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+
+    def loss(values: torch.Tensor) -> float:
+        parts = values.split([p.numel() for p in parameters])
+        with torch.no_grad():
+            for p, part in zip(parameters, parts, strict=True):
+                p.copy_(part.view_as(p))
+            return float(nn.functional.cross_entropy(model(public.inputs), public.labels))
+
+    for i in range(0, len(flat), 7):
+        step = torch.zeros_like(flat)
+        step[i] = 1e-5
+        slope = (loss(flat + step) - loss(flat - step)) / 2e-5
+        assert found[i] == pytest.approx(abs(float(flat[i]) * slope), rel=1e-4, abs=1e-9)
+
+
+def test_schedules_end_at_the_target_and_have_their_curves() -> None:
+    assert sparsities(0.8, 4, "gradual") == pytest.approx(
+        [0.8 * (1 - 0.75**3), 0.8 * (1 - 0.5**3), 0.8 * (1 - 0.25**3), 0.8]
+    )
+    iterative = sparsities(0.488, 3, "weight-rewind")
+    assert iterative == pytest.approx([0.2, 0.36, 0.488])
+    assert sparsities(0.5, 1, "gradual") == sparsities(0.5, 1, "rate-rewind") == [0.5]

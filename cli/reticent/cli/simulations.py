@@ -122,6 +122,7 @@ def _closing(run: Run, seconds: float) -> str:
         "",
         _spent(summary["privacy"]),
     ]
+    lines += _reshaped(summary["parameters"])
     lines.append(f"report    {run.folder / 'report.html'}")
     lines.append(f"artifact  {'none' if 'no_artifact' in summary else run.artifact}")
     lines.append(f"model     {summary['model']}")
@@ -136,6 +137,15 @@ def _model_row(name: str, key: str, summary: dict[str, Any]) -> list[str]:
         human_bytes(summary["bytes"][key]),
         f"{summary['latency_us'][key]:.0f} µs",
     ]
+
+
+def _reshaped(parameters: dict[str, int]) -> list[str]:
+    """Say how many parameters a student that was reshaped or frozen has."""
+    deployed, before = (parameters.get(key) for key in ("deployed", "before"))
+    if deployed == before and deployed in (None, parameters["total"]):
+        return []
+    sent = f"{parameters['kept']:,} trained and sent"
+    return [f"student   {deployed:,} parameters deployed, {before:,} before; {sent}"]
 
 
 _RELATIONS = {"add-or-remove-one": "add or remove", "replace-one": "replace"}

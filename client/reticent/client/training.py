@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from reticent.compression.fold import folded
 from reticent.compression.quantize import quantized_weights
+from reticent.compression.structure import student_of
 from reticent.core.errors import DataError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
@@ -24,12 +24,16 @@ from reticent.privacy.clipping import ClippedGradients, Loss
 from reticent.privacy.randomness import Randomness
 
 
-def student_model(task: Task, plan: Plan) -> nn.Module:
+def student_model(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
     """Return an untrained student in the shape that is trained federatedly: norm-free or GroupNorm.
 
-    Batch normalisation, used only while the student is trained on public data, is folded away.
+    Batch normalisation, used only while the student is trained on public data, is folded away. The
+    run's constants are needed where the plan changes the student's layers.
+
+    Raises:
+        PayloadError: If their structure is not one that the plan and the task allow.
     """
-    return folded(task.student(plan.student.model))
+    return student_of(task, plan, constants)
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,13 @@ class LocalTrainer:
 
         Raises:
             DataError: If the mask does not fit the student, or the student mixes examples.
-            PayloadError: If the soft labels are not those of the task's classes. A table that lacks
-                a label would make training fail on the batches that hold it, and no others.
+            PayloadError: If the soft labels are not those of the task's classes (a table that lacks
+                a label would make training fail on the batches that hold it, and no others), or
+                the structure is not one that the plan and the task allow.
         """
         _check_soft_labels(constants, task)
         self._plan = plan
-        self._model = student_model(task, plan)
+        self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
@@ -154,7 +159,7 @@ class LocalTrainer:
         return loss
 
 
-def require_whole_gradients(plan: Plan, task: Task) -> None:
+def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None = None) -> None:
     """Check on a few random examples that what is clipped and summed is the student's gradient.
 
     It is not where a parameter is used by something else than a layer, or by none. Privacy does not
@@ -166,10 +171,12 @@ def require_whole_gradients(plan: Plan, task: Task) -> None:
     private = plan.private
     if private is None or private.unit == "client":
         return
-    model, same = student_model(task, plan), student_model(task, plan)
-    same.load_state_dict(model.state_dict())
+    model, same = (student_model(task, plan, constants) for _ in range(2))
     layout = Layout.of(model)
     draws = torch.Generator().manual_seed(0)
+    if constants and constants.structure:  # it comes with no weights of its own
+        layout.write(model, (0.1 * torch.randn(layout.size, generator=draws)).numpy())
+    same.load_state_dict(model.state_dict())
     inputs = torch.randn((_TRIED, *task.input_shape), generator=draws)
     labels = torch.arange(_TRIED) % task.classes
     clipped = ClippedGradients(model, layout, clipping=private.clipping)

@@ -20,6 +20,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from .adapt import Adapted, Frozen
+
 LEVELS = 127
 """Largest integer magnitude; -128 is not used, so the grid is symmetric."""
 
@@ -75,25 +77,33 @@ def quantized_weights(model: nn.Module) -> Iterator[None]:
     Put it around forward *and* backward, and take the optimizer's step outside: gradients are
     those of the rounded weights, the step moves the float weights (straight-through). What is
     restored is the storage itself, so every bit comes back, also after an exception. Values
-    written to these parameters inside the context are lost.
+    written to these parameters inside the context are lost. Of an adapted layer the merged weight
+    is rounded, not its factors.
 
     >>> layer = nn.Linear(2, 1)
     >>> with quantized_weights(layer):
     ...     layer(torch.ones(1, 2)).sum().backward()
     """
     saved = {id(w): (w, w.data) for w in _weights(model)}
+    frozen = [(layer, layer.rounding) for layer in model.modules() if isinstance(layer, Frozen)]
     try:
+        for layer, _ in frozen:
+            layer.rounding = fake_quantize
         for weight, data in saved.values():
             weight.data = fake_quantize(data)
         yield
     finally:
         for weight, data in saved.values():
             weight.data = data
+        for layer, rounding in frozen:
+            layer.rounding = rounding
 
 
 def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    adapted = [layer for layer in model.modules() if isinstance(layer, Adapted)]
+    factors = {id(factor) for layer in adapted for factor in (layer.down, layer.up)}
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and id(module) not in factors:
             yield cast(nn.Parameter, module.weight)
 
 

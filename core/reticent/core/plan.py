@@ -19,6 +19,7 @@ DEFAULT_EPSILON = 8.0
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -169,10 +170,72 @@ class Distill(Section):
 
 
 class Prune(Section):
-    """Magnitude pruning of the public-data student, before any private data are used."""
+    """Pruning of single weights of the public-data student, before any private data are used.
 
-    kind: Literal["magnitude", "none"] = "magnitude"
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    Attributes:
+        kind: How weights are scored, on public data: ``magnitude``, ``taylor`` (weight times
+            gradient) or ``random``; ``none`` drops nothing.
+        sparsity: Share of the prunable weights that is dropped.
+        schedule: ``one-shot``: once, then tuned. ``gradual``: in steps along a cubic curve (Zhu and
+            Gupta 2017). ``weight-rewind`` and ``rate-rewind``: in steps, after each of which
+            training resumes at ``rewind`` with the weights that it had there (Frankle et al. 2020),
+            or with its learning rates alone (Renda et al. 2020).
+        steps: Steps of every schedule but ``one-shot``.
+        rewind: Share of the training on public data that is not repeated.
+    """
+
+    kind: Literal["magnitude", "taylor", "random", "none"] = "magnitude"
+    sparsity: Share = 0.5
+    schedule: Literal["one-shot", "gradual", "weight-rewind", "rate-rewind"] = "one-shot"
+    steps: Count = 4
+    rewind: Share = 0.25
+
+
+class Thin(Section):
+    """Structured pruning of the public-data student: whole filters and neurons are removed.
+
+    Attributes:
+        kind: How units are scored, on public data or weights: ``l1``, ``l2``, ``taylor``,
+            ``shapley`` or ``random``; ``none`` removes nothing.
+        share: Share of the units of every layer but the last that is removed.
+        shares: One share for each layer but the last, in order, instead of ``share``.
+        permutations: Sampled orders of the units of a layer, for ``shapley``.
+    """
+
+    kind: Literal["none", "l1", "l2", "taylor", "shapley", "random"] = "none"
+    share: Share = 0.5
+    shares: tuple[Share, ...] = ()
+    permutations: Count = 8
+
+
+class Factorize(Section):
+    """Low-rank factorization of the public-data student, after thinning and before pruning.
+
+    Attributes:
+        kind: ``svd``: layers become two factors by truncated singular value decomposition, where
+            that makes them smaller. ``none``: they stay.
+        rule: ``energy``: the rank keeps a share of the squared singular values; ``size``: of the
+            layer's parameters.
+        keep: That share.
+    """
+
+    kind: Literal["none", "svd"] = "none"
+    rule: Literal["energy", "size"] = "size"
+    keep: Probability = 0.5
+
+
+class Adapt(Section):
+    """Low-rank adapters (Hu et al. 2021): the public student is frozen, clients train factors.
+
+    Attributes:
+        kind: ``lora`` or ``none``.
+        rank: Rank of the change of every adapted layer.
+        layers: Names of the adapted layers; empty for all whose factors are smaller than they are.
+    """
+
+    kind: Literal["none", "lora"] = "none"
+    rank: Count = 4
+    layers: tuple[str, ...] = ()
 
 
 class Quantize(Section):
@@ -189,8 +252,46 @@ class Student(Section):
     epochs: Count = 60
     learning_rate: Positive = 0.01
     distill: Distill = Distill()
+    thin: Thin = Thin()
+    factorize: Factorize = Factorize()
     prune: Prune = Prune()
+    adapt: Adapt = Adapt()
     quantize: Quantize = Quantize()
+
+    @model_validator(mode="after")
+    def _adapts_layers_that_are_known(self) -> Self:
+        pruned = self.prune.kind != "none" and self.prune.sparsity > 0
+        if self.adapt.kind != "none" and pruned:
+            raise ValueError(
+                f'adapt.kind="{self.adapt.kind}": the factors would fill again what is pruned: '
+                'use prune.kind="none", and thin or factorize to make the student smaller'
+            )
+        by_energy = self.factorize.kind != "none" and self.factorize.rule == "energy"
+        if self.adapt.kind != "none" and by_energy:
+            raise ValueError(
+                f'adapt.kind="{self.adapt.kind}": which layers there are must be known before '
+                'training: use factorize.rule="size"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewinds_to_its_own_layers(self) -> Self:
+        if self.prune.kind != "none" and self.prune.schedule == "weight-rewind" and self.reshaped:
+            raise ValueError(
+                'prune.schedule="weight-rewind" goes back to weights of the student\'s own layers, '
+                'which thin and factorize change: use "rate-rewind", or leave them off'
+            )
+        return self
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether the trained student has other layers than ``model``, which clients must get."""
+        return {self.thin.kind, self.factorize.kind, self.adapt.kind} != {"none"}
+
+    @property
+    def unshaped(self) -> Student:
+        """The same student without anything that changes its layers."""
+        return self.model_copy(update={"thin": Thin(), "factorize": Factorize(), "adapt": Adapt()})
 
 
 class Privacy(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -125,15 +125,26 @@ class Constants:
         kept: Bit-packed mask of the coordinates that are trained and sent; empty for all.
         soft_labels: float32 ``(classes, classes)``: the teacher's mean softened response to public
             examples of each label; shape ``(0, 0)`` when nothing is distilled on the devices.
+        structure: Layers of the student as text (:mod:`reticent.compression.structure`); empty when
+            they are those of the task's own student.
+        held: float32 ``(n,)``: parameters that are not trained, of a student with adapters; empty
+            otherwise.
     """
 
     kept: bytes
     soft_labels: NDArray[np.float32]
+    structure: str = ""
+    held: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def encode(self) -> bytes:
-        """Return the constants as safetensors bytes."""
+        """Return the constants as safetensors bytes; empty parts that are rare are left out."""
         kept = np.frombuffer(self.kept, dtype=np.uint8)
-        return save({"kept": kept, "soft_labels": self.soft_labels})
+        arrays = {"kept": kept, "soft_labels": self.soft_labels}
+        if self.structure:
+            arrays["structure"] = np.frombuffer(self.structure.encode("ascii"), dtype=np.uint8)
+        if self.held.size:
+            arrays["held"] = self.held
+        return save(arrays)
 
     @staticmethod
     def decode(data: bytes) -> Constants:
@@ -149,11 +160,44 @@ class Constants:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PayloadError(f"constants are not safetensors: {error}") from error
         kept, soft = arrays.get("kept"), arrays.get("soft_labels")
-        if kept is None or soft is None or len(arrays) != 2:
-            raise PayloadError(f"constants hold {sorted(arrays)}: must hold kept, soft_labels")
+        known = {"kept", "soft_labels", "structure", "held"}
+        if kept is None or soft is None or set(arrays) - known:
+            raise PayloadError(
+                f"constants hold {sorted(arrays)}: must hold kept, soft_labels, and at most "
+                "structure and held besides"
+            )
         square = soft.ndim == 2 and soft.shape[0] == soft.shape[1]
         if kept.dtype != np.uint8 or kept.ndim != 1 or soft.dtype != np.float32 or not square:
             raise PayloadError("constants have arrays of another type or shape")
         if not np.isfinite(soft).all():
             raise PayloadError("constants.soft_labels holds non-finite values")
-        return Constants(kept.tobytes(), soft)
+        structure, held = _text(arrays.get("structure")), _held(arrays.get("held"))
+        return Constants(kept.tobytes(), soft, structure, held)
+
+
+def _text(codes: NDArray[np.uint8] | None) -> str:
+    """Return the structure's text.
+
+    Raises:
+        PayloadError: If it is not ASCII, or present and empty: then it would have two encodings.
+    """
+    if codes is None:
+        return ""
+    if codes.dtype != np.uint8 or codes.ndim != 1 or not codes.size or (codes > 127).any():
+        raise PayloadError("constants.structure is not ASCII text")
+    return codes.tobytes().decode("ascii")
+
+
+def _held(values: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Return the held parameters.
+
+    Raises:
+        PayloadError: If they are not float32 numbers, or present and none.
+    """
+    if values is None:
+        return np.zeros(0, dtype=np.float32)
+    if values.dtype != np.float32 or values.ndim != 1 or not values.size:
+        raise PayloadError("constants.held has another type or shape")
+    if not np.isfinite(values).all():
+        raise PayloadError("constants.held holds non-finite values")
+    return values

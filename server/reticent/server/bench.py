@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from reticent.compression.adapt import merged
 from reticent.compression.artifact import load_artifact
 from reticent.compression.backends.apart import Measured, Subject, measure_apart
 from reticent.compression.backends.base import Deployed, deploy, installed
@@ -37,11 +38,11 @@ def bench_run(run: Run, repeats: int, profile: Profile) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
     with finished_run(run) as (job, state):
-        problem = integer_problem(job.start.student)
+        problem = integer_problem(merged(job.start.student))
         if problem is not None:
             raise ArtifactError(f"{problem} (the float model's figures are in {run.summary})")
-        teacher, final = job.start.teacher, cast(nn.Sequential, job.start.student)
-        job.start.layout.write(final, state.average)
+        job.start.layout.write(job.start.student, state.average)
+        teacher, final = job.start.teacher, cast(nn.Sequential, merged(job.start.student))
         spec = int8_of(final, job.task)
         shape = tuple(job.task.input_shape)
         int8 = [deploy(spec, b, shape) for b in BACKENDS.values() if installed(b)]

@@ -91,7 +91,7 @@ def learn_together(plan: Plan, teacher: nn.Module, student: nn.Module, public: E
     for model in models:
         model.train()
     runs = (in_precision(teacher, plan.teacher.precision), student)
-    for inputs, labels in batches(public, epochs, seed, "student"):
+    for inputs, labels in batches(public, steps, seed, "student"):
         first, second = (model(inputs) for model in runs)
         pairs = ((first, second), (second, first))
         for update, (own, other) in zip(updates, pairs, strict=True):

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from reticent.compression.adapt import merged
 from reticent.compression.artifact import (
     SelfTest,
     TaskInfo,
@@ -39,6 +40,7 @@ from reticent.privacy.accounting import epsilon
 from .float_only import float_summary
 from .job import Job
 from .optimizer import ServerState
+from .preparation import parameter_counts
 from .public_training import accuracy, logits_of
 
 _SELF_TEST = 8
@@ -51,7 +53,7 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     A student that has no integer form leaves no artifact; the summary says why, and has figures of
     the float model only.
     """
-    problem = integer_problem(job.start.student)
+    problem = integer_problem(merged(job.start.student))
     if problem is None:
         summary = build_artifact(job, state, job.run.artifact)
         said = f"artifact written to {job.run.artifact}"
@@ -84,8 +86,9 @@ def build_artifact(
             or the agreement is too small.
         DependencyError: If the backend is not installed.
     """
-    start, final = job.start, job.start.student
-    start.layout.write(final, state.average)
+    start = job.start
+    start.layout.write(start.student, state.average)
+    final = merged(start.student)
     if not is_chain(final):
         raise ArtifactError(
             f"student {type(final).__name__}: only nn.Sequential students can be converted to "
@@ -103,7 +106,7 @@ def build_artifact(
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
-        "parameters": {"kept": start.layout.size, "total": start.layout.total},
+        "parameters": parameter_counts(start, final),
         "privacy": _privacy(job, state),
         "accuracy": _accuracies(job, final, deployed),
         **_measured(job, final, deployed),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from reticent.compression.adapt import merged
 from reticent.compression.bench import side_by_side, size_on_disk
 from reticent.core.update import vector_digest
 
 from .job import Job
 from .optimizer import ServerState
+from .preparation import parameter_counts
 from .public_training import accuracy
 
 _LATENCY_REPEATS = 200
@@ -18,8 +20,9 @@ def float_summary(
     job: Job, state: ServerState, problem: str, privacy: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what a summary has without an artifact, and the reason ``problem``."""
-    start, final = job.start, job.start.student
-    start.layout.write(final, state.average)
+    start = job.start
+    start.layout.write(start.student, state.average)
+    final = merged(start.student)
     models = {"teacher": start.teacher, "fp32": final}
     one = job.task.public().inputs[:1]
     times = side_by_side({n: (m, one) for n, m in models.items()}, repeats=_LATENCY_REPEATS)
@@ -29,7 +32,7 @@ def float_summary(
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
-        "parameters": {"kept": start.layout.size, "total": start.layout.total},
+        "parameters": parameter_counts(start, final),
         "privacy": privacy,
         "no_artifact": problem,
         "accuracy": {**known, "fp32": accuracy(final, job.task.test())},

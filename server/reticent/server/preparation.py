@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from reticent.compression.fold import folded
-from reticent.compression.prune import magnitude_mask
+from reticent.compression.structure import student_of
 from reticent.core.errors import DataError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
@@ -21,7 +21,9 @@ from reticent.core.update import Layout, Vector
 
 from .distillation import lesson, new_student, untrained_teacher
 from .journal import Journal
+from .pruning import Stretch, Train, pruned
 from .public_training import accuracy, soft_labels, train_public
+from .shrinking import constants_of, parameters_of, reshaped, sketch, with_adapters
 
 # Fixed, because the order of float32 additions, and so the model, depends on it; one, because two
 # threads that wait for each other on a busy machine are many times slower than one.
@@ -37,7 +39,7 @@ class Start:
     Attributes:
         teacher: Trained on the public split.
         public_only: The dense student trained on the public split: the baseline to beat.
-        student: The student that is trained federatedly, folded and pruned.
+        student: The student that is trained federatedly, folded, reshaped and pruned.
         layout: Its layout, with the mask.
         weights: Its parameters, float32 ``(layout.size,)``.
         constants: Encoded :class:`Constants`.
@@ -73,63 +75,45 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
+    if plan.student.reshaped:
+        # What cannot be done is refused now rather than after training.
+        constants_of(plan, task, sketch(plan, task), b"", np.zeros((0, 0), dtype=np.float32))
     taught = lesson(plan, task, public)
     teacher, examples = taught.teacher, taught.examples
     count = plan.task.public_labels or len(public.labels)
     say(f"teacher trained on {count} public examples")
     public_only = folded(taught.student)
-    mask = _mask(plan, public_only)
-    # A copy even when nothing is pruned: the rounds write into the student, not into the baseline.
-    student = (
-        deepcopy(public_only)
-        if mask is None
-        else _tuned(plan, task, teacher, public_only, mask, examples)
-    )
+    train = _trainer(plan, teacher, examples)
+    student = reshaped(plan, public_only, examples, train, say)
+    student, mask = pruned(plan, student, lambda: new_student(plan, task), examples, train)
+    # A copy even when nothing is changed: the rounds write into the student, not into the baseline.
+    student = with_adapters(plan, deepcopy(student))
     layout = Layout.of(student, mask)
-    constants = Constants(layout.kept, _soft_labels(plan, task, teacher, examples)).encode()
+    soft = _soft_labels(plan, task, teacher, examples)
+    constants = constants_of(plan, task, student, layout.kept, soft).encode()
     say(f"student trained: {layout.size:,} of {layout.total:,} parameters kept")
     _store(journal, teacher, public_only, student, constants)
     return Start(teacher, public_only, student, layout, layout.read(student), constants)
 
 
-def _mask(plan: Plan, student: nn.Module) -> np.ndarray | None:
-    prune = plan.student.prune
-    if prune.kind == "none" or prune.sparsity == 0:
-        return None
-    return magnitude_mask(student, prune.sparsity)
+def _trainer(plan: Plan, teacher: nn.Module, examples: Examples) -> Train:
+    """Return what trains a changed student on public data."""
+    distill = plan.student.distill.tuning
 
+    def train(model: nn.Module, name: str, stretch: Stretch) -> object:
+        return train_public(
+            model,
+            examples,
+            stretch.epochs,
+            stretch.learning_rate,
+            plan.seed,
+            name,
+            teacher,
+            distill,
+            span=stretch.span,
+        )
 
-def _tuned(
-    plan: Plan,
-    task: Task,
-    teacher: nn.Module,
-    dense: nn.Module,
-    mask: np.ndarray,
-    examples: Examples,
-) -> nn.Module:
-    """Return the pruned student, tuned on public data with the mask held."""
-    student = _structure(plan, task)
-    layout = Layout.of(student, mask)
-    layout.write(student, layout.read(dense))
-    kept = torch.from_numpy(mask).split(list(layout.sizes))
-    for parameter, part in zip(student.parameters(), kept, strict=True):
-        shaped = part.view_as(parameter).to(torch.float32)
-        parameter.register_hook(lambda gradient, shaped=shaped: gradient * shaped)
-    section = plan.student
-    train_public(
-        student,
-        examples,
-        max(1, section.epochs // 4),
-        section.learning_rate / 10,
-        plan.seed,
-        "pruned",
-        teacher,
-        section.distill.tuning,
-    )
-    # Weight decay and the hooks leave pruned coordinates at zero; a fresh copy drops the hooks.
-    final = _structure(plan, task)
-    layout.write(final, layout.read(student))
-    return final.eval()
+    return train
 
 
 def _structure(plan: Plan, task: Task) -> nn.Module:
@@ -157,17 +141,28 @@ def _restored(plan: Plan, task: Task, journal: Journal) -> Start | None:
         return None
     teacher = _loaded(untrained_teacher(plan, task), journal, "teacher")
     public_only = _loaded(_structure(plan, task), journal, "public-only")
-    student = _loaded(_structure(plan, task), journal, "start")
-    constants = encoded["bytes"].tobytes()
+    data = encoded["bytes"].tobytes()
+    constants = Constants.decode(data)
+    student = _loaded(student_of(task, plan, constants), journal, "start")
     bare = Layout.of(student)
-    layout = Layout(bare.names, bare.shapes, Constants.decode(constants).kept)
-    return Start(teacher, public_only, student, layout, layout.read(student), constants)
+    layout = Layout(bare.names, bare.shapes, constants.kept)
+    return Start(teacher, public_only, student, layout, layout.read(student), data)
 
 
 def _loaded(model: nn.Module, journal: Journal, name: str) -> nn.Module:
     arrays = journal.restore(name) or {}
     model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in arrays.items()})
     return model.eval()
+
+
+def parameter_counts(start: Start, final: nn.Module) -> dict[str, int]:
+    """Return how many parameters a run trains and sends, and has: here, before, and deployed."""
+    return {
+        "kept": start.layout.size,
+        "total": start.layout.total,
+        "before": parameters_of(start.public_only),
+        "deployed": parameters_of(final),
+    }
 
 
 def start_accuracies(start: Start, task: Task) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -31,6 +32,7 @@ def train_public(
     distill: Distill | None = None,
     precision: str = "fp32",
     offload: str = "none",
+    span: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Train ``model`` in place on public examples and return it in evaluation mode.
 
@@ -42,6 +44,9 @@ def train_public(
         precision: ``fp32``, or ``bf16`` for :class:`BFloat16`; the teacher, and what is compared
             with it, is float32 either way.
         offload: ``none``, or ``disk``: what is trained lies in files, see :mod:`.offload`.
+        span: First epoch and the one after the last, to train only a part of the ``epochs``: with
+            the learning rates of that part, and an optimizer that starts anew. A part that begins
+            at 0 is the beginning of the whole training, bit for bit.
 
     Raises:
         PlanError: If hidden layers are compared and a model has none.
@@ -51,9 +56,11 @@ def train_public(
         draws = torch_generator(seed, "public", name, "projection")
         guide = Guide(teacher, distill, model, examples.inputs[:1], draws)
     learned = [*model.parameters(), *(guide.parameters if guide else ())]
-    update = Update(learned, learning_rate, steps_of(examples, epochs), offload)
+    steps = steps_of(examples, epochs)
+    first, last = (steps * epoch // epochs for epoch in span or (0, epochs))
+    update = Update(learned, learning_rate, steps, offload, first)
     runs = in_precision(model.train(), precision)
-    for inputs, labels in batches(examples, epochs, seed, name):
+    for inputs, labels in batches(examples, last - first, seed, name):
         plain = guide is None
         update(F.cross_entropy(runs(inputs), labels) if plain else guide.loss(runs, inputs, labels))
     return model.eval()
@@ -66,12 +73,12 @@ def steps_of(examples: Examples, epochs: int) -> int:
 
 
 def batches(
-    examples: Examples, epochs: int, seed: int, name: str
+    examples: Examples, steps: int, seed: int, name: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield random batches; images are shifted by up to two pixels at random."""
+    """Yield ``steps`` random batches; images are shifted by up to two pixels at random."""
     generator = numpy_generator(seed, "public", name)
     count = len(examples.labels)
-    for _ in range(steps_of(examples, epochs)):
+    for _ in range(steps):
         chosen = torch.from_numpy(generator.choice(count, min(_BATCH, count), replace=False))
         inputs, labels = examples.inputs[chosen], examples.labels[chosen]
         if inputs.ndim == 4:
@@ -112,8 +119,9 @@ class Update:
         learning_rate: float,
         steps: int,
         offload: str = "none",
+        first: int = 0,
     ) -> None:
-        """Update ``parameters`` at most ``steps`` times.
+        """Update ``parameters`` at most ``steps`` times, with learning rates from ``first`` on.
 
         Raises:
             RunError: If they are to lie on disk and it has no room.
@@ -123,6 +131,10 @@ class Update:
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer, learning_rate, total_steps=steps
         )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(first):
+                self._schedule.step()
         self._drop = offload == "none"
         if not self._drop:
             to_disk(self._optimizer, learned)

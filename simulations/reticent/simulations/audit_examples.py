@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from reticent.client.round import run_round
-from reticent.client.training import student_model
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Constants, Order
@@ -24,6 +23,7 @@ from reticent.privacy.events import Event
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.schedule import Schedule
 from reticent.server.optimizer import Accumulator
+from reticent.server.shrinking import sketch
 
 from .audit_canaries import HOLDER, TASK, Canaries, CanaryTask, registered
 from .devices import Devices, device_name, devices_for
@@ -73,7 +73,11 @@ def observe_examples(
     # The seed names the task, the streams and the site that the client keeps between rounds.
     own = int.from_bytes(derive_key(seed, "audit", plan.digest, count)[:7], "big")
     audited = plan.model_copy(
-        update={"task": plan.task.model_copy(update={"name": TASK}), "seed": own}
+        update={
+            "task": plan.task.model_copy(update={"name": TASK}),
+            "student": plan.student.unshaped,
+            "seed": own,
+        }
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +94,7 @@ def canary_layout(plan: Plan, task: Task, seed: int) -> Layout:
 
     The real mask needs training, and which coordinates it keeps does not matter here.
     """
-    layout = Layout.of(student_model(task, plan))
+    layout = Layout.of(sketch(plan, task))
     prune = plan.student.prune
     if prune.kind == "none" or prune.sparsity == 0:
         return layout

@@ -16,8 +16,8 @@ from reticent.client.training import (
     LocalTrainer,
     NoisyStep,
     require_whole_gradients,
-    student_model,
 )
+from reticent.compression.adapt import merged
 from reticent.compression.codec import build_codec
 from reticent.compression.forms import integer_problem
 from reticent.core.plan import Plan
@@ -28,6 +28,7 @@ from reticent.privacy.accounting import epsilon
 from reticent.privacy.calibrate import max_rounds
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
+from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs
 
@@ -42,8 +43,9 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     """
     check_codecs(plan)
     task = load_task(plan.task, plan.seed)
-    LocalTrainer(plan, task, _no_constants())
-    require_whole_gradients(plan, task)
+    constants = sketched_constants(plan, task)
+    LocalTrainer(plan, task, constants)
+    require_whole_gradients(plan, task, constants)
     return task, schedule_for(plan)
 
 
@@ -71,7 +73,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             "fp32": 4 * trainer.layout.total,
             "total": messages * (up + down),
         },
-        "no_artifact": integer_problem(student_model(task, plan)),
+        "no_artifact": integer_problem(merged(sketch(plan, task))),
         "work": {
             "step_seconds": seconds,
             "steps": steps,
@@ -81,22 +83,25 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _no_constants() -> Constants:
-    return Constants(b"", np.zeros((0, 0), dtype=np.float32))
+def sketched_constants(plan: Plan, task: Task) -> Constants:
+    """Return the constants of a run as far as they are known before training: no mask."""
+    nothing = np.zeros((0, 0), dtype=np.float32)
+    return constants_of(plan, task, sketch(plan, task), b"", nothing)
 
 
 def _half_mask(plan: Plan, task: Task) -> Constants:
     """Return constants with a random mask of the plan's sparsity: the real one needs training."""
-    layout = LocalTrainer(plan, task, _no_constants()).layout
+    constants = sketched_constants(plan, task)
     prune = plan.student.prune
     if prune.kind == "none" or prune.sparsity == 0:
-        return _no_constants()
+        return constants
+    layout = LocalTrainer(plan, task, constants).layout
     generator = numpy_generator(plan.seed, "explain")
     wide = np.concatenate(
         [np.full(n, len(s) > 1) for n, s in zip(layout.sizes, layout.shapes, strict=True)]
     )
     dropped = wide & (generator.random(layout.total) < prune.sparsity)
-    return Constants(np.packbits(~dropped).tobytes(), np.zeros((0, 0), dtype=np.float32))
+    return replace(constants, kept=np.packbits(~dropped).tobytes())
 
 
 def planned_step(plan: Plan, task: Task, schedule: Schedule | None) -> NoisyStep:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reticent.client.training import LocalTrainer
+from reticent.compression.adapt import merged
 from reticent.compression.bench import side_by_side, size_on_disk
 from reticent.compression.fold import is_chain
 from reticent.compression.integer import build
@@ -73,7 +74,7 @@ def run_trial(candidate: Candidate, task: PublicHalf) -> Trial:
     start = _prepared(plan, task)
     public_only = accuracy(start.student, task.test())
     start.layout.write(start.student, rehearse(plan, task, start, schedule))
-    spec = int8_of(_chain(start.student), task)
+    spec = int8_of(_chain(merged(start.student)), task)
     trainer = LocalTrainer(plan, task, Constants.decode(start.constants))
     step = planned_step(plan, task, schedule)
     up, _ = encoded_bytes(plan, trainer, step, schedule)

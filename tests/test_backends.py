@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from reticent.compression.artifact import (
@@ -28,6 +30,7 @@ from reticent.compression.integer import Graph, Grid, IntegerSpec
 from reticent.core.errors import ArtifactError, DataError, DependencyError
 from reticent.core.seeds import torch_generator
 
+Pair = tuple[int, int]
 SHAPE = (2, 9, 9)
 KINDS = ("folded", "group", "linear")
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -219,6 +222,40 @@ def test_the_onnx_reference_evaluator_agrees(kind: str) -> None:
     difference = np.abs(logits - simulated(x).detach().numpy())
     assert difference.max() <= 2.01 * last_step(spec)
     assert (difference > 0.01 * last_step(spec)).mean() < 0.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.sampled_from([1, 2]),
+    relu=st.booleans(),
+    pool=st.booleans(),
+)
+def test_any_convolution_means_the_same_in_onnx(
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int, relu: bool, pool: bool
+) -> None:
+    if not installed(BACKENDS["onnx"]):
+        pytest.skip("onnx is not installed")
+    conv = nn.Conv2d(2, 4, kernel, stride, padding, dilation, groups)
+    rest = ([nn.ReLU()] if relu else []) + ([nn.MaxPool2d((2, 1), (1, 2))] if pool else [])
+    model = nn.Sequential(conv, *rest).eval()
+    generator = torch_generator(7, "any")
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator)
+    x = images(30, "any")
+    ranges = calibrate(model, x)
+    spec = convert(model, ranges)
+    found = deploy(spec, BACKENDS["onnx"], SHAPE).model(x)
+    simulated = fake_quantized_model(model, ranges)(x)
+    step = spec.graph.layers[0].output.scale  # type: ignore[union-attr]
+    assert found.shape == simulated.shape
+    difference = (found - simulated).abs()
+    # Within a layer a value goes to a neighbouring integer, and rarely.
+    assert difference.max() <= 1.01 * step
+    assert (difference > 0.5 * step).double().mean() < 0.02
 
 
 def test_a_bias_beyond_int32_is_refused() -> None:

@@ -71,10 +71,10 @@ def test_the_float_model_is_the_one_that_was_converted() -> None:
 
 
 def test_memory_grows_by_the_weights_of_the_larger_model() -> None:
-    subjects = [wide("small", 10), wide("large", 100_000)]
+    subjects = [wide("small", 10), wide("large", 50_000)]
     small, large = measure_apart(subjects, EXAMPLE, 10, NO_LIMITS)
     grown = (large.memory_bytes or 0) - (small.memory_bytes or 0)
-    weights = 4 * 103 * 100_000
+    weights = 4 * 103 * 50_000
     assert 0.95 * weights < grown < 2.5 * weights
     for measured in (small, large):
         assert not measured.misfit and measured.latency is not None
@@ -83,7 +83,7 @@ def test_memory_grows_by_the_weights_of_the_larger_model() -> None:
 
 
 def test_a_model_that_does_not_fit_is_reported_and_the_rest_is_measured() -> None:
-    subjects = [wide("large", 600_000), wide("small", 10)]
+    subjects = [wide("large", 400_000), wide("small", 10)]
     large, small = measure_apart(subjects, EXAMPLE, 10, PROFILES["gateway"])
     assert large.misfit and large.latency is None and large.memory_bytes is None
     assert not small.misfit and small.latency is not None

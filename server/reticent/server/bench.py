@@ -90,7 +90,9 @@ def _teacher(job: Job, teacher: nn.Module) -> Subject:
 
 
 def _weights(model: nn.Module) -> bytes:
-    return safetensors.torch.save({n: v.contiguous() for n, v in model.state_dict().items()})
+    # Cloned, because safetensors refuses arrays that share memory (tied weights).
+    state = model.state_dict()
+    return safetensors.torch.save({n: v.contiguous().clone() for n, v in state.items()})
 
 
 def _row(

@@ -53,8 +53,9 @@ def _site(plan_text: str, constants: bytes) -> Site:
     plan = _plan(plan_text)
     task = load_task(plan.task, plan.seed)
     trainer = LocalTrainer(plan, task, Constants.decode(constants))
-    updates = plan.updates
-    return Site(plan, task, trainer, build_codec(updates.codec), build_codec(updates.broadcast))
+    updates, layout = plan.updates, trainer.layout
+    up, down = build_codec(updates.codec, layout), build_codec(updates.broadcast, layout)
+    return Site(plan, task, trainer, up, down)
 
 
 @lru_cache(maxsize=2)

@@ -63,8 +63,8 @@ class PrivateAveraging(Strategy):
         self._constants = constants
         self.state = state
         self._committed = committed
-        self._codec: Codec = build_codec(plan.updates.codec)
-        self._broadcast: Codec = build_codec(plan.updates.broadcast)
+        self._codec: Codec = build_codec(plan.updates.codec, constants.layout)
+        self._broadcast: Codec = build_codec(plan.updates.broadcast, constants.layout)
         self._mechanism = client_level_for(
             plan, constants.schedule, constants.run, constants.randomness
         )

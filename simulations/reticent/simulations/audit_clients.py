@@ -117,7 +117,7 @@ class _CanaryClients:
         self.events: list[Event] = []
         self._plan, self._layout = plan, layout
         self._canaries, self._replace = canaries, replace
-        self._codec: Codec = build_codec(plan.updates.codec)
+        self._codec: Codec = build_codec(plan.updates.codec, layout)
         self._last = 0
         self._payloads: dict[tuple[int, float], bytes] = {}
 

@@ -127,13 +127,13 @@ class _Session:
         self._text = plan.canonical()
         self._constants = Constants(layout.kept, np.zeros((0, 0), dtype=np.float32)).encode()
         self._denominator = plan.federation.sampling_rate * task.nominal_examples
-        self._codec: Codec = build_codec(plan.updates.codec)
+        self._codec: Codec = build_codec(plan.updates.codec, layout)
         # Without a stop: what a device would refuse is not released, and cannot be audited.
         self._devices: Devices = replace(
             devices_for(plan, Path()), budget=Budget(math.inf, schedule.delta)
         )
         zero = np.zeros(layout.size, dtype=np.float32)
-        broadcast = build_codec(plan.updates.broadcast)
+        broadcast = build_codec(plan.updates.broadcast, layout)
         self._payload = broadcast.encode(
             zero, layout.blocks, numpy_generator(plan.seed, "broadcast")
         )

@@ -112,10 +112,10 @@ def _encoded_bytes(
         scale = schedule.clip / float(np.linalg.norm(noise))
         quantum = update_step(schedule.clip, layout.size)
         bit = schedule.clip_quantile is not None
-    up = build_codec(plan.updates.codec).encode(
+    up = build_codec(plan.updates.codec, layout).encode(
         noise * np.float32(scale), layout.blocks, generator, quantum
     )
-    down = build_codec(plan.updates.broadcast).encode(noise, layout.blocks, generator)
+    down = build_codec(plan.updates.broadcast, layout).encode(noise, layout.blocks, generator)
     return len(up) + bit, len(down)
 
 

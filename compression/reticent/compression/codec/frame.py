@@ -1,8 +1,8 @@
 """The outer form of a payload: a checked header of 17 bytes, side bytes, coded symbols.
 
-Little-endian: magic ``RC``, version, stages (quantizer + 16 * entropy stage), flags, number of
-coordinates (uint32), number of side bytes (uint32), CRC-32 of everything else (uint32). The CRC
-finds accidents; it is no authentication.
+Little-endian: magic ``RC``, version, stages (of the quantizer and the entropy stage), flags, number
+of coordinates (uint32), number of side bytes (uint32), CRC-32 of everything else (uint32).
+The CRC finds accidents; it is no authentication.
 """
 
 from __future__ import annotations

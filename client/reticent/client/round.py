@@ -10,7 +10,7 @@ import numpy as np
 
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
-from reticent.core.plan import Plan, Privacy, plan_from_json
+from reticent.core.plan import Plan, plan_from_json
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
 from reticent.core.update import Vector
@@ -21,7 +21,8 @@ from reticent.privacy.release import Released
 from reticent.privacy.schedule import schedule_with
 
 from .environment import Environment
-from .training import LocalTrainer, NoisyStep
+from .training import LocalTrainer
+from .wire import noisy_step, wire_of
 
 
 class Refused(Exception):
@@ -172,44 +173,12 @@ def _train(order: Order, site: Site, start: Vector, environment: Environment) ->
     # it, and only the server reads it from the payload.
     key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
     generator = np.random.Generator(np.random.Philox(key=key))
+    privacy, wire = site.plan.private, wire_of(site.plan, step, order.clip, len(update))
     blocks = site.trainer.layout.blocks
-    privacy = site.plan.private
     if privacy is None or privacy.unit == "example":
-        return site.codec.encode(update, blocks, generator, quantization_step(step))
+        return wire.encode(site.codec, update, blocks, generator)
     bounded = clipped(update, order.clip).astype(np.float32)
-    encoded = site.codec.encode(bounded, blocks, generator, update_step(order.clip, len(update)))
+    encoded = wire.encode(site.codec, bounded, blocks, generator)
     if privacy.clip_quantile is None:
         return encoded
     return with_bit(encoded, inside=is_within(finite(update), order.clip))
-
-
-def noisy_step(plan: Plan, order: Order) -> NoisyStep:
-    """Return the public constants of a step.
-
-    With unit ``example`` and under aggregator trust the noise is a share. With unit ``client`` a
-    step is plain: the whole update is bounded afterwards, and the noise is the server's.
-    """
-    privacy: Privacy | None = plan.private
-    if privacy is None or privacy.unit == "client":
-        return NoisyStep(None, 0.0, order.denominator)
-    shares = plan.federation.quorum if privacy.trust == "aggregator" else 1
-    noise = order.noise_multiplier * privacy.clip / shares**0.5
-    return NoisyStep(privacy.clip, noise, order.denominator)
-
-
-def quantization_step(step: NoisyStep) -> float | None:
-    """Return half the standard deviation of the noise in a coordinate of the update.
-
-    A public constant, so that the quantizer's error cannot depend on data (+2.1 % variance at this
-    ratio); None, so that the codec scales by the data, when there is no noise.
-    """
-    return step.noise / step.denominator / 2 if step.noise > 0 else None
-
-
-def update_step(clip: float, size: int) -> float:
-    """Return the quantizer's step for an update of L2 norm ``clip`` at most and ``size`` numbers.
-
-    Half of an average coordinate at the bound: a uniform error of this step has an L2 norm of about
-    0.14 ``clip``, a hundredth of the norm of the server's noise at a few thousand parameters.
-    """
-    return clip / (2 * max(1, size) ** 0.5)

@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import PlanError
 
@@ -229,10 +237,33 @@ class Federation(Section):
 
 
 class Updates(Section):
-    """Codecs of what travels: ``codec`` up, ``broadcast`` down."""
+    """Codecs of what travels: ``codec`` up, ``broadcast`` down.
 
+    Attributes:
+        codec: Stages of updates. ``("auto",)`` becomes the narrowest dither whose alphabet holds
+            four standard deviations of the noise at ``step``, and ``ans``.
+        broadcast: Stages of models.
+        step: The quantizer's public step as a share of the standard deviation of the noise in a
+            coordinate of an update; with unit ``client`` as a share of an average coordinate at the
+            bound. A dither adds ``step``² / 12 to the variance of one client's noise. Without
+            privacy steps are taken from the data.
+        pad: With privacy, updates are padded to a length that no private data decide (more, in
+            public steps, if one is longer), so that lengths do not tell clients apart.
+    """
+
+    step: Annotated[float, Field(ge=0.01, le=16)] = 0.5
     codec: tuple[str, ...] = ("dither4", "ans")
     broadcast: tuple[str, ...] = ("int8", "ans")
+    pad: bool = True
+
+    @field_validator("codec")
+    @classmethod
+    def _choose(cls, codec: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Write out ``auto``, so that a resolved plan says what it does."""
+        if codec != ("auto",) or "step" not in info.data:
+            return codec
+        fits = (b for b in range(2, 8) if (2 ** (b - 1) - 1) * info.data["step"] >= 4)
+        return (f"dither{next(fits, 8)}", "ans")
 
 
 class Engine(Section):

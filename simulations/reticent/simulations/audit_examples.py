@@ -195,6 +195,6 @@ class _Session:
             return None
         s = self._schedule
         step = (s.share_multiplier * s.clip / self._denominator) ** 2
-        # The dither's step is half the standard deviation; a uniform error has step^2 / 12.
-        dither = step / 48 if self._codec.error == "independent" else 0.0
-        return s.steps * step + dither
+        # A uniform error has the variance of its width: the plan's share of the deviation.
+        dither = step * self._plan.updates.step**2 / 12
+        return s.steps * step + (dither if self._codec.error == "independent" else 0.0)

@@ -200,5 +200,5 @@ def test_auto_is_written_out_as_the_narrowest_dither_that_holds_the_noise(step, 
 
 @pytest.mark.parametrize("step", ["0", "17", '"wide"'])
 def test_a_step_out_of_range_is_named_whatever_the_codec(step) -> None:
-    with pytest.raises(PlanError, match="updates.step"):
+    with pytest.raises(PlanError, match=r"updates\.step"):
         parse_plan("", [f"updates.step={step}", 'updates.codec=["auto"]'])

@@ -21,8 +21,9 @@ from reticent.privacy.release import Released
 from reticent.privacy.schedule import schedule_with
 
 from .environment import Environment
+from .residuals import Residuals
 from .training import LocalTrainer
-from .wire import noisy_step, wire_of
+from .wire import Wire, noisy_step, wire_of
 
 
 class Refused(Exception):
@@ -175,6 +176,8 @@ def _train(order: Order, site: Site, start: Vector, environment: Environment) ->
     generator = np.random.Generator(np.random.Philox(key=key))
     privacy, wire = site.plan.private, wire_of(site.plan, step, order.clip, len(update))
     blocks = site.trainer.layout.blocks
+    if site.plan.updates.error_feedback:
+        return _with_feedback(order, site, wire, update, generator, environment)
     if privacy is None or privacy.unit == "example":
         return wire.encode(site.codec, update, blocks, generator)
     bounded = clipped(update, order.clip).astype(np.float32)
@@ -182,3 +185,23 @@ def _train(order: Order, site: Site, start: Vector, environment: Environment) ->
     if privacy.clip_quantile is None:
         return encoded
     return with_bit(encoded, inside=is_within(finite(update), order.clip))
+
+
+def _with_feedback(
+    order: Order,
+    site: Site,
+    wire: Wire,
+    update: Vector,
+    generator: np.random.Generator,
+    environment: Environment,
+) -> bytes:
+    """Encode ``update`` and what was left out before it, and keep what is left out now.
+
+    ``update`` holds its noise already (the plan refuses anything else), so this is post-processing.
+    """
+    blocks = site.trainer.layout.blocks
+    kept = Residuals(environment.ledger.folder / "residuals", environment.device, order.run)
+    wanted = update + kept.before(order.round, len(update))
+    payload = wire.encode(site.codec, wanted, blocks, generator)
+    kept.keep(order.round, wanted - site.codec.decode(payload, blocks))
+    return payload

@@ -249,12 +249,15 @@ class Updates(Section):
             privacy steps are taken from the data.
         pad: With privacy, updates are padded to a length that no private data decide (more, in
             public steps, if one is longer), so that lengths do not tell clients apart.
+        error_feedback: Devices add what the codec left out to their next update (Seide et al.
+            2014); only for ``topk``, ``sign`` and ``lowrank``, and not with unit ``client``.
     """
 
     step: Annotated[float, Field(ge=0.01, le=16)] = 0.5
     codec: tuple[str, ...] = ("dither4", "ans")
     broadcast: tuple[str, ...] = ("int8", "ans")
     pad: bool = True
+    error_feedback: bool = False
 
     @field_validator("codec")
     @classmethod
@@ -297,6 +300,12 @@ class Plan(Section):
             raise ValueError(
                 f"federation.min_replies={f.min_replies}: must be at most "
                 f"federation.clients_per_round={f.clients_per_round}"
+            )
+        if self.updates.error_feedback and p != "off" and p.unit == "client":
+            raise ValueError(
+                'updates.error_feedback=true: must be false when privacy.unit is "client", because '
+                "what is left out of an update without noise would count in a later round, whose "
+                "noise is not meant for it"
             )
         shares = p != "off" and p.trust == "aggregator" and p.unit == "example"
         if shares and f.steps_per_round != 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from flwr.app import RecordDict
 
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
@@ -20,6 +21,7 @@ from reticent.privacy.ledger import BudgetExceeded
 from reticent.privacy.release import Released
 from reticent.privacy.schedule import schedule_with
 
+from .downlink import ModelMissing, changed, remember
 from .environment import Environment
 from .residuals import Residuals
 from .training import LocalTrainer
@@ -43,6 +45,7 @@ class Site:
     trainer: LocalTrainer
     codec: Codec
     broadcast: Codec
+    delta: Codec | None
 
 
 @lru_cache(maxsize=4)
@@ -56,8 +59,9 @@ def _site(plan_text: str, constants: bytes) -> Site:
     task = load_task(plan.task, plan.seed)
     trainer = LocalTrainer(plan, task, Constants.decode(constants))
     updates, layout = plan.updates, trainer.layout
-    up, down = build_codec(updates.codec, layout), build_codec(updates.broadcast, layout)
-    return Site(plan, task, trainer, up, down)
+    up, down = build_codec(updates.codec, layout), build_codec(updates.whole, layout)
+    delta = build_codec(updates.delta, layout) if updates.delta else None
+    return Site(plan, task, trainer, up, down, delta)
 
 
 @lru_cache(maxsize=2)
@@ -92,10 +96,32 @@ def allows_clip(plan: Plan, clip: float) -> bool:
     return ClipRule(privacy.clip, privacy.clip_quantile).allows(clip)
 
 
+def _model(site: Site, payload: bytes, marks: bytes, state: RecordDict) -> Vector:
+    """Return the model to train on; where the plan sends changes, keep it for the next one."""
+    blocks = site.trainer.layout.blocks
+    if site.delta is None:
+        return _broadcast(site.broadcast, payload, blocks)
+    if marks:
+        model = changed(site.delta, payload, marks, blocks, state)
+    else:
+        model = _broadcast(site.broadcast, payload, blocks)
+    remember(state, model)
+    return model
+
+
 def run_round(
-    order: Order, plan_text: str, constants: bytes, payload: bytes, environment: Environment
+    order: Order,
+    plan_text: str,
+    constants: bytes,
+    payload: bytes,
+    environment: Environment,
+    marks: bytes = b"",
+    state: RecordDict | None = None,
 ) -> Released[bytes]:
     """Run one round and return what is released.
+
+    ``payload`` is a whole model, or with ``marks`` a change of the one in ``state``
+    (:mod:`.downlink`).
 
     Order of events: the whole round is charged and on disk before an example is touched; the
     encoded update is on disk (on a real device) before it is handed on.
@@ -112,7 +138,9 @@ def run_round(
         raise Refused(Refusal.CONSTANTS_MISSING)
     try:
         site = _site(plan_text, constants)
-        start = _broadcast(site.broadcast, payload, site.trainer.layout.blocks)
+        start = _model(site, payload, marks, RecordDict() if state is None else state)
+    except ModelMissing as error:
+        raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
         raise Refused(Refusal.BAD_BROADCAST) from error
     try:

@@ -249,6 +249,9 @@ class Updates(Section):
             privacy steps are taken from the data.
         pad: With privacy, updates are padded to a length that no private data decide (more, in
             public steps, if one is longer), so that lengths do not tell clients apart.
+        delta: When given, a device that holds the last model is sent the change since, in these
+            stages, and any other device the whole model in float32; ``broadcast`` is then not
+            used. Only where more than half of the clients are asked in a round.
         error_feedback: Devices add what the codec left out to their next update (Seide et al.
             2014); only for ``topk``, ``sign`` and ``lowrank``, and not with unit ``client``.
     """
@@ -258,6 +261,15 @@ class Updates(Section):
     broadcast: tuple[str, ...] = ("int8", "ans")
     pad: bool = True
     error_feedback: bool = False
+    delta: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Stages of a whole model on its way down.
+
+        With ``delta`` a whole model must be exactly what a chain of changes leads to.
+        """
+        return ("identity",) if self.delta else self.broadcast
 
     @field_validator("codec")
     @classmethod
@@ -295,6 +307,13 @@ class Plan(Section):
             raise ValueError(
                 f"federation.clients_per_round={f.clients_per_round}: must be at most "
                 f"task.clients={self.task.clients}"
+            )
+        if self.updates.delta and self.task.clients >= 2 * f.clients_per_round:
+            raise ValueError(
+                f"updates.delta={list(self.updates.delta)}: must be absent when "
+                f"federation.clients_per_round={f.clients_per_round} is at most half of "
+                f"task.clients={self.task.clients}: hardly any client would hold the last model, "
+                "and whole models in float32 cost more than updates.broadcast"
             )
         if f.quorum > f.clients_per_round:
             raise ValueError(

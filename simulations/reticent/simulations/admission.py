@@ -24,6 +24,8 @@ def check_codecs(plan: Plan) -> None:
     """
     codec = build_codec(plan.updates.codec)
     build_codec(plan.updates.broadcast)
+    if plan.updates.delta:
+        build_codec(plan.updates.delta)
     if plan.updates.error_feedback and not codec.contracts:
         raise PlanError(
             f"updates.error_feedback=true: must be false with updates.codec="

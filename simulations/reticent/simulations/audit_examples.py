@@ -133,7 +133,7 @@ class _Session:
             devices_for(plan, Path()), budget=Budget(math.inf, schedule.delta)
         )
         zero = np.zeros(layout.size, dtype=np.float32)
-        broadcast = build_codec(plan.updates.broadcast, layout)
+        broadcast = build_codec(plan.updates.whole, layout)
         self._payload = broadcast.encode(
             zero, layout.blocks, numpy_generator(plan.seed, "broadcast")
         )

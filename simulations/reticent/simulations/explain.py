@@ -114,7 +114,9 @@ def _encoded_bytes(
     up = wire.encode(
         build_codec(plan.updates.codec, layout), noise * np.float32(scale), layout.blocks, generator
     )
-    down = build_codec(plan.updates.broadcast, layout).encode(noise, layout.blocks, generator)
+    down = build_codec(plan.updates.delta or plan.updates.broadcast, layout).encode(
+        noise, layout.blocks, generator
+    )
     return len(up) + bit, len(down)
 
 

@@ -106,6 +106,16 @@ def test_padding_changes_no_value_and_the_length_follows_from_the_plan() -> None
         assert len(padded) == public_length(codec, BLOCKS, wire.deviation, wire.step)
 
 
+def test_codecs_of_one_length_are_not_padded() -> None:
+    wire = wire_for(plan_of())
+    for names in (("identity",), ("int8",), ("sign",)):
+        codec = build_codec(names)
+        payload = wire.encode(codec, updates_of(45)[0], BLOCKS, np.random.default_rng(1))
+        assert payload == codec.encode(
+            updates_of(45)[0], BLOCKS, np.random.default_rng(1), wire.step
+        )
+
+
 def test_room_is_for_the_noise_and_one_batch_of_aligned_gradients() -> None:
     plan = plan_of()
     noise = SIGMA * CLIP / np.sqrt(SHARES) / 9

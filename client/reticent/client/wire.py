@@ -51,6 +51,8 @@ class Wire:
         if self.deviation is None:
             return payload
         first = public_length(codec, blocks, self.deviation, self.step)
+        if len(payload) == first:
+            return payload
         more = max(0, len(payload) + PADDING_OVERHEAD - first)
         return pad(payload, first + -(-more // -(-first // _GROWTH)) * -(-first // _GROWTH))
 
@@ -63,11 +65,17 @@ def public_length(
 
     Of all values with the same mean square, independent normal ones need the most bits (at a fine
     step), so this is enough for updates of a smaller mean square, however they are distributed.
+    Codecs whose payloads all have one length, such as ``identity``, need no margin.
     """
     normal = numpy_generator(0, "padding").standard_normal(sum(blocks))
     values = (deviation * normal).astype(np.float32)
-    payload = codec.encode(values, blocks, numpy_generator(0, "padding", "codec"), step)
-    return math.ceil(_MARGIN * len(payload)) + PADDING_OVERHEAD
+    lengths = [
+        len(codec.encode(v, blocks, numpy_generator(0, "padding", "codec"), step))
+        for v in (values, np.zeros_like(values))
+    ]
+    if lengths[0] == lengths[1]:
+        return lengths[0]
+    return math.ceil(_MARGIN * lengths[0]) + PADDING_OVERHEAD
 
 
 def wire_of(plan: Plan, noisy: NoisyStep, clip: float, size: int) -> Wire:

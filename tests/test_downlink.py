@@ -158,3 +158,32 @@ def test_a_device_that_lost_its_model_gets_a_whole_one_in_the_same_round(
         "the client does not hold the model that a change is against": 4
     }
     assert rounds[1]["replies"] == 4
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits_with_changes_and_feedback(
+    tmp_path: Path,
+) -> None:
+    fed = [
+        "privacy.trust=local",
+        "privacy.noise_multiplier=1.0",
+        'updates.codec=["topk:0.05", "ans"]',
+        "updates.error_feedback=true",
+    ]
+    model, _ = finished(tmp_path / "a", *fed)
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        simulate(plan_of(*fed), tmp_path / "b", progress=stop)
+    run = simulate(plan_of(*fed), tmp_path / "b", resume=True)
+    kept = sorted(run.checkpoints.glob("round-*.safetensors"))
+    assert b"".join(path.read_bytes() for path in kept) == model
+    # Nobody is known to hold a model any more, so all get whole ones again.
+    down = [r["bytes_down"] for r in run.read_metrics()]
+    assert down[1] < 0.2 * down[0] and down[2] == down[0]

@@ -1,7 +1,9 @@
-"""Size, speed and error of every codec on two kinds of update.
+"""Size, speed and error of every codec on three kinds of update.
 
 Run with ``python benchmarks/codecs.py [--json] [--size N] [--repeats R]``. Sizes are lengths of
-real payloads and times are medians of real calls on one thread.
+real payloads and times are medians of real calls on one thread. Two updates are drawn numbers of
+N parameters; the third is what a client of the digits task sends, a clipped gradient with its
+share of the noise.
 """
 
 from __future__ import annotations
@@ -20,20 +22,37 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 import numpy as np
 import torch
 
+from reticent.client.training import LocalTrainer, student_model
+from reticent.client.wire import noisy_step, quantization_step
 from reticent.compression.codec import Codec, build_codec
-from reticent.core.update import Vector
+from reticent.compression.codec.build import ENTROPIES, PARAMETERS, QUANTIZERS
+from reticent.core.plan import parse_plan
+from reticent.core.protocol import PROTOCOL, Constants, Order
+from reticent.core.tasks import load_task
+from reticent.core.update import Layout, Vector
+from reticent.privacy.randomness import SeededRandomness
 
-CHAINS = [
-    (quantizer, *entropy)
-    for quantizer in ("identity", "int8", "int4", "dither8", "dither4", "topk:0.1")
-    for entropy in ((), ("ans",), ("zstd",))
+PLAIN = [(name,) for name in (*QUANTIZERS, *PARAMETERS)]
+ROTATED = [("hadamard", name) for name in ("int1", "int2", "int4", "dither2", "dither4")]
+CODED = [
+    (*names, entropy)
+    for names in (
+        *((q,) for q in ("identity", "int4", "int8", "dither2", "dither3", "dither4", "dither8")),
+        *((q,) for q in ("sign", "eden2", "topk", "lowrank")),
+        ("hadamard", "int2"),
+    )
+    for entropy in ENTROPIES
 ]
+CHAINS: list[tuple[str, ...]] = [*PLAIN, *ROTATED, *CODED]
 PARTS = 8
 
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one codec on one update; ``step`` is None where it comes from the data."""
+    """Figures of one codec on one update; ``step`` is None where it comes from the data.
+
+    ``relative_error`` is the L2 norm of the error over that of the update.
+    """
 
     update: str
     codec: str
@@ -42,20 +61,52 @@ class Row:
     ratio: float
     encode_ms: float
     decode_ms: float
-    max_error: float
+    relative_error: float
 
 
-def updates(size: int) -> dict[str, tuple[Vector, float | None]]:
-    """Return named updates, float32 ``(size,)``, each with its public step."""
+@dataclass(frozen=True)
+class Update:
+    """One update to encode, with its layout and its public step."""
+
+    vector: Vector
+    layout: Layout
+    step: float | None
+
+
+def updates(size: int) -> dict[str, Update]:
+    """Return named updates; those of drawn numbers are float32 ``(size,)``."""
     generator = np.random.default_rng(0)
     noise = generator.normal(size=size).astype(np.float32)
     heavy = generator.standard_t(2, size=size).astype(np.float32) * np.float32(1e-3)
-    return {"gaussian, step sigma/2": (noise, 0.5), "heavy-tailed (t2)": (heavy, None)}
+    layout = layout_of(size)
+    return {
+        "gaussian, step sigma/2": Update(noise, layout, 0.5),
+        "heavy-tailed (t2)": Update(heavy, layout, None),
+        "a client's update (digits), step sigma/2": real_update(),
+    }
 
 
-def blocks_of(size: int) -> tuple[int, ...]:
-    """Return PARTS block lengths that sum to ``size``."""
-    return tuple(len(part) for part in np.array_split(np.arange(size), PARTS))
+def layout_of(size: int) -> Layout:
+    """Return PARTS parameters, as matrices of 16 columns as far as they go, of ``size`` numbers."""
+    lengths = [len(part) for part in np.array_split(np.arange(size), PARTS)]
+    shapes = tuple((n // 16, 16) if n % 16 == 0 else (n,) for n in lengths)
+    return Layout(tuple(f"part{i}" for i in range(PARTS)), shapes)
+
+
+def real_update() -> Update:
+    """Return the first update of client 0 of ten on the digits task, under aggregator trust."""
+    given = ["task.name=digits", "task.clients=10", "federation.clients_per_round=10"]
+    plan = parse_plan("", [*given, "privacy.noise_multiplier=1.0"])
+    task = load_task(plan.task, plan.seed)
+    trainer = LocalTrainer(plan, task, Constants(b"", np.zeros((0, 0), dtype=np.float32)))
+    torch.manual_seed(0)
+    start = trainer.layout.read(student_model(task, plan))
+    denominator = plan.federation.sampling_rate * task.nominal_examples
+    clip = 0.0 if plan.private is None else plan.private.clip
+    step = noisy_step(plan, Order(PROTOCOL, "", plan.digest, 1, "", 1.0, denominator, clip))
+    path = ("benchmark", 0, 1)
+    vector = trainer.pseudo_gradient(start, task.client(0), step, SeededRandomness(0), path)
+    return Update(vector, trainer.layout, quantization_step(step))
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:
@@ -69,41 +120,44 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def measure(name: str, codec: Codec, vector: Vector, step: float | None, repeats: int) -> Row:
-    """Encode and decode ``vector`` with ``codec``."""
-    blocks, generator = blocks_of(len(vector)), np.random.default_rng(1)
+def measure(name: str, chain: tuple[str, ...], update: Update, repeats: int) -> Row:
+    """Encode and decode ``update`` with the codec of ``chain``."""
+    codec: Codec = build_codec(chain, update.layout)
+    vector, blocks, step = update.vector, update.layout.blocks, update.step
+    generator = np.random.default_rng(1)
     payload = codec.encode(vector, blocks, generator, step)
-    error = np.abs(codec.decode(payload, blocks).astype(np.float64) - vector)
+    error = codec.decode(payload, blocks).astype(np.float64) - vector
+    shared = chain[0].endswith(":shared") or codec.error == "independent"
     return Row(
         update=name,
         codec="+".join(codec.names),
-        step=step if codec.error == "independent" else None,
+        step=step if shared else None,
         bytes_per_parameter=len(payload) / len(vector),
         ratio=vector.nbytes / len(payload),
         encode_ms=median_ms(lambda: codec.encode(vector, blocks, generator, step), repeats),
         decode_ms=median_ms(lambda: codec.decode(payload, blocks), repeats),
-        max_error=float(error.max()),
+        relative_error=float(np.linalg.norm(error) / np.linalg.norm(vector.astype(np.float64))),
     )
 
 
 def measure_all(size: int, repeats: int) -> list[Row]:
     """Return one row for each update and codec."""
     return [
-        measure(name, build_codec(chain), vector, step, repeats)
-        for name, (vector, step) in updates(size).items()
+        measure(name, chain, update, repeats)
+        for name, update in updates(size).items()
         for chain in CHAINS
     ]
 
 
 def table(rows: list[Row]) -> str:
     """Return ``rows`` as aligned text."""
-    head = f"{'codec':<16}{'B/param':>9}{'ratio':>8}{'enc ms':>9}{'dec ms':>9}{'max err':>11}"
+    head = f"{'codec':<20}{'B/param':>9}{'ratio':>8}{'enc ms':>9}{'dec ms':>9}{'rel err':>11}"
     lines: list[str] = []
     for update in dict.fromkeys(row.update for row in rows):
         lines += ["", update, head]
         lines += [
-            f"{r.codec:<16}{r.bytes_per_parameter:>9.3f}{r.ratio:>8.2f}{r.encode_ms:>9.3f}"
-            f"{r.decode_ms:>9.3f}{r.max_error:>11.3g}"
+            f"{r.codec:<20}{r.bytes_per_parameter:>9.3f}{r.ratio:>8.2f}{r.encode_ms:>9.3f}"
+            f"{r.decode_ms:>9.3f}{r.relative_error:>11.3g}"
             for r in rows
             if r.update == update
         ]

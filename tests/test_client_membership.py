@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from reticent.client.round import noisy_step, quantization_step
 from reticent.client.training import LocalTrainer, NoisyStep
+from reticent.client.wire import noisy_step, quantization_step
 from reticent.compression.codec import build_codec
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 
-from reticent.client.round import noisy_step, quantization_step
 from reticent.client.training import LocalTrainer, NoisyStep
+from reticent.client.wire import noisy_step, quantization_step
 from reticent.compression.codec import build_codec
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order

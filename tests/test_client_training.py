@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from reticent.client.environment import Environment
-from reticent.client.round import noisy_step, quantization_step, run_round
+from reticent.client.round import run_round
 from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients, student_model
+from reticent.client.wire import noisy_step, quantization_step
 from reticent.compression.codec import build_codec
 from reticent.core.errors import DataError, PayloadError
 from reticent.core.plan import Plan, parse_plan

@@ -13,16 +13,31 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reticent.compression.codec import Codec, build_codec
+from reticent.compression.codec.build import QUANTIZERS as PLAIN_NAMES
 from reticent.compression.codec.frame import OVERHEAD, Frame, seal, unseal
 from reticent.core.errors import PayloadError
+from reticent.core.update import Layout
 
+QUANTIZERS = (*PLAIN_NAMES, "topk", "randk:0.3", "lowrank:1")
+CODED = (
+    "identity",
+    "int8",
+    "int4",
+    "int2:shared",
+    "dither8",
+    "dither4",
+    "sign",
+    "topk",
+    "randk:0.3",
+)
 CHAINS = [
-    (q, *e)
-    for q in ("identity", "int8", "int4", "topk", "dither8", "dither4")
-    for e in ((), ("ans",), ("zstd",))
+    *((q,) for q in QUANTIZERS),
+    *((q, e) for q in CODED for e in ("ans", "zstd")),
+    *(("hadamard", q, "ans") for q in ("int1", "dither3", "dither2:blocks")),
 ]
 BLOCKS = (30, 0, 27)
-CODECS = [build_codec(names) for names in CHAINS]
+LAYOUT = Layout(("a", "b", "c"), ((6, 5), (0,), (9, 3)))
+CODECS = [build_codec(names, LAYOUT) for names in CHAINS]
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda c: "+".join(c.names))
 
 

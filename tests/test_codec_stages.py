@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reticent.compression.codec import build_codec
-from reticent.compression.codec.base import Quantizer
-from reticent.compression.codec.build import QUANTIZERS
+from reticent.compression.codec.build import PARAMETERS, QUANTIZERS
 from reticent.compression.codec.entropy import ANS, PLAIN, ZSTD
 from reticent.compression.codec.escape import pack_escapes, unpack_escapes
 from reticent.compression.codec.frame import OVERHEAD
@@ -31,8 +30,20 @@ from reticent.core.plan import Updates
         (("dithr4", "ans"), "did you mean dither4"),
         (("int8", "zstandard"), "did you mean zstd|known stages"),
         (("gzip",), "known stages"),
-        (("int8:3",), "only topk takes a parameter"),
-        (("int8", "ans:1"), "only topk"),
+        (("int8:3",), "takes no such parameter"),
+        (("int8", "ans:1"), "takes no such parameter"),
+        (("int1:shared",), "takes no such parameter"),
+        (("dither1",), "did you mean"),
+        (("int9",), "did you mean"),
+        (("hadamard",), "must start with one of identity"),
+        (("hadamard", "ans"), "must start with one of identity"),
+        (("hadamard", "topk"), "must come before an int or a dither"),
+        (("hadamard", "drive"), "must come before an int or a dither"),
+        (("int4", "hadamard"), "at most one of ans, zstd after it"),
+        (("randk:2",), "randk:2: must be a fraction"),
+        (("lowrank:0",), "whole number from 1"),
+        (("lowrank:1.5",), "whole number from 1"),
+        (("lowrank:99999999",), "whole number from 1"),
         (("topk:",), "fraction above 0"),
         (("topk:0",), "fraction above 0"),
         (("topk:1.5",), "fraction above 0"),
@@ -51,24 +62,64 @@ def test_the_plan_defaults_are_codecs() -> None:
 
 
 def test_what_each_codec_says_of_its_error() -> None:
-    said = {name: build_codec((name, "ans")).error for name in QUANTIZERS}
-    assert said == {
-        "identity": "none",
-        "int8": "dependent",
-        "int4": "dependent",
-        "topk": "dependent",
-        "dither8": "independent",
-        "dither4": "independent",
-    }
+    said = {name: build_codec((name, "ans")).error for name in (*QUANTIZERS, *PARAMETERS)}
+    assert {name for name in said if said[name] == "none"} == {"identity"}
+    dithers = {f"dither{bits}" for bits in range(2, 9)}
+    assert {name for name in said if said[name] == "independent"} == dithers
+    assert build_codec(("hadamard", "dither2")).error == "independent"
+    assert build_codec(("hadamard", "int2")).error == "dependent"
+
+
+def test_which_codecs_commute_with_sums_and_which_contract() -> None:
+    names = (*QUANTIZERS, *PARAMETERS)
+    summing = {f"dither{b}" for b in range(2, 9)} | {f"int{b}:shared" for b in range(2, 9)}
+    assert {name for name in names if build_codec((name,)).sums} == summing
+    assert not build_codec(("dither4", "ans")).sums
+    assert not build_codec(("hadamard", "dither4")).sums
+    assert {n for n in names if build_codec((n,)).contracts} == {"topk", "sign", "lowrank"}
 
 
 def test_codecs_are_frozen_and_their_codes_are_unique() -> None:
     codec = build_codec(("int8",))
     with pytest.raises(dataclasses.FrozenInstanceError):
         codec.names = ("int4",)  # pyright: ignore[reportAttributeAccessIssue]
-    stages: list[Quantizer] = list(QUANTIZERS.values())
-    assert len({q.code for q in stages}) == len(stages)
-    assert all(0 <= q.code < 16 for q in stages)
+    # A header's flags tell the two kinds of scales of one number apart.
+    stems = {name.partition(":")[0] for name in (*QUANTIZERS, *PARAMETERS)}
+    codes = {build_codec((name,)).quantizer.code for name in (*QUANTIZERS, *PARAMETERS)}
+    assert len(codes) == len(stems)
+    assert all(0 <= code < 64 for code in codes)
+
+
+WRITTEN_BEFORE = [
+    (("int8",), None, "52430101000500000008000000a1e70dab0502013c0502813cbf009e7ffe"),
+    (
+        ("int4", "zstd"),
+        None,
+        "52430122000500000008000000727e72702549123e2549923e28b52ffd20052900000b0008070e",
+    ),
+    (("topk:0.4",), None, "52430103000500000000000000d0c0fe870102000080bf00000040"),
+    (
+        ("dither8", "ans"),
+        None,
+        "524301140105000000180000009119b3ec5f82c2d9cfeb0fa321d7d982f8bd1045080402814020903f"
+        "0000000000000000800000000000000100020001000000000000000000000002ffffffffff1d9a9917"
+        "02000000",
+    ),
+    (
+        ("dither4",),
+        0.5,
+        "52430105000500000018000000f5132a215f82c2d9cfeb0fa321d7d982f8bd1045000000000000e03f58770b",
+    ),
+]
+
+
+@pytest.mark.parametrize(("names", "step", "written"), WRITTEN_BEFORE)
+def test_payloads_of_earlier_versions_are_read_and_still_written(names, step, written) -> None:
+    vector = np.array([0.5, -1.0, 0.25, 0, 2.0], dtype=np.float32)
+    codec = build_codec(names)
+    payload = bytes.fromhex(written)
+    assert codec.encode(vector, (3, 2), np.random.default_rng(0), step) == payload
+    assert np.abs(codec.decode(payload, (3, 2)) - vector).max() <= (1.0 if step is None else 0.25)
 
 
 def test_topk_keeps_the_largest_values_exactly() -> None:

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 
 from reticent.client import deployment as device
 from reticent.client.budget import remembered_budget
-from reticent.client.round import noisy_step, run_round
+from reticent.client.round import run_round
 from reticent.client.training import student_model
+from reticent.client.wire import noisy_step
 from reticent.compression.artifact import load_artifact
 from reticent.compression.codec import build_codec
 from reticent.core.errors import PlanError, RunError

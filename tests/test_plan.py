@@ -219,3 +219,19 @@ def test_any_values_are_a_plan_or_a_plan_error(data: dict) -> None:
         parse_plan(text)
     except PlanError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(("step", "bits"), [(0.25, 6), (0.5, 5), (1.0, 4), (2.0, 3), (4.0, 2)])
+def test_auto_is_written_out_as_the_narrowest_dither_that_holds_the_noise(step, bits) -> None:
+    plan = parse_plan("", [f"updates.step={step}", 'updates.codec=["auto"]'])
+    assert plan.updates.codec == (f"dither{bits}", "ans")
+    assert (2 ** (bits - 1) - 1) * step >= 4 > (2 ** (bits - 2) - 1) * step
+    written = parse_plan("", [f"updates.step={step}", f'updates.codec=["dither{bits}", "ans"]'])
+    assert plan.digest == written.digest
+    assert plan_from_json(plan.canonical()) == plan
+
+
+@pytest.mark.parametrize("step", ["0", "17", '"wide"'])
+def test_a_step_out_of_range_is_named_whatever_the_codec(step) -> None:
+    with pytest.raises(PlanError, match=r"updates\.step"):
+        parse_plan("", [f"updates.step={step}", 'updates.codec=["auto"]'])

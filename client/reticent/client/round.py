@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from flwr.app import RecordDict
 
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
-from reticent.core.plan import Plan, Privacy, plan_from_json
+from reticent.core.plan import Plan, plan_from_json
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
 from reticent.core.update import Vector
@@ -20,8 +21,11 @@ from reticent.privacy.ledger import BudgetExceeded
 from reticent.privacy.release import Released
 from reticent.privacy.schedule import schedule_with
 
+from .downlink import ModelMissing, changed, remember
 from .environment import Environment
-from .training import LocalTrainer, NoisyStep
+from .residuals import Residuals
+from .training import LocalTrainer
+from .wire import Wire, noisy_step, wire_of
 
 
 class Refused(Exception):
@@ -41,6 +45,7 @@ class Site:
     trainer: LocalTrainer
     codec: Codec
     broadcast: Codec
+    delta: Codec | None
 
 
 @lru_cache(maxsize=4)
@@ -53,8 +58,10 @@ def _site(plan_text: str, constants: bytes) -> Site:
     plan = _plan(plan_text)
     task = load_task(plan.task, plan.seed)
     trainer = LocalTrainer(plan, task, Constants.decode(constants))
-    updates = plan.updates
-    return Site(plan, task, trainer, build_codec(updates.codec), build_codec(updates.broadcast))
+    updates, layout = plan.updates, trainer.layout
+    up, down = build_codec(updates.codec, layout), build_codec(updates.whole, layout)
+    delta = build_codec(updates.delta, layout) if updates.delta else None
+    return Site(plan, task, trainer, up, down, delta)
 
 
 @lru_cache(maxsize=2)
@@ -89,10 +96,32 @@ def allows_clip(plan: Plan, clip: float) -> bool:
     return ClipRule(privacy.clip, privacy.clip_quantile).allows(clip)
 
 
+def _model(site: Site, payload: bytes, marks: bytes, state: RecordDict) -> Vector:
+    """Return the model to train on; where the plan sends changes, keep it for the next one."""
+    blocks = site.trainer.layout.blocks
+    if site.delta is None:
+        return _broadcast(site.broadcast, payload, blocks)
+    if marks:
+        model = changed(site.delta, payload, marks, blocks, state)
+    else:
+        model = _broadcast(site.broadcast, payload, blocks)
+    remember(state, model)
+    return model
+
+
 def run_round(
-    order: Order, plan_text: str, constants: bytes, payload: bytes, environment: Environment
+    order: Order,
+    plan_text: str,
+    constants: bytes,
+    payload: bytes,
+    environment: Environment,
+    marks: bytes = b"",
+    state: RecordDict | None = None,
 ) -> Released[bytes]:
     """Run one round and return what is released.
+
+    ``payload`` is a whole model, or with ``marks`` a change of the one in ``state``
+    (:mod:`.downlink`).
 
     Order of events: the whole round is charged and on disk before an example is touched; the
     encoded update is on disk (on a real device) before it is handed on.
@@ -109,7 +138,9 @@ def run_round(
         raise Refused(Refusal.CONSTANTS_MISSING)
     try:
         site = _site(plan_text, constants)
-        start = _broadcast(site.broadcast, payload, site.trainer.layout.blocks)
+        start = _model(site, payload, marks, RecordDict() if state is None else state)
+    except ModelMissing as error:
+        raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
         raise Refused(Refusal.BAD_BROADCAST) from error
     try:
@@ -171,44 +202,34 @@ def _train(order: Order, site: Site, start: Vector, environment: Environment) ->
     # it, and only the server reads it from the payload.
     key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
     generator = np.random.Generator(np.random.Philox(key=key))
+    privacy, wire = site.plan.private, wire_of(site.plan, step, order.clip, len(update))
     blocks = site.trainer.layout.blocks
-    privacy = site.plan.private
+    if site.plan.updates.error_feedback:
+        return _with_feedback(order, site, wire, update, generator, environment)
     if privacy is None or privacy.unit == "example":
-        return site.codec.encode(update, blocks, generator, quantization_step(step))
+        return wire.encode(site.codec, update, blocks, generator)
     bounded = clipped(update, order.clip).astype(np.float32)
-    encoded = site.codec.encode(bounded, blocks, generator, update_step(order.clip, len(update)))
+    encoded = wire.encode(site.codec, bounded, blocks, generator)
     if privacy.clip_quantile is None:
         return encoded
     return with_bit(encoded, inside=is_within(finite(update), order.clip))
 
 
-def noisy_step(plan: Plan, order: Order) -> NoisyStep:
-    """Return the public constants of a step.
+def _with_feedback(
+    order: Order,
+    site: Site,
+    wire: Wire,
+    update: Vector,
+    generator: np.random.Generator,
+    environment: Environment,
+) -> bytes:
+    """Encode ``update`` and what was left out before it, and keep what is left out now.
 
-    With unit ``example`` and under aggregator trust the noise is a share. With unit ``client`` a
-    step is plain: the whole update is bounded afterwards, and the noise is the server's.
+    ``update`` holds its noise already (the plan refuses anything else), so this is post-processing.
     """
-    privacy: Privacy | None = plan.private
-    if privacy is None or privacy.unit == "client":
-        return NoisyStep(None, 0.0, order.denominator)
-    shares = plan.federation.quorum if privacy.trust == "aggregator" else 1
-    noise = order.noise_multiplier * privacy.clip / shares**0.5
-    return NoisyStep(privacy.clip, noise, order.denominator)
-
-
-def quantization_step(step: NoisyStep) -> float | None:
-    """Return half the standard deviation of the noise in a coordinate of the update.
-
-    A public constant, so that the quantizer's error cannot depend on data (+2.1 % variance at this
-    ratio); None, so that the codec scales by the data, when there is no noise.
-    """
-    return step.noise / step.denominator / 2 if step.noise > 0 else None
-
-
-def update_step(clip: float, size: int) -> float:
-    """Return the quantizer's step for an update of L2 norm ``clip`` at most and ``size`` numbers.
-
-    Half of an average coordinate at the bound: a uniform error of this step has an L2 norm of about
-    0.14 ``clip``, a hundredth of the norm of the server's noise at a few thousand parameters.
-    """
-    return clip / (2 * max(1, size) ** 0.5)
+    blocks = site.trainer.layout.blocks
+    kept = Residuals(environment.ledger.folder / "residuals", environment.device, order.run)
+    wanted = update + kept.before(order.round, len(update))
+    payload = wire.encode(site.codec, wanted, blocks, generator)
+    kept.keep(order.round, wanted - site.codec.decode(payload, blocks))
+    return payload

@@ -34,6 +34,7 @@ class Refusal(IntEnum):
     LEDGER = 1007
     NOT_RELEASED = 1008
     ROLLED_BACK = 1009
+    MODEL_MISSING = 1010
 
     @property
     def text(self) -> str:
@@ -51,6 +52,7 @@ _REASONS = {
     Refusal.BUDGET: "the privacy budget of the device does not allow the round",
     Refusal.LEDGER: "the ledger of the device cannot be used",
     Refusal.NOT_RELEASED: "the reply held something that was not released",
+    Refusal.MODEL_MISSING: "the client does not hold the model that a change is against",
     Refusal.ROLLED_BACK: "the ledger of the device lacks a head that a server countersigned",
 }
 

@@ -20,8 +20,9 @@ Zhang 2018, section 3; Andrew, Thakkar, McMahan and Ramaswamy 2021, algorithm 1 
 
 The noise is the server's. A device trusts the server to bound the sum, to add the noise and to
 show nothing else: against the server itself epsilon is infinite. The encoded length of an update
-depends on it and is not noised, so sums of lengths are for whoever runs the server. Float64
-rounding of the sum and of the noise is not part of the guarantee.
+depends on it and is not noised, and with padding whether it exceeds the common length does, so sums
+of lengths are for whoever runs the server. Float64 rounding of the sum and of the noise is not part
+of the guarantee.
 """
 
 from __future__ import annotations

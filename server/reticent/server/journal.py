@@ -207,8 +207,8 @@ class Journal:
 
 
 def _arrays(state: ServerState) -> dict[str, np.ndarray]:
-    """Return what a checkpoint holds; the bound only where there is one."""
-    arrays = {k: v for k, v in vars(state).items() if k not in ("round", "clip")}
+    """Return what a checkpoint holds; the bound and the held model only where there is one."""
+    arrays = {k: v for k, v in vars(state).items() if k not in ("round", "clip") and v is not None}
     if state.clip is not None:
         arrays["clip"] = np.array([state.clip], dtype=np.float64)
     return arrays

@@ -26,6 +26,8 @@ class ServerState:
         first: First moment (momentum), float64.
         second: Second moment (Adam only; zeros otherwise), float64.
         clip: With unit ``client`` the bound of the next round's updates; None otherwise.
+        held: Where the plan sends changes, the model that devices trained on last, float32
+            ``(size,)``; None otherwise, and before the first round.
     """
 
     round: int
@@ -34,6 +36,7 @@ class ServerState:
     first: Floats
     second: Floats
     clip: float | None = None
+    held: Vector | None = None
 
     @staticmethod
     def begin(weights: Vector, clip: float | None = None) -> ServerState:

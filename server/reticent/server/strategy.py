@@ -23,6 +23,7 @@ from reticent.privacy.schedule import participations
 
 from .client_level import client_level_for
 from .countersign import Countersigner
+from .downlink import Broadcast, Downlink
 from .optimizer import Accumulator, ServerState, apply_round
 from .rounds import Reading, RoundPlan, Tally
 
@@ -63,8 +64,10 @@ class PrivateAveraging(Strategy):
         self._constants = constants
         self.state = state
         self._committed = committed
-        self._codec: Codec = build_codec(plan.updates.codec)
-        self._broadcast: Codec = build_codec(plan.updates.broadcast)
+        self._codec: Codec = build_codec(plan.updates.codec, constants.layout)
+        self._downlink = Downlink(plan, constants.layout)
+        self._sent = Broadcast(b"")
+        self._holds: dict[int, int] = {}
         self._mechanism = client_level_for(
             plan, constants.schedule, constants.run, constants.randomness
         )
@@ -119,7 +122,7 @@ class PrivateAveraging(Strategy):
                 break
         else:
             self._give_up(number)
-        state = self._applied(number)
+        state = replace(self._applied(number), held=self._sent.model)
         self._committed(state, self._tally, time.monotonic() - began)
         if self._countersigner is not None:
             self._countersigner.commit()
@@ -161,26 +164,27 @@ class PrivateAveraging(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message for each client of the round that has not replied yet."""
-        payload = self._broadcast.encode(
-            self.state.weights,
-            self._constants.layout.blocks,
-            numpy_generator(self._plan.seed, "broadcast", server_round),
-        )
-        record = ArrayRecord({"payload": _packed(payload)})
+        self._sent = self._downlink.broadcast(self.state.weights, self.state.held, server_round)
         order = ConfigRecord({**self._order(server_round).to_config()})
         cohort = [n for n in self._cohort if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
         # A list, because Flower's own grid goes through the messages twice; they share records.
-        return list(self._messages(cohort, record, order, server_round))
+        return list(self._messages(cohort, order, server_round))
 
-    def _messages(
-        self, cohort: list[int], record: ArrayRecord, order: ConfigRecord, number: int
-    ) -> Iterator[Message]:
+    def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
+        sent = self._sent
         constants = ArrayRecord({"payload": _packed(self._constants.constants)})
-        size = len(record["payload"].data)
+        whole = {"broadcast": ArrayRecord({"payload": _packed(sent.whole)})}
+        change = {
+            "broadcast": ArrayRecord({"payload": _packed(sent.change or b"")}),
+            "change": ArrayRecord({"payload": _packed(sent.marks)}),
+        }
         for node in cohort:
-            content = RecordDict({"order": order, "broadcast": record})
-            self._tally.bytes_down += size
+            # Who was accepted in the last round holds its model; a device that lost it says so.
+            latest = sent.change is not None and self._holds.get(node) == number - 1
+            model = change if latest else whole
+            content = RecordDict({"order": order, **model})
+            self._tally.bytes_down += sum(len(r["payload"].data) for r in model.values())
             if node not in self._informed:
                 content["constants"] = constants
                 self._tally.first_bytes_down += len(self._constants.constants)
@@ -261,6 +265,7 @@ class PrivateAveraging(Strategy):
             self._tally.accepted.add(node)
             self._tally.bytes_up += reading.size
             self._informed.add(node)
+            self._holds[node] = server_round
         return None, None
 
     def _fold(self, reading: Reading) -> None:
@@ -287,6 +292,7 @@ class PrivateAveraging(Strategy):
     def _drop(self, node: int, reason: str) -> None:
         self._tally.dropped[reason] += 1
         self._informed.discard(node)
+        self._holds.pop(node, None)
 
     def _read(self, reply: Message) -> Reading:
         """Return the decoded update, its encoded size and its bit.

@@ -19,10 +19,19 @@ def check_codecs(plan: Plan) -> None:
     noise afterwards, so encoding and decoding are part of what one client contributes.
 
     Raises:
-        PlanError: If a codec is unknown, or not admitted under the plan's trust.
+        PlanError: If a codec is unknown, or not admitted under the plan's trust or with the plan's
+            error feedback.
     """
     codec = build_codec(plan.updates.codec)
     build_codec(plan.updates.broadcast)
+    if plan.updates.delta:
+        build_codec(plan.updates.delta)
+    if plan.updates.error_feedback and not codec.contracts:
+        raise PlanError(
+            f"updates.error_feedback=true: must be false with updates.codec="
+            f"{list(plan.updates.codec)}: only a codec whose error is shorter than the update "
+            "converges with it: topk, sign or lowrank; an unbiased codec needs no feedback"
+        )
     privacy = plan.private
     if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":
         return

@@ -10,7 +10,8 @@ from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
 from reticent.client.app import pack
-from reticent.client.round import round_event, update_step
+from reticent.client.round import round_event
+from reticent.client.wire import update_step
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants, Order
@@ -117,7 +118,7 @@ class _CanaryClients:
         self.events: list[Event] = []
         self._plan, self._layout = plan, layout
         self._canaries, self._replace = canaries, replace
-        self._codec: Codec = build_codec(plan.updates.codec)
+        self._codec: Codec = build_codec(plan.updates.codec, layout)
         self._last = 0
         self._payloads: dict[tuple[int, float], bytes] = {}
 
@@ -144,7 +145,7 @@ class _CanaryClients:
         length = np.array([sign * REACH * clip])
         update = self._canaries.vectors(np.array([client]), length)[0].astype(np.float32)
         generator = numpy_generator(self._plan.seed, "audit", "codec", client)
-        step = update_step(clip, len(update))
+        step = update_step(clip, len(update), self._plan.updates.step)
         payload = self._codec.encode(update, self._layout.blocks, generator, step)
         private = self._plan.private
         adaptive = private is not None and private.clip_quantile is not None

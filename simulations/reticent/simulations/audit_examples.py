@@ -131,13 +131,13 @@ class _Session:
         self._text = plan.canonical()
         self._constants = Constants(layout.kept, np.zeros((0, 0), dtype=np.float32)).encode()
         self._denominator = plan.federation.sampling_rate * task.nominal_examples
-        self._codec: Codec = build_codec(plan.updates.codec)
+        self._codec: Codec = build_codec(plan.updates.codec, layout)
         # Without a stop: what a device would refuse is not released, and cannot be audited.
         self._devices: Devices = replace(
             devices_for(plan, Path()), budget=Budget(math.inf, schedule.delta)
         )
         zero = np.zeros(layout.size, dtype=np.float32)
-        broadcast = build_codec(plan.updates.broadcast)
+        broadcast = build_codec(plan.updates.whole, layout)
         self._payload = broadcast.encode(
             zero, layout.blocks, numpy_generator(plan.seed, "broadcast")
         )
@@ -199,6 +199,6 @@ class _Session:
             return None
         s = self._schedule
         step = (s.share_multiplier * s.clip / self._denominator) ** 2
-        # The dither's step is half the standard deviation; a uniform error has step^2 / 12.
-        dither = step / 48 if self._codec.error == "independent" else 0.0
-        return s.steps * step + dither
+        # A uniform error has the variance of its width: the plan's share of the deviation.
+        dither = step * self._plan.updates.step**2 / 12
+        return s.steps * step + (dither if self._codec.error == "independent" else 0.0)

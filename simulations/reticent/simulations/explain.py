@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reticent.client.round import quantization_step, update_step
-from reticent.client.training import (
-    LocalTrainer,
-    NoisyStep,
-    require_whole_gradients,
-)
+from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients
+from reticent.client.wire import wire_of
 from reticent.compression.adapt import merged
 from reticent.compression.codec import build_codec
 from reticent.compression.forms import integer_problem
@@ -119,17 +115,18 @@ def encoded_bytes(
     layout = trainer.layout
     generator = numpy_generator(plan.seed, "explain", "bytes")
     noise = generator.standard_normal(layout.size).astype(np.float32)
-    scale, quantum = step.noise / step.denominator or 1.0, quantization_step(step)
-    bit = 0
+    wire = wire_of(plan, step, schedule.clip if schedule else 0.0, layout.size)
+    scale, bit = step.noise / step.denominator or 1.0, 0
     if schedule is not None and schedule.unit == "client":
         # An update at its bound, spread over all coordinates: real ones need somewhat fewer bytes.
         scale = schedule.clip / float(np.linalg.norm(noise))
-        quantum = update_step(schedule.clip, layout.size)
         bit = schedule.clip_quantile is not None
-    up = build_codec(plan.updates.codec).encode(
-        noise * np.float32(scale), layout.blocks, generator, quantum
+    up = wire.encode(
+        build_codec(plan.updates.codec, layout), noise * np.float32(scale), layout.blocks, generator
     )
-    down = build_codec(plan.updates.broadcast).encode(noise, layout.blocks, generator)
+    down = build_codec(plan.updates.delta or plan.updates.broadcast, layout).encode(
+        noise, layout.blocks, generator
+    )
     return len(up) + bit, len(down)
 
 

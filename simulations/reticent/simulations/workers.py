@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from reticent.client.app import build_client_app, pack, unpack
+from reticent.client.downlink import MODEL
 from reticent.client.round import round_event
 from reticent.core.errors import PayloadError, PlanError, PrivacyError, RunError
 from reticent.core.plan import plan_from_json
@@ -67,7 +69,10 @@ class Site:
     def answer(self, message: Message) -> Message:
         """Run the ClientApp of the client that ``message`` is for."""
         state = RecordDict(dict(self._state))
-        return call_client(self._app, message, state)
+        reply = call_client(self._app, message, state)
+        if MODEL in state:  # public, and the same for every client of the round
+            self._state[MODEL] = cast(ArrayRecord, state[MODEL])
+        return reply
 
 
 class Inline:

@@ -9,5 +9,6 @@ from __future__ import annotations
 
 from .build import build_codec as build_codec
 from .codec import Codec as Codec
+from .frame import pad as pad
 
-__all__ = ["Codec", "build_codec"]
+__all__ = ["Codec", "build_codec", "pad"]

@@ -41,12 +41,12 @@ class Quantizer(Protocol):
 
     @property
     def code(self) -> int:
-        """Number of this quantizer in a payload's header, 0 to 15; never reused."""
+        """Number of this quantizer in a payload's header, 0 to 63; never reused."""
         ...
 
     @property
     def alphabet(self) -> int:
-        """Number of symbol values: 16 or 256."""
+        """Number of symbol values: a power of 2 from 2 to 256."""
         ...
 
     @property
@@ -57,6 +57,16 @@ class Quantizer(Protocol):
     @property
     def error(self) -> Dependence:
         """What the error depends on; see :attr:`Codec.error`."""
+        ...
+
+    @property
+    def sums(self) -> bool:
+        """Whether it commutes with modular sums; see :attr:`Codec.sums`."""
+        ...
+
+    @property
+    def contracts(self) -> bool:
+        """Whether the error is always shorter than the vector; see :attr:`Codec.contracts`."""
         ...
 
     def count(self, n: int) -> int:

@@ -10,7 +10,7 @@ from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
 
 from .base import Blocks, Coded, Dependence, Quantizer
-from .entropy import Entropy
+from .entropy import PLAIN, Entropy
 from .frame import Frame, seal, unseal
 
 
@@ -51,6 +51,27 @@ class Codec:
         """
         return self.quantizer.error
 
+    @property
+    def sums(self) -> bool:
+        """Whether, at one public ``step``, it commutes with modular sums.
+
+        The integers that clients send can then be added in any modulus that holds their sum, and
+        the sum decodes to the sum of the decoded vectors: ``step`` times the sum of the integers,
+        less ``step`` times the sum of the dithers, which follow from their seeds. Entropy coding,
+        scales of a client's own, rotations of its own, rankings and signs do not commute. Neither
+        do integers that were escaped: the modulus must hold those too.
+        """
+        return self.quantizer.sums and self.entropy is PLAIN
+
+    @property
+    def contracts(self) -> bool:
+        """Whether the error is never longer than the vector, so that error feedback converges.
+
+        Stich et al. 2018, definition 2.1; Karimireddy et al. 2019, assumption A. What is unbiased
+        without contracting needs no error feedback and diverges with it.
+        """
+        return self.quantizer.contracts
+
     def encode(
         self,
         vector: Vector,
@@ -65,8 +86,9 @@ class Codec:
             blocks: Lengths of the parameters in ``vector``, summing to n.
             generator: Source of all randomness: the same state gives the same bytes. On a device it
                 must be seeded by the operating system and be used for nothing that is disclosed.
-            step: Public quantization step of ``dither4`` and ``dither8`` (the other stages do not
-                use it); None takes it from the data, which gives up independence of the error.
+            step: Public quantization step of the stages with one step (``dither4``,
+                ``int4:shared``, not those with scales of their own); None takes it from the data,
+                which gives up independence of the error.
 
         Raises:
             PayloadError: If the vector, its blocks or the step are not acceptable.
@@ -107,7 +129,9 @@ class Codec:
 
     @property
     def _stages(self) -> int:
-        return self.quantizer.code + 16 * self.entropy.code
+        """One byte: the quantizer's number in bits 0-3 and 6-7, the entropy stage's in 4-5."""
+        code = self.quantizer.code
+        return code & 15 | self.entropy.code << 4 | code >> 4 << 6
 
     def _symbols(self, body: bytes, count: int) -> np.ndarray:
         if count:

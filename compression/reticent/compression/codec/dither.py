@@ -32,14 +32,22 @@ from numpy.typing import NDArray
 from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
 
-from .base import LARGEST, Blocks, Coded, Dependence, Symbols, peak_of, to_float32
-from .escape import Integers, pack_escapes, unpack_escapes
-
-STEP_FROM_DATA = 1
-"""Header flag: the step was taken from the vector's largest magnitude."""
+from .base import Blocks, Coded, Dependence, peak_of, to_float32
+from .grid import (
+    OTHER_SCALES,
+    STEP_FROM_DATA,
+    block_peaks,
+    check_symbols,
+    checked_step,
+    join,
+    read_scales,
+    scales_for,
+    split,
+    step_for,
+)
+from .seeded import SEED_BYTES, words_of
 
 _SIDE = struct.Struct("<16sd")
-_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class SubtractiveDither:
     alphabet: int
     unbiased: bool = True
     error: Dependence = "independent"
+    sums: bool = True
+    contracts: bool = False
 
     def count(self, n: int) -> int:
         """One symbol a coordinate."""
@@ -64,17 +74,11 @@ class SubtractiveDither:
         Raises:
             PayloadError: If the step is not acceptable or a value is above 2**31 steps.
         """
-        peak = peak_of(vector)
-        width = peak / self.levels if step is None else _checked(step)
-        if width and peak / width > _MOST - 1:
-            raise PayloadError(
-                f"step={width}: too small for a value of magnitude {peak}; no value may be above "
-                f"{_MOST - 1} steps"
-            )
-        seed = generator.bytes(16)
+        width = step_for(peak_of(vector), self.levels, step)
+        seed = generator.bytes(SEED_BYTES)
         scaled = vector / np.float64(width or 1.0)
         integers = np.rint(scaled + dither(seed, len(vector))).astype(np.int64)
-        symbols, escapes = self._split(integers)
+        symbols, escapes = split(integers, self.levels)
         flags = STEP_FROM_DATA if step is None else 0
         return Coded(symbols, _SIDE.pack(seed, width) + escapes, flags)
 
@@ -88,46 +92,57 @@ class SubtractiveDither:
         seed, width = _SIDE.unpack_from(coded.side)
         # Only a vector of zeros has a step of 0, and only by a step taken from the data.
         if coded.flags == 0 or width != 0:
-            _checked(width)
-        integers = self._join(coded.symbols, coded.side[_SIDE.size :])
+            checked_step(width)
+        integers = join(coded.symbols, coded.side[_SIDE.size :], self.levels)
         return to_float32((integers - dither(seed, len(integers))) * width)
 
-    def _split(self, integers: Integers) -> tuple[Symbols, bytes]:
-        size = np.abs(integers)
-        far = np.flatnonzero(size > self.levels)
-        symbols = (integers + self.levels).astype(np.uint8)
-        symbols[far] = self._escape
-        excess = 2 * (size[far] - self.levels - 1) + (integers[far] < 0)
-        return symbols, pack_escapes(excess)
 
-    def _join(self, symbols: Symbols, escapes: bytes) -> Integers:
-        if len(symbols) and symbols.max() > self._escape:
+@dataclass(frozen=True)
+class BlockDither:
+    """Subtractive dither with a step for each block, 2 max|x| / (alphabet - 1) of it; unbiased.
+
+    The steps come from the data, and the error depends on the input through them: given the steps
+    it is uniform on [-step/2, step/2]. Values lie between levels, so that the alphabet holds every
+    dithered value and nothing is escaped.
+    """
+
+    code: int
+    alphabet: int
+    unbiased: bool = True
+    error: Dependence = "dependent"
+    sums: bool = False
+    contracts: bool = False
+
+    def count(self, n: int) -> int:
+        """One symbol a coordinate."""
+        return n
+
+    def encode(
+        self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
+    ) -> Coded:
+        """Quantize ``vector``; ``step`` is not used, the scales come from the data."""
+        peak_of(vector)
+        scales = scales_for(block_peaks(vector, blocks), (self.alphabet - 1) / 2)
+        each = np.repeat(np.where(scales > 0, scales, np.float32(1)).astype(np.float64), blocks)
+        seed = generator.bytes(SEED_BYTES)
+        integers = np.floor(vector / each + dither(seed, len(vector)))
+        # The sum of the largest value and the largest dither can round up in float64.
+        symbols = np.clip(integers + self.alphabet // 2, 0, self.alphabet - 1).astype(np.uint8)
+        return Coded(symbols, seed + scales.astype("<f4").tobytes(), OTHER_SCALES)
+
+    def decode(self, coded: Coded, blocks: Blocks) -> Vector:
+        """Return ``(q + 1/2 - u) * step``, float32 ``(n,)``."""
+        if coded.flags != OTHER_SCALES or len(coded.side) < SEED_BYTES:
             raise PayloadError(
-                f"payload has symbol {symbols.max()}: must be at most {self._escape}"
+                f"payload has {len(coded.side)} side bytes and flags {coded.flags:#04x}: must have "
+                f"at least {SEED_BYTES} bytes and flags 2"
             )
-        far = np.flatnonzero(symbols == self._escape)
-        excess = unpack_escapes(escapes, len(far))
-        integers = symbols.astype(np.int64) - self.levels
-        integers[far] = np.where(excess & 1, -1, 1) * (excess // 2 + self.levels + 1)
-        return integers
-
-    @property
-    def _escape(self) -> int:
-        return 2 * self.levels + 1
+        scales = np.repeat(read_scales(coded.side[SEED_BYTES:], blocks), blocks)
+        check_symbols(coded.symbols, self.alphabet - 1)
+        integers = coded.symbols.astype(np.float64) - (self.alphabet - 1) / 2
+        return to_float32((integers - dither(coded.side[:SEED_BYTES], len(integers))) * scales)
 
 
 def dither(seed: bytes, n: int) -> NDArray[np.float64]:
-    """Return the dither of a 16-byte ``seed``: float64 ``(n,)``, uniform on [-1/2, 1/2).
-
-    Made from raw Philox words (Salmon et al. 2011), whose stream NumPy keeps stable between
-    versions, which it does not promise for ``Generator.random``.
-    """
-    key = np.frombuffer(seed, dtype="<u8").astype(np.uint64)
-    words = np.random.Philox(key=key).random_raw(n)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53 - 0.5
-
-
-def _checked(step: float) -> float:
-    if not 0 < step <= LARGEST:
-        raise PayloadError(f"step={step}: must be above 0 and at most {LARGEST:.4g}")
-    return float(step)
+    """Return the dither of a 16-byte ``seed``: float64 ``(n,)``, uniform on [-1/2, 1/2)."""
+    return (words_of(seed, n) >> np.uint64(11)).astype(np.float64) * 2.0**-53 - 0.5

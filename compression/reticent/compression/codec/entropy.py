@@ -24,7 +24,7 @@ class Entropy:
     """The last stage of a codec.
 
     Attributes:
-        code: Number of this stage in a payload's header, 0 to 15; never reused.
+        code: Number of this stage in a payload's header, 0 to 3; never reused.
         encode: ``(symbols, alphabet) -> bytes``.
         decode: ``(data, count, alphabet) -> symbols``; raises PayloadError unless ``data`` is
             exactly ``count`` symbols below ``alphabet``. Both are called with ``count > 0``.
@@ -36,27 +36,31 @@ class Entropy:
 
 
 def pack(symbols: Symbols, alphabet: int) -> bytes:
-    """Return symbols as they are, or two to a byte (the first one low) when 16 exist."""
-    if alphabet > 16:
+    """Return symbols in as many bits as the alphabet needs, the first one in the lowest bits."""
+    if alphabet == 256:
         return symbols.tobytes()
-    packed = symbols[::2].copy()
-    packed[: len(symbols) // 2] += symbols[1::2] * np.uint8(16)
-    return packed.tobytes()
+    bits = symbols[:, None] >> np.arange(_bits(alphabet), dtype=np.uint8) & np.uint8(1)
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def unpack(data: bytes, count: int, alphabet: int) -> Symbols:
     """Undo :func:`pack`."""
-    need = count if alphabet > 16 else (count + 1) // 2
+    width = _bits(alphabet)
+    need = (count * width + 7) // 8
     if len(data) != need:
         raise PayloadError(f"payload has {len(data)} bytes of symbols: must have {need}")
     raw = np.frombuffer(data, dtype=np.uint8)
-    if alphabet > 16:
+    if alphabet == 256:
         return raw
-    both = np.empty(2 * need, dtype=np.uint8)
-    both[::2], both[1::2] = raw & 15, raw >> 4
-    if both[count:].any():
+    bits = np.unpackbits(raw, bitorder="little")
+    if bits[count * width :].any():
         raise PayloadError("payload has padding bits that are not 0")
-    return both[:count]
+    weights = np.uint8(1) << np.arange(width, dtype=np.uint8)
+    return (bits[: count * width].reshape(count, width) * weights).sum(axis=1, dtype=np.uint8)
+
+
+def _bits(alphabet: int) -> int:
+    return alphabet.bit_length() - 1
 
 
 def ans_encode(symbols: Symbols, alphabet: int) -> bytes:

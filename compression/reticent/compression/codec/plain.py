@@ -25,6 +25,8 @@ class Identity:
     alphabet: int = 256
     unbiased: bool = True
     error: Dependence = "none"
+    sums: bool = False
+    contracts: bool = False
 
     def count(self, n: int) -> int:
         """Four symbols a coordinate."""
@@ -42,7 +44,7 @@ class Identity:
         no_flags(coded)
         if coded.side:
             raise PayloadError(f"payload has {len(coded.side)} side bytes: identity has none")
-        return _floats(coded.symbols.tobytes())
+        return floats_from(coded.symbols.tobytes())
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,19 @@ class TopK:
     alphabet: int = 256
     unbiased: bool = False
     error: Dependence = "dependent"
-
-    def kept(self, n: int) -> int:
-        """Number of coordinates kept of ``n``: the fraction, rounded up."""
-        return min(n, math.ceil(self.fraction * n))
+    sums: bool = False
+    contracts: bool = True
 
     def count(self, n: int) -> int:
         """One symbol for the gap and four for the value of each kept coordinate."""
-        return 5 * self.kept(n)
+        return 5 * kept_of(n, self.fraction)
 
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:
         """Return gaps between kept positions, then values; no randomness, no step."""
         check_finite(vector)
-        k = self.kept(len(vector))
+        k = kept_of(len(vector), self.fraction)
         order = np.argpartition(np.abs(vector), len(vector) - k) if 0 < k < len(vector) else None
         index = np.arange(k) if order is None else np.sort(order[len(vector) - k :])
         gaps = np.diff(index.astype(np.int64), prepend=-1) - 1
@@ -84,7 +84,7 @@ class TopK:
         """Return the kept values at their positions and 0 elsewhere, float32 ``(n,)``."""
         no_flags(coded)
         n = sum(blocks)
-        k = self.kept(n)
+        k = kept_of(n, self.fraction)
         gaps = coded.symbols[:k].astype(np.int64)
         far = np.flatnonzero(gaps == _FAR)
         gaps[far] += unpack_escapes(coded.side, len(far))
@@ -92,11 +92,17 @@ class TopK:
         if k and index[-1] >= n:
             raise PayloadError(f"payload places a value at {index[-1]}: must be below {n}")
         vector = np.zeros(n, dtype=np.float32)
-        vector[index] = _floats(coded.symbols[k:].tobytes())
+        vector[index] = floats_from(coded.symbols[k:].tobytes())
         return vector
 
 
-def _floats(data: bytes) -> Vector:
+def kept_of(n: int, fraction: float) -> int:
+    """Return how many coordinates of ``n`` are kept: the fraction, rounded up."""
+    return min(n, math.ceil(fraction * n))
+
+
+def floats_from(data: bytes) -> Vector:
+    """Return little-endian float32 values; PayloadError if one is not finite."""
     values = np.frombuffer(data, dtype="<f4").astype(np.float32)
     check_finite(values)
     return values

@@ -1,27 +1,43 @@
-"""Stochastic rounding to a few levels with one scale per block (Gupta et al. 2015)."""
+"""Stochastic rounding to a uniform grid (Gupta et al. 2015): unbiased, its error dependent.
+
+A value between two levels goes to either with probabilities that make the expectation exact (up to
+float64 arithmetic). At ``p`` of a step above a level the error has variance p (1 - p) step**2: none
+on a level, a quarter of step**2 in the middle. The error depends on the value.
+"""
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
 
 from .base import Blocks, Coded, Dependence, no_flags, peak_of, to_float32
+from .grid import (
+    OTHER_SCALES,
+    STEP_FROM_DATA,
+    block_peaks,
+    check_symbols,
+    checked_step,
+    join,
+    read_scales,
+    scales_for,
+    split,
+    step_for,
+)
 
-Scales = NDArray[np.float32]
+_WIDTH = struct.Struct("<d")
 
 
 @dataclass(frozen=True)
 class StochasticInt:
     """Integers in [-levels, levels] times the block's scale, max|x| / levels; unbiased.
 
-    A value between two levels goes to either with probabilities that make the expectation exact
-    (up to float64 arithmetic). The error of a value that lies on a level is 0 and that of one in
-    the middle is half a scale: it depends on the value, and the scale depends on the block.
+    With ``levels=0`` there are two values, plus and minus max|x| of the block (one bit); the
+    variance of a value x is then max|x|**2 - x**2.
     """
 
     levels: int
@@ -29,6 +45,8 @@ class StochasticInt:
     alphabet: int
     unbiased: bool = True
     error: Dependence = "dependent"
+    sums: bool = False
+    contracts: bool = False
 
     def count(self, n: int) -> int:
         """One symbol a coordinate."""
@@ -39,41 +57,77 @@ class StochasticInt:
     ) -> Coded:
         """Round ``vector``; ``step`` is not used, the scales come from the data."""
         peak_of(vector)
-        scales = _scales(vector, blocks, self.levels)
+        scales = scales_for(block_peaks(vector, blocks), self.levels or 0.5)
         each = np.repeat(np.where(scales > 0, scales, np.float32(1)).astype(np.float64), blocks)
-        rounded = np.floor(vector / each + generator.random(len(vector)))
+        rounded = np.floor(vector / each + self._shift + generator.random(len(vector)))
         # levels + u can round up to levels + 1 in float64, once in about 2**46 draws.
-        symbols = (np.minimum(rounded, self.levels) + self.levels).astype(np.uint8)
+        symbols = np.minimum(rounded + self.levels, self._top).astype(np.uint8)
         return Coded(symbols, scales.astype("<f4").tobytes())
 
     def decode(self, coded: Coded, blocks: Blocks) -> Vector:
         """Return integers times scales, float32 ``(n,)``."""
         no_flags(coded)
-        if len(coded.side) != 4 * len(blocks):
-            raise PayloadError(
-                f"payload has {len(coded.side)} bytes of scales: must have {4 * len(blocks)}, "
-                f"4 for each of {len(blocks)} blocks"
-            )
-        if len(coded.symbols) and coded.symbols.max() > 2 * self.levels:
-            raise PayloadError(
-                f"payload has symbol {coded.symbols.max()}: must be at most {2 * self.levels}"
-            )
-        scales = np.frombuffer(coded.side, dtype="<f4")
-        # Before any conversion: that of a signalling NaN is a warning of its own.
-        if not (np.isfinite(scales) & (scales >= 0)).all():
-            raise PayloadError("payload has a scale that is negative or not finite")
-        integers = coded.symbols.astype(np.float64) - self.levels
-        return to_float32(integers * np.repeat(scales.astype(np.float64), blocks))
+        scales = read_scales(coded.side, blocks)
+        check_symbols(coded.symbols, self._top)
+        integers = coded.symbols.astype(np.float64) - self.levels - self._shift
+        return to_float32(integers * np.repeat(scales, blocks))
+
+    @property
+    def _shift(self) -> float:
+        return 0.0 if self.levels else 0.5
+
+    @property
+    def _top(self) -> int:
+        return 2 * self.levels or 1
 
 
-def _scales(vector: Vector, blocks: Blocks, levels: int) -> Scales:
-    sizes = np.asarray(blocks, dtype=np.int64)
-    starts = (np.cumsum(sizes) - sizes)[sizes > 0]
-    peaks = np.zeros(len(sizes))
-    if len(starts):
-        peaks[sizes > 0] = np.maximum.reduceat(np.abs(vector), starts)
-    scales = (peaks / levels).astype(np.float32)
-    # Rounded down, a scale would leave the largest value above the top level: a biased clip.
-    low = scales.astype(np.float64) * levels < peaks
-    scales[low] = np.nextafter(scales[low], np.float32(np.inf))
-    return scales
+@dataclass(frozen=True)
+class SharedInt:
+    """Integers times one step for the whole vector, a public one or max|x| / levels; unbiased.
+
+    Integers outside [-levels, levels] are escaped, so nothing saturates. With a public step the
+    integers of several clients may be added, in any modulus that holds their sum: the sum of the
+    decoded vectors is the sum of the integers times the step.
+    """
+
+    levels: int
+    code: int
+    alphabet: int
+    unbiased: bool = True
+    error: Dependence = "dependent"
+    sums: bool = True
+    contracts: bool = False
+
+    def count(self, n: int) -> int:
+        """One symbol a coordinate."""
+        return n
+
+    def encode(
+        self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
+    ) -> Coded:
+        """Round to multiples of ``step``, or of max|x| / levels when it is None.
+
+        Raises:
+            PayloadError: If the step is not acceptable or a value is above 2**31 steps.
+        """
+        width = step_for(peak_of(vector), self.levels, step)
+        scaled = vector / np.float64(width or 1.0)
+        integers = np.floor(scaled + generator.random(len(vector))).astype(np.int64)
+        symbols, escapes = split(integers, self.levels)
+        flags = OTHER_SCALES + (STEP_FROM_DATA if step is None else 0)
+        return Coded(symbols, _WIDTH.pack(width) + escapes, flags)
+
+    def decode(self, coded: Coded, blocks: Blocks) -> Vector:
+        """Return integers times the step, float32 ``(n,)``."""
+        from_data = coded.flags == OTHER_SCALES + STEP_FROM_DATA
+        if len(coded.side) < _WIDTH.size or not (from_data or coded.flags == OTHER_SCALES):
+            raise PayloadError(
+                f"payload has {len(coded.side)} side bytes and flags {coded.flags:#04x}: must have "
+                f"at least {_WIDTH.size} bytes and flags 2 or 3"
+            )
+        (width,) = _WIDTH.unpack_from(coded.side)
+        # Only a vector of zeros has a step of 0, and only by a step taken from the data.
+        if not from_data or width != 0:
+            checked_step(width)
+        integers = join(coded.symbols, coded.side[_WIDTH.size :], self.levels)
+        return to_float32(integers.astype(np.float64) * width)

@@ -61,6 +61,11 @@ class Ledger(Account):
                 raise
             return Ledger(store)
 
+    @property
+    def folder(self) -> Path:
+        """Where the ledger's files are; what else a device keeps may lie beside them."""
+        return self._store.folder
+
     def close(self) -> None:
         """Close the database; calling it again does nothing."""
         self._store.db.close()

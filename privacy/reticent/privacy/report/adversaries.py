@@ -37,21 +37,23 @@ class _View:
 
 
 def adversary_rows(
-    schedule: Schedule | None, events: Sequence[Event], delta: float
+    schedule: Schedule | None, events: Sequence[Event], delta: float, padded: bool
 ) -> list[dict[str, Any]]:
     """Return a row for each adversary, for the client whose history is ``events``.
 
     Under aggregator trust the server sees single shares, each with the noise multiplier divided by
     sqrt(shares); a client knows its own share, so for it the sum carries one share less. With
     client-level privacy the server adds the noise itself: a client knows nothing of it, and the
-    server faces none.
+    server faces none. ``padded`` says whether updates have a public length: whether one is longer
+    than that still depends on it, so it changes the words and no number.
     """
     if schedule is None:
         return [_row(view, events, delta) for view in _unprotected()]
     if schedule.unit == "client":
-        views = _client_level()
+        views = _client_level(padded)
     else:
-        views = _local() if schedule.trust == "local" else _aggregator(schedule.shares)
+        local = schedule.trust == "local"
+        views = _local(padded) if local else _aggregator(schedule.shares, padded)
     return [_row(view, events, delta) for view in views]
 
 
@@ -78,12 +80,12 @@ def _unprotected() -> list[_View]:
     ]
 
 
-def _local() -> list[_View]:
+def _local(padded: bool) -> list[_View]:
     own = "each client adds the full noise itself, so nobody else has to be trusted"
     return [
         _View(READERS, _MODELS, own, 1.0),
         _View(SERVER, "every client's own update, and who took part", own, 1.0),
-        _network("; a length follows from the noised values alone", 1.0),
+        _network(_lengths(padded, "the noised values alone"), 1.0),
     ]
 
 
@@ -94,7 +96,15 @@ def _network(why: str, factor: float) -> _View:
     )
 
 
-def _client_level() -> list[_View]:
+def _lengths(padded: bool, source: str) -> str:
+    if not padded:
+        return f"; a length follows from {source}"
+    return (
+        f"; lengths are padded, and how often one is beyond the common length follows from {source}"
+    )
+
+
+def _client_level(padded: bool) -> list[_View]:
     trusted = (
         "the server bounds every client's update, adds the noise to their sum and shows nobody "
         "more than the models"
@@ -114,11 +124,11 @@ def _client_level() -> list[_View]:
             "the server is trusted to look only at the sum; nothing is promised if it does not",
             0.0,
         ),
-        _network("; a length follows from an update without noise, so nothing is promised", 0.0),
+        _network(_lengths(padded, "an update without noise, so nothing is promised"), 0.0),
     ]
 
 
-def _aggregator(shares: int) -> list[_View]:
+def _aggregator(shares: int, padded: bool) -> list[_View]:
     return [
         _View(
             READERS,
@@ -142,8 +152,8 @@ def _aggregator(shares: int) -> list[_View]:
             1 / math.sqrt(shares),
         ),
         _network(
-            "; a length follows from one share's noised values, so this is at most what the server "
-            "would learn",
+            _lengths(padded, "one share's noised values")
+            + ", so this is at most what the server would learn",
             1 / math.sqrt(shares),
         ),
     ]

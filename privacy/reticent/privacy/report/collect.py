@@ -65,7 +65,9 @@ def collect(run: Run) -> dict[str, Any]:
         "writer": writer(),
         "run": _run(run, plan, summary),
         "promise": promise,
-        "adversaries": adversary_rows(schedule, spending.worst, private.delta if private else 0.0),
+        "adversaries": adversary_rows(
+            schedule, spending.worst, private.delta if private else 0.0, plan.updates.pad
+        ),
         "spent": _spent(plan, spending, metrics),
         "accounting": accounting(
             schedule, spending.worst, private.examples_per_user if private else None

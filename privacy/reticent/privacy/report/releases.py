@@ -27,6 +27,7 @@ _REFUSAL_DEPENDS = {
     Refusal.BUDGET: "on which rounds the device took part in before, never on its examples",
     Refusal.LEDGER: "on the state of the device's storage, not on its examples",
     Refusal.NOT_RELEASED: "on the device's software: it had tried to send something else",
+    Refusal.MODEL_MISSING: _ORDERS,
     Refusal.ROLLED_BACK: "on the state of the device's ledger, not on its examples",
 }
 _NOTHING = "not on any private example"

@@ -1,0 +1,138 @@
+"""Error feedback: what a codec leaves out is sent later, survives restarts, and repeats exactly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from reticent.client.residuals import Residuals
+from reticent.compression.codec import build_codec
+from reticent.core.errors import DataError, PlanError
+from reticent.core.plan import parse_plan
+from reticent.core.update import Layout
+from reticent.simulations.admission import check_codecs
+from reticent.simulations.simulate import simulate
+
+SIZE = 40
+
+
+def residuals(folder: Path, run: str = "run", device: str = "device/../x") -> Residuals:
+    return Residuals(folder, device, run)
+
+
+def test_a_round_finds_what_the_latest_earlier_one_left(tmp_path: Path) -> None:
+    kept = residuals(tmp_path)
+    assert not kept.before(1, SIZE).any()
+    for number in (1, 2, 5):
+        kept.keep(number, np.full(SIZE, number, dtype=np.float32))
+    assert kept.before(7, SIZE)[0] == 5
+    assert kept.before(5, SIZE)[0] == 2  # the same round again
+    assert not kept.before(2, SIZE).any()  # older ones are gone
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert not residuals(tmp_path, run="other").before(9, SIZE).any()
+    assert not residuals(tmp_path, device="other").before(9, SIZE).any()
+    assert all(tmp_path in path.parents for path in tmp_path.rglob("*"))
+
+
+def test_a_restart_finds_it_too(tmp_path: Path) -> None:
+    script = (
+        "import numpy as np, pathlib; from reticent.client.residuals import Residuals;"
+        f"Residuals(pathlib.Path({str(tmp_path)!r}), 'device/../x', 'run')"
+        f".keep(3, np.arange({SIZE}, dtype=np.float32)); import os; os._exit(9)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == 9
+    assert np.array_equal(residuals(tmp_path).before(4, SIZE), np.arange(SIZE))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no tensors",
+        save({"other": np.zeros(SIZE, np.float32)}),
+        save({"residual": np.zeros(SIZE)}),
+        save({"residual": np.zeros(SIZE + 1, np.float32)}),
+        save({"residual": np.full(SIZE, np.nan, np.float32)}),
+    ],
+)
+def test_a_damaged_file_is_named_and_not_used(data: bytes, tmp_path: Path) -> None:
+    kept = residuals(tmp_path)
+    kept.keep(1, np.zeros(SIZE, dtype=np.float32))
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="delete it"):
+        kept.before(2, SIZE)
+
+
+@pytest.mark.parametrize("name", ["topk:0.1", "sign", "lowrank:1"])
+def test_with_feedback_the_sum_of_what_is_sent_approaches_that_of_the_updates(name) -> None:
+    layout = Layout(("w",), ((8, 5),))
+    codec, generator = build_codec((name,), layout), np.random.default_rng(0)
+    update = generator.standard_t(3, SIZE).astype(np.float32)
+    left, sent, plain = np.zeros(SIZE, dtype=np.float32), np.zeros(SIZE), np.zeros(SIZE)
+    rounds = 200
+    for _ in range(rounds):
+        wanted = update + left
+        decoded = codec.decode(codec.encode(wanted, (SIZE,), generator), (SIZE,))
+        left, sent = wanted - decoded, sent + decoded
+        plain += codec.decode(codec.encode(update, (SIZE,), generator), (SIZE,))
+    assert np.allclose(sent + left, rounds * update.astype(np.float64), rtol=1e-3, atol=1e-2)
+    with_it = np.linalg.norm(sent / rounds - update)
+    without = np.linalg.norm(plain / rounds - update)
+    assert with_it < 0.2 * np.linalg.norm(update)
+    assert with_it < without / 2
+
+
+@pytest.mark.parametrize("codec", ['["dither4"]', '["drive"]', '["randk"]', '["identity"]'])
+def test_codecs_that_gain_nothing_by_feedback_are_refused(codec: str) -> None:
+    plan = parse_plan("", ["updates.error_feedback=true", f"updates.codec={codec}"])
+    with pytest.raises(PlanError, match=r"error_feedback=true.*topk, sign or lowrank"):
+        check_codecs(plan)
+
+
+def test_feedback_is_refused_where_updates_are_not_noised_or_only_with_shares() -> None:
+    given = ["updates.error_feedback=true", 'updates.codec=["sign"]']
+    with pytest.raises(PlanError, match=r"error_feedback=true.*privacy\.unit"):
+        parse_plan("", [*given, "privacy.unit=client"])
+    with pytest.raises(PlanError, match="not admitted"):
+        check_codecs(parse_plan("", given))
+    check_codecs(parse_plan("", [*given, "privacy.trust=local"]))
+    check_codecs(parse_plan('privacy = "off"', given))
+
+
+SMALL = [
+    "task.name=digits",
+    "task.clients=4",
+    "task.public_examples=100",
+    "teacher.epochs=1",
+    "student.epochs=1",
+    "federation.clients_per_round=4",
+    "federation.rounds=3",
+    "engine.workers=1",
+    "privacy.trust=local",
+    "privacy.noise_multiplier=1.0",
+    'updates.codec=["topk:0.05", "ans"]',
+]
+
+
+def final_model(folder: Path, *overrides: str) -> bytes:
+    run = simulate(parse_plan("", [*SMALL, *overrides]), folder)
+    return b"".join(p.read_bytes() for p in sorted(run.checkpoints.glob("*.safetensors")))
+
+
+def test_a_simulation_with_feedback_repeats_exactly_and_differs_from_one_without(
+    tmp_path: Path,
+) -> None:
+    fed = "updates.error_feedback=true"
+    first = final_model(tmp_path / "a", fed)
+    assert final_model(tmp_path / "b", fed) == first
+    assert final_model(tmp_path / "d") != first
+    assert len(list((tmp_path / "a").rglob("residuals/*/*.safetensors"))) == 4 * 2
+    assert not list((tmp_path / "d").rglob("residuals"))

@@ -235,3 +235,10 @@ def test_auto_is_written_out_as_the_narrowest_dither_that_holds_the_noise(step, 
 def test_a_step_out_of_range_is_named_whatever_the_codec(step) -> None:
     with pytest.raises(PlanError, match=r"updates\.step"):
         parse_plan("", [f"updates.step={step}", 'updates.codec=["auto"]'])
+
+
+@pytest.mark.parametrize("key", ['student.distill.mode="online"', 'student.distill.kind="feature"'])
+def test_rewinding_needs_a_training_whose_beginning_can_be_repeated(key: str) -> None:
+    with pytest.raises(PlanError, match="weight-rewind"):
+        parse_plan("", ['student.prune.schedule="weight-rewind"', key])
+    parse_plan("", ['student.prune.schedule="weight-rewind"', 'student.distill.mode="self"'])

@@ -538,6 +538,15 @@ class Plan(Section):
                 "student labels nothing before it"
             )
         single = distill.mode == "online" or {"feature", "relation"} & set(distill.terms)
+        rewinds = (
+            self.student.prune.kind != "none" and self.student.prune.schedule == "weight-rewind"
+        )
+        if rewinds and (distill.mode == "online" or "feature" in distill.terms):
+            raise ValueError(
+                'student.prune.schedule="weight-rewind": must be another schedule when '
+                'student.distill.mode is "online" or student.distill.kind compares hidden layers, '
+                "because the beginning of that training cannot be repeated without the rest"
+            )
         if teacher.count > 1 and single:
             raise ValueError(
                 f"teacher.count={teacher.count}: must be 1 when student.distill.mode is "

@@ -28,8 +28,9 @@ from reticent.compression.integer import (
     quantized_engine,
 )
 from reticent.compression.prune import apply_mask, magnitude_mask
-from reticent.compression.quantize import quantized_weights
-from reticent.core.errors import ArtifactError, DataError, PlanError
+from reticent.compression.quantize import WeightGrid, quantized_weights
+from reticent.core.errors import ArtifactError, DataError
+from reticent.core.plan import Bits, Granularity
 from reticent.core.seeds import torch_generator
 
 CLASSES = 10
@@ -180,18 +181,34 @@ def test_pruned_students_with_empty_channels_convert() -> None:
     assert result.argmax >= 0.99
 
 
-def test_calibration_changes_nothing_and_uses_percentiles() -> None:
+def test_calibration_changes_nothing_and_uses_the_observer() -> None:
     model = trained("folded")
     before = [p.clone() for p in model.parameters()]
     x = digits(300, "public")[0]
-    full, cut = calibrate(model, x), calibrate(model, x, percentile=99.0)
+    full, cut = calibrate(model, x), calibrate(model, x, observer="histogram")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert full.input == (float(x.min()), float(x.max()))
     assert full.input[0] < cut.input[0] < cut.input[1] < full.input[1]
-    assert all(cut.outputs[n][1] < high for n, (_, high) in full.outputs.items())
-    for percentile in (50.0, 101.0):
-        with pytest.raises(PlanError, match="percentile"):
-            calibrate(model, x, percentile)
+    assert all(cut.outputs[n][1] <= high for n, (_, high) in full.outputs.items())
+    assert cut.outputs != full.outputs
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_fewer_bits_run_on_the_same_engine(bits: Bits, granularity: Granularity) -> None:
+    model, grid = trained("folded"), WeightGrid(bits, granularity)
+    x = digits(300, "public")[0]
+    ranges = calibrate(model, x, grid)
+    spec = convert(model, ranges, grid)
+    integers = [v for v in spec.arrays.values() if v.dtype == torch.int8]
+    assert len(integers) == 4 and all(int(v.abs().max()) == grid.top for v in integers)
+    steps = [v for n, v in spec.arrays.items() if n.endswith(".scale")]
+    assert all((v.unique().numel() == 1) == (granularity == "tensor") for v in steps)
+    result = compare(fake_quantized_model(model, ranges, grid), build(spec), digits(500, "test")[0])
+    assert result.argmax >= 0.99
+    other = WeightGrid(4 if bits == 8 else 8, granularity)
+    wrong = compare(fake_quantized_model(model, ranges, other), build(spec), digits(500, "test")[0])
+    assert wrong.max_difference > 2 * result.max_difference
 
 
 @pytest.mark.parametrize("kind", ["folded", "group"])

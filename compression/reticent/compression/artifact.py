@@ -32,8 +32,9 @@ from reticent.core.errors import ArtifactError, DataError, ReticentError
 from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 
 from .integer import IntegerModel, IntegerSpec, Weighted, build, parse_graph
+from .packing import pack, unpack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 FILES = ("model.safetensors", "model.json", "self_test.safetensors", "MODEL_CARD.md")
 MAX_FILE_BYTES = 256 * 2**20
@@ -70,10 +71,11 @@ class FileEntry(_Part):
 class Manifest(_Part):
     """What an artifact is, and what it is made of.
 
+    Format 2 packs weights (:mod:`packing`); format 1, whose weights are plain int8, is still read.
     ``privacy`` always has ``epsilon``: a number, or the word ``"infinity"`` when privacy was off.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     created_by: str
     plan_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     task: TaskInfo
@@ -152,7 +154,7 @@ def write_artifact(
         "sizes": _plain("sizes", sizes),
     }
     contents = {
-        "model.safetensors": _pack(dict(spec.arrays)),
+        "model.safetensors": _pack(pack(spec.arrays)),
         "model.json": (spec.graph.model_dump_json(indent=1) + "\n").encode(),
         "self_test.safetensors": _pack({"inputs": self_test.inputs, "logits": self_test.logits}),
         "MODEL_CARD.md": _card(task, plan_digest, account).encode(),
@@ -196,7 +198,8 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
             give the logits of the self test on this machine.
     """
     manifest, contents = _verified(folder, public_key)
-    spec = IntegerSpec(parse_graph(contents["model.json"]), _unpack("model.safetensors", contents))
+    arrays = unpack(_unpack("model.safetensors", contents))
+    spec = IntegerSpec(parse_graph(contents["model.json"]), arrays)
     tensors = _unpack("self_test.safetensors", contents)
     if tensors.keys() != {"inputs", "logits"}:
         raise ArtifactError("self_test.safetensors: must hold inputs and logits")
@@ -361,7 +364,8 @@ def _card(task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, A
         f"# Model card: {task.name}",
         "",
         f"A classifier with {task.classes} classes for inputs of shape {shape}, float32. The "
-        "weights of its layers and all activations are 8-bit integers (QNNPACK).",
+        "engine computes with 8-bit integers, weights and activations alike; weights of fewer bits "
+        "or of low entropy are packed in the file.",
         "",
         f"Preprocessing: {task.preprocessing}",
         "",

@@ -21,6 +21,7 @@ from torch import nn
 from reticent.core.errors import DataError
 
 from .integer import IntegerSpec
+from .packing import pack
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 
@@ -81,8 +82,11 @@ def side_by_side(
 
 
 def size_on_disk(model: nn.Module | IntegerSpec) -> int:
-    """Return the bytes of the safetensors file that holds the model's arrays."""
-    arrays = model.arrays if isinstance(model, IntegerSpec) else model.state_dict()
+    """Return the bytes of the safetensors file that holds the model's arrays.
+
+    Of an integer model that is the ``model.safetensors`` of its artifact, packed.
+    """
+    arrays = pack(model.arrays) if isinstance(model, IntegerSpec) else model.state_dict()
     return len(safetensors.torch.save({n: v.contiguous().clone() for n, v in arrays.items()}))
 
 

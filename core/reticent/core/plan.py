@@ -19,6 +19,9 @@ DEFAULT_EPSILON = 8.0
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Bits = Literal[8, 4, 3, 2, 1]
+Granularity = Literal["channel", "tensor"]
+Observer = Literal["min-max", "moving-average", "histogram"]
 
 
 class Section(BaseModel):
@@ -89,10 +92,36 @@ class Prune(Section):
 
 
 class Quantize(Section):
-    """Quantization-aware training of the weights and the int8 engine it is meant for."""
+    """Integer weights and activations, and the engine that computes with them.
 
-    kind: Literal["qat", "none"] = "qat"
+    Attributes:
+        kind: ``qat``: weights are fake-quantized during the rounds and the model is quantized after
+            them; ``static``: only after them; ``none``: the same at 8 bits, and models are tested
+            in float during the rounds.
+        backend: The int8 engine.
+        bits: Bits of the weights; activations have 8.
+        granularity: One step for each output ``channel`` of a weight, or for the whole ``tensor``.
+        observer: How activation ranges are found on public data: the extremes (``min-max``), a
+            moving average of each batch's extremes, or the ``histogram`` range of least squared
+            error.
+    """
+
+    kind: Literal["qat", "static", "none"] = "qat"
     backend: Literal["qnnpack"] = "qnnpack"
+    bits: Bits = 8
+    granularity: Granularity = "channel"
+    observer: Observer = "min-max"
+
+    @model_validator(mode="after")
+    def _none_has_no_choices(self) -> Self:
+        chosen = (self.bits, self.granularity, self.observer)
+        if self.kind == "none" and chosen != (8, "channel", "min-max"):
+            raise ValueError(
+                f'kind="none" with bits={self.bits}, granularity="{self.granularity}", '
+                f'observer="{self.observer}": must be 8, "channel" and "min-max"; '
+                'kind="static" quantizes after training as they say'
+            )
+        return self
 
 
 class Student(Section):

@@ -69,7 +69,7 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
     with _finished(run) as (job, state):
         start, final = job.start, cast(nn.Sequential, job.start.student)
         start.layout.write(final, state.average)
-        spec = int8_of(final, job.task)
+        spec = int8_of(final, job.task, job.plan.student.quantize)
         times = latencies(job, final, spec, repeats)
         test = job.task.test()
         sized = {"teacher": start.teacher, "fp32": final, "int8": spec}

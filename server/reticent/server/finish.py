@@ -17,10 +17,18 @@ from reticent.compression.artifact import (
     write_artifact,
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
-from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
+from reticent.compression.convert import (
+    Ranges,
+    calibrate,
+    compare,
+    convert,
+    fake_quantized_model,
+)
 from reticent.compression.fold import is_chain
 from reticent.compression.integer import IntegerSpec, build
+from reticent.compression.quantize import deployed_grid
 from reticent.core.errors import ArtifactError
+from reticent.core.plan import Quantize
 from reticent.core.run import write_atomic
 from reticent.core.signing import make_signing_key, read_private_key
 from reticent.core.tasks import Task
@@ -62,7 +70,7 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
         )
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
-    spec = int8_of(final, job.task)
+    spec = int8_of(final, job.task, job.plan.student.quantize)
     summary = {
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
@@ -79,8 +87,9 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
 def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
     known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
-    # The public-only student is converted too: the baseline to beat is int8 as well.
-    baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task)
+    # The public-only student is converted too, always at 8 bits: the baseline to beat is int8 as
+    # well, and was not trained for fewer.
+    baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task, Quantize())
     test = job.task.test()
     return {
         **known,
@@ -90,16 +99,22 @@ def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, 
     }
 
 
-def int8_of(model: nn.Sequential, task: Task) -> IntegerSpec:
-    """Return the int8 form of a folded student, with activation ranges from public data."""
-    return convert(model, calibrate(model, task.public().inputs))
+def int8_of(model: nn.Sequential, task: Task, section: Quantize) -> IntegerSpec:
+    """Return the integer form of a folded student, with activation ranges from public data."""
+    return convert(model, ranges_of(model, task, section), deployed_grid(section))
+
+
+def ranges_of(model: nn.Sequential, task: Task, section: Quantize) -> Ranges:
+    """Return the activation ranges of a folded student on public data."""
+    return calibrate(model, task.public().inputs, deployed_grid(section), section.observer)
 
 
 def _measured(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, dict[str, Any]]:
     public = job.task.public().inputs
-    ranges = calibrate(final, public)
+    section = job.plan.student.quantize
+    ranges, grid = ranges_of(final, job.task, section), deployed_grid(section)
     integer = build(spec)
-    agreement = compare(fake_quantized_model(final, ranges), integer, public)
+    agreement = compare(fake_quantized_model(final, ranges, grid), integer, public)
     against_float = compare(final, integer, public)
     latency = latencies(job, final, spec)
     sizes = {"teacher": job.start.teacher, "fp32": final, "int8": spec}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -18,12 +18,14 @@ from torch import nn
 from torch.nn import functional
 
 from reticent.client.training import LocalTrainer, NoisyStep, student_model
+from reticent.compression.convert import calibrate, convert
 from reticent.compression.quantize import (
     INT8,
     WeightGrid,
     channel_scales,
     fake_quantize,
     from_int8,
+    layer_grids,
     quantized_weights,
     to_int8,
     training_swap,
@@ -142,6 +144,10 @@ X = drawn(6, 6, 1, 8, 8)
 Y = torch.arange(6) % 5
 
 
+def section(grid: WeightGrid) -> Quantize:
+    return Quantize(bits=grid.bits, granularity=grid.granularity, edges="none")
+
+
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits, labels, reduction="sum")
 
@@ -169,7 +175,7 @@ def test_hooks_give_each_example_its_gradient_at_the_rounded_weights(
     model = chain(norm)
     expected = micro_batches(model, grid)
     wrapped = GradSampleModule(model, loss_reduction="sum")
-    with warnings.catch_warnings(), quantized_weights(wrapped, grid):
+    with warnings.catch_warnings(), quantized_weights(wrapped, section(grid)):
         warnings.simplefilter("ignore")
         loss_of(wrapped(X), Y).backward()
     for parameter, rows in zip(model.parameters(), expected, strict=True):
@@ -186,7 +192,7 @@ def test_clipped_sums_equal_those_of_micro_batches(grid: WeightGrid, norm: bool)
     clip = float(norms.median())
     expected = (rows * (clip / norms).clamp(max=1)[:, None]).sum(dim=0).numpy()
     clipped = ClippedGradients(model, Layout.of(model), clipping="flat")
-    swap = partial(quantized_weights, grid=grid)
+    swap = partial(quantized_weights, section=section(grid))
     found = clipped.sum(X, Y, loss_of, clip, swap)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     # Gradients at the float weights are others, so the comparison means something.
@@ -202,7 +208,8 @@ PLAN = ["task.name=digits", "task.clients=4", "federation.clients_per_round=4"]
 def test_local_training_takes_its_gradient_at_the_planned_weights(
     bits: Bits, granularity: Granularity
 ) -> None:
-    chosen = [f"student.quantize.bits={bits}", f"student.quantize.granularity={granularity}"]
+    keys = {"bits": bits, "granularity": granularity, "edges": "none"}
+    chosen = [f"student.quantize.{key}={value}" for key, value in keys.items()]
     plan = parse_plan("", [*PLAN, *chosen, "federation.sampling_rate=1.0"])
     task = load_task(plan.task, plan.seed)
     torch.manual_seed(0)
@@ -213,7 +220,7 @@ def test_local_training_takes_its_gradient_at_the_planned_weights(
     trainer = LocalTrainer(plan, task, Constants(b"", np.zeros((0, 0), np.float32)))
     step = NoisyStep(clip=1e6, noise=0.0, denominator=1.0)
     found = trainer.pseudo_gradient(start, examples, step, SeededRandomness(0), ("run", 1, 0))
-    with quantized_weights(model, WeightGrid(bits, granularity)):
+    with quantized_weights(model, plan.student.quantize):
         gradients = torch.autograd.grad(
             loss_of(model(examples.inputs), examples.labels), list(model.parameters())
         )
@@ -228,8 +235,35 @@ def test_only_qat_rounds_while_training(kind: str) -> None:
     plan = parse_plan("", [f"student.quantize.kind={kind}"])
     with training_swap(plan.student.quantize)(model):
         assert torch.equal(model[0].weight, before)
-    with training_swap(Quantize(bits=2))(model):
+    with training_swap(Quantize(bits=2, edges="none"))(model):
         assert torch.equal(model[0].weight, fake_quantize(before, WeightGrid(2)))
+
+
+@pytest.mark.parametrize(
+    ("edges", "bits"),
+    [("none", (1, 1, 1)), ("first", (8, 1, 1)), ("both", (8, 1, 8))],
+)
+def test_the_first_and_the_last_layer_may_keep_8_bits(
+    edges: Literal["none", "first", "both"], bits: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    )
+    chosen = Quantize(bits=1, edges=edges)
+    assert [g.bits for g in layer_grids(model, chosen).values()] == list(bits)
+    layers = [model[0], model[2], model[4]]
+    expected = [
+        fake_quantize(cast(torch.Tensor, layer.weight), WeightGrid(cast(Bits, b)))
+        for layer, b in zip(layers, bits, strict=True)
+    ]
+    with quantized_weights(GradSampleModule(model), chosen):
+        assert all(
+            torch.equal(cast(torch.Tensor, layer.weight), values)
+            for layer, values in zip(layers, expected, strict=True)
+        )
+    spec = convert(model, calibrate(model, X, chosen), chosen)
+    tops = [int(spec.arrays[f"{name}.weight"].abs().max()) for name in ("0", "2", "4")]
+    assert tops == [127 if b == 8 else 1 for b in bits]
 
 
 def test_none_has_no_choices() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from reticent.core.errors import ArtifactError
+from reticent.core.plan import Backend
 from reticent.core.run import Run
 
 from .output import emit, human_bytes, table
@@ -41,14 +42,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON for mac
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--backend", type=click.Choice(["qnnpack"]), default="qnnpack", show_default=True)
+@click.option(
+    "--backend", type=click.Choice(["qnnpack", "x86"]), help="Int8 engine; default: the plan's."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: RUN/artifact.")
 @json_option
-def export(run: Path, backend: str, out: Path | None, as_json: bool) -> None:
+def export(run: Path, backend: Backend | None, out: Path | None, as_json: bool) -> None:
     """Convert the final model of RUN to int8 again and write the signed artifact."""
     from reticent.server.export import export_run
 
-    summary = export_run(Run(run), out)
+    summary = export_run(Run(run), out, backend)
+    backend = backend or Run(run).plan().student.quantize.backend
     folder = out or Run(run).artifact
     if as_json:
         emit({"artifact": str(folder), "backend": backend, **summary})

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reticent.core.errors import ArtifactError, DataError, ReticentError
+from reticent.core.plan import Backend
 from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 
 from .integer import IntegerModel, IntegerSpec, Weighted, build, parse_graph
@@ -71,11 +72,13 @@ class FileEntry(_Part):
 class Manifest(_Part):
     """What an artifact is, and what it is made of.
 
-    Format 2 packs weights (:mod:`packing`); format 1, whose weights are plain int8, is still read.
+    Format 2 packs weights (:mod:`packing`) and names the engine that the model was checked on;
+    format 1, whose weights are plain int8 and whose engine is qnnpack, is still read.
     ``privacy`` always has ``epsilon``: a number, or the word ``"infinity"`` when privacy was off.
     """
 
     format_version: Literal[1, 2] = FORMAT_VERSION
+    engine: Backend = "qnnpack"
     created_by: str
     plan_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     task: TaskInfo
@@ -120,6 +123,7 @@ def write_artifact(
     privacy: Mapping[str, Any] | Literal["off"],
     sizes: Mapping[str, Any],
     self_test: SelfTest,
+    engine: Backend = "qnnpack",
     private_key: Ed25519PrivateKey,
     replace: bool = False,
 ) -> Path:
@@ -139,6 +143,7 @@ def write_artifact(
             infinite epsilon, is spelled out as ``"infinity"``.
         sizes: Measured bytes, by name.
         self_test: Checked now, stored, and checked again whenever the artifact is loaded.
+        engine: What loading assembles the model for; the arrays do not depend on it.
         private_key: Signs the manifest.
         replace: Whether an artifact that is already there may be replaced.
 
@@ -147,7 +152,7 @@ def write_artifact(
             account is incomplete.
     """
     _check_target(folder, replace)
-    _run_self_test(build(spec), task, self_test)
+    _run_self_test(build(spec, engine), task, self_test)
     account = {
         "metrics": _plain("metrics", metrics),
         "privacy": _privacy(privacy),
@@ -157,12 +162,14 @@ def write_artifact(
         "model.safetensors": _pack(pack(spec.arrays)),
         "model.json": (spec.graph.model_dump_json(indent=1) + "\n").encode(),
         "self_test.safetensors": _pack({"inputs": self_test.inputs, "logits": self_test.logits}),
-        "MODEL_CARD.md": _card(task, plan_digest, account).encode(),
+        "MODEL_CARD.md": _card(task, engine, plan_digest, account).encode(),
     }
     entries = {name: _entry(data) for name, data in contents.items()}
     manifest = _parse_manifest(
         json.dumps(
             {
+                "format_version": FORMAT_VERSION,
+                "engine": engine,
                 "created_by": _created_by(),
                 "plan_digest": plan_digest,
                 "task": task.model_dump(),
@@ -203,7 +210,7 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
     tensors = _unpack("self_test.safetensors", contents)
     if tensors.keys() != {"inputs", "logits"}:
         raise ArtifactError("self_test.safetensors: must hold inputs and logits")
-    artifact = Artifact(manifest, spec, build(spec))
+    artifact = Artifact(manifest, spec, build(spec, manifest.engine))
     _run_self_test(artifact.model, manifest.task, SelfTest(**tensors))
     return artifact
 
@@ -352,7 +359,9 @@ def _created_by() -> str:
         return "reticent (not installed)"
 
 
-def _card(task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, Any]]) -> str:
+def _card(
+    task: TaskInfo, engine: str, plan_digest: str, account: Mapping[str, Mapping[str, Any]]
+) -> str:
     off = account["privacy"]["epsilon"] == "infinity"
     promise = (
         "Trained **without** differential privacy: ε = infinity. It may reveal its training data."
@@ -364,8 +373,8 @@ def _card(task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, A
         f"# Model card: {task.name}",
         "",
         f"A classifier with {task.classes} classes for inputs of shape {shape}, float32. The "
-        "engine computes with 8-bit integers, weights and activations alike; weights of fewer bits "
-        "or of low entropy are packed in the file.",
+        f"engine ({engine}) computes with 8-bit integers, weights and activations alike; weights "
+        "of fewer bits or of low entropy are packed in the file.",
         "",
         f"Preprocessing: {task.preprocessing}",
         "",

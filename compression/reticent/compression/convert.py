@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from reticent.core.errors import ArtifactError, DataError
-from reticent.core.plan import Observer
+from reticent.core.plan import Quantize
 
 from .integer import (
     ConvRecord,
@@ -33,7 +33,15 @@ from .integer import (
     ReluRecord,
 )
 from .observers import activation_range
-from .quantize import INT8, WeightGrid, fake_quantize, quantized_weights, to_int8
+from .quantize import (
+    DEFAULTS,
+    INT8,
+    WeightGrid,
+    fake_quantize,
+    layer_grids,
+    quantized_weights,
+    to_int8,
+)
 
 _REMEDIES = {
     "BatchNorm2d": "has no integer form; fold it into its convolution with fold_batchnorm",
@@ -85,8 +93,7 @@ class _Step:
 def calibrate(
     model: nn.Sequential,
     public_inputs: torch.Tensor,
-    grid: WeightGrid = INT8,
-    observer: Observer = "min-max",
+    section: Quantize = DEFAULTS,
 ) -> Ranges:
     """Return the activation ranges of ``model`` on public inputs, with rounded weights in place.
 
@@ -95,8 +102,8 @@ def calibrate(
     Args:
         model: A folded student; not changed.
         public_inputs: Float32, shape ``(n, *input_shape)``.
-        grid: Of the weights.
-        observer: How a range follows from the values; what lies beyond is clipped when deployed.
+        section: How weights are rounded, and by which observer a range follows from the values;
+            what lies beyond the range is clipped when deployed.
 
     Raises:
         DataError: If the inputs are empty, not float32 or not finite.
@@ -105,16 +112,16 @@ def calibrate(
     _check_inputs(public_inputs)
     steps = list(_steps(model))
     outputs: dict[str, tuple[float, float]] = {}
-    with torch.no_grad(), quantized_weights(model, grid):
+    with torch.no_grad(), quantized_weights(model, section):
         x = public_inputs.contiguous()
         for step in steps:
             x = _run(step, x)
             if step.weighted:
-                outputs[step.name] = activation_range(x, observer)
-    return Ranges(activation_range(public_inputs, observer), outputs)
+                outputs[step.name] = activation_range(x, section.observer)
+    return Ranges(activation_range(public_inputs, section.observer), outputs)
 
 
-def convert(model: nn.Sequential, ranges: Ranges, grid: WeightGrid = INT8) -> IntegerSpec:
+def convert(model: nn.Sequential, ranges: Ranges, section: Quantize = DEFAULTS) -> IntegerSpec:
     """Return the int8 model of a folded float student as plain data.
 
     Raises:
@@ -124,14 +131,15 @@ def convert(model: nn.Sequential, ranges: Ranges, grid: WeightGrid = INT8) -> In
     steps = list(_steps(model))
     _check_ranges(steps, ranges)
     arrays: dict[str, torch.Tensor] = {}
+    grids = layer_grids(model, section)
     for step in steps:
-        arrays |= _arrays(step, grid)
+        arrays |= _arrays(step, grids.get(step.name, INT8))
     records = tuple(_record(step, ranges) for step in steps)
     return IntegerSpec(Graph(input=_grid(ranges.input), layers=records), arrays)
 
 
 def fake_quantized_model(
-    model: nn.Sequential, ranges: Ranges, grid: WeightGrid = INT8
+    model: nn.Sequential, ranges: Ranges, section: Quantize = DEFAULTS
 ) -> nn.Sequential:
     """Return a float model that rounds weights and activations as the int8 model does.
 
@@ -143,11 +151,12 @@ def fake_quantized_model(
     """
     steps = list(_steps(model))
     _check_ranges(steps, ranges)
+    grids = layer_grids(model, section)
     layers: list[nn.Module] = [_Round(_grid(ranges.input))]
     for step in steps:
         layer = copy.deepcopy(step.layer)
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.weight.data = fake_quantize(layer.weight, grid)
+            layer.weight.data = fake_quantize(layer.weight, grids[step.name])
         layers += [layer, nn.ReLU()] if step.relu else [layer]
         if step.weighted:
             layers.append(_Round(_grid(ranges.outputs[step.name])))

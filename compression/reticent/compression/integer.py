@@ -1,8 +1,14 @@
-"""A true int8 model as plain data, and its assembly for torch's QNNPACK engine.
+"""A true int8 model as plain data, and its assembly for one of torch's int8 engines.
 
 An :class:`IntegerSpec` is a list of layer records and a dictionary of arrays: what an artifact
 stores, and all that is needed to rebuild the model, without FX graphs and without pickle. This file
 is the only one that touches ``torch.ao``, which torch has announced to remove.
+
+Engines take the same arrays: ``qnnpack`` is for ARM and runs on x86 too, ``x86`` is for servers and
+laptops (FBGEMM and oneDNN, as torch chooses). Both add products in 32 bits and round alike, but
+FBGEMM on a processor without AVX512-VNNI adds them two by two in 16 bits first, and those saturate
+silently: 255 * (127 + 127) is above 32,767. torch's own remedy is ``reduce_range``, other scales
+than QNNPACK's. Here the arrays stay, and where sums might saturate the engine is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
@@ -21,8 +27,12 @@ from torch import nn
 from torch.nn import functional
 
 from reticent.core.errors import ArtifactError, DataError
+from reticent.core.plan import Backend
 
 from .quantize import from_int8
+
+_SAFE_WEIGHT = 64
+"""Of this magnitude two products with 255 and their sum fit into 16 bits: 2 * 64 * 255 = 32,640."""
 
 Pair = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
@@ -143,12 +153,13 @@ def quantized_engine(name: str) -> Iterator[None]:
     """Select torch's quantized engine and restore the one before. The setting is process-wide.
 
     Raises:
-        ArtifactError: If the engine is not QNNPACK, or this torch was built without it.
+        ArtifactError: If the engine is not qnnpack or x86, or this torch was built without it.
     """
-    if name != "qnnpack" or name not in torch.backends.quantized.supported_engines:
+    supported = torch.backends.quantized.supported_engines
+    if name not in get_args(Backend) or name not in supported:
         raise ArtifactError(
-            f"engine={name}: must be qnnpack (others may saturate int8 products silently), and "
-            f"torch must be built with it; it has {torch.backends.quantized.supported_engines}"
+            f"engine={name}: must be qnnpack or x86, and torch must be built with it; it has "
+            f"{supported}"
         )
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
@@ -249,15 +260,30 @@ def build(spec: IntegerSpec, engine: str = "qnnpack") -> IntegerModel:
 
     Raises:
         ArtifactError: If an array is missing, left over or does not fit its layer, or the engine
-            cannot be used.
+            cannot be used, or might saturate on this processor.
     """
     _check_arrays(spec)
+    if engine == "x86":
+        _refuse_saturation(spec)
     with quantized_engine(engine), warnings.catch_warnings():
         # torch warns, once in a process, that its quantized tensors will be removed.
         warnings.filterwarnings("ignore", message=".*quantize.*", category=UserWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         layers = [_layer(record, spec.arrays) for record in spec.graph.layers]
     return IntegerModel(spec.graph, layers, engine).eval()
+
+
+def _refuse_saturation(spec: IntegerSpec) -> None:
+    if torch.cpu.get_capabilities().get("avx512_vnni", False):
+        return
+    for name, array in spec.arrays.items():
+        largest = int(array.to(torch.int16).abs().max()) if array.dtype == torch.int8 else 0
+        if largest > _SAFE_WEIGHT:
+            raise ArtifactError(
+                f"array {name} holds {largest}: engine x86 may saturate silently above "
+                f"{_SAFE_WEIGHT} on this processor, which lacks AVX512-VNNI; use qnnpack, or "
+                "weights of 4 bits or fewer"
+            )
 
 
 def _layer(record: Record, arrays: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -79,9 +79,20 @@ class WeightGrid:
 INT8 = WeightGrid()
 
 
-def deployed_grid(section: Quantize) -> WeightGrid:
-    """Return the grid of the weights in the model that a plan's section deploys."""
-    return WeightGrid(section.bits, section.granularity)
+DEFAULTS = Quantize()
+
+
+def layer_grids(model: nn.Module, section: Quantize) -> dict[str, WeightGrid]:
+    """Return the grid of each conv and linear layer's weights, by the layer's name, in order.
+
+    ``section.edges`` says which of the first and the last layer keep 8 bits: they are few weights
+    or decide most (Rastegari et al. 2016 leave both in full precision).
+    """
+    names = [name for name, _ in _weighted(model)]
+    kept = {"none": (), "first": names[:1], "both": [*names[:1], *names[-1:]]}[section.edges]
+    return {
+        name: WeightGrid(8 if name in kept else section.bits, section.granularity) for name in names
+    }
 
 
 Swap = Callable[[nn.Module], AbstractContextManager[None]]
@@ -96,7 +107,7 @@ def evaluation_swap(section: Quantize) -> Swap:
     """Return what goes around forward so that weights are as deployed; nothing for ``none``."""
     if section.kind == "none":
         return nullcontext
-    return partial(quantized_weights, grid=deployed_grid(section))
+    return partial(quantized_weights, section=section)
 
 
 def channel_scales(weight: torch.Tensor, grid: WeightGrid = INT8) -> torch.Tensor:
@@ -146,7 +157,7 @@ def fake_quantize(weight: torch.Tensor, grid: WeightGrid = INT8) -> torch.Tensor
 
 
 @contextmanager
-def quantized_weights(model: nn.Module, grid: WeightGrid = INT8) -> Iterator[None]:
+def quantized_weights(model: nn.Module, section: Quantize = DEFAULTS) -> Iterator[None]:
     """Swap the weights of conv and linear layers for fake-quantized ones; restore them after.
 
     Put it around forward *and* backward, and take the optimizer's step outside: gradients are
@@ -158,20 +169,21 @@ def quantized_weights(model: nn.Module, grid: WeightGrid = INT8) -> Iterator[Non
     >>> with quantized_weights(layer):
     ...     layer(torch.ones(1, 2)).sum().backward()
     """
-    saved = {id(w): (w, w.data) for w in _weights(model)}
+    grids = layer_grids(model, section)
+    saved = {id(w): (w, w.data, grids[name]) for name, w in reversed(list(_weighted(model)))}
     try:
-        for weight, data in saved.values():
+        for weight, data, grid in saved.values():
             weight.data = fake_quantize(data, grid)
         yield
     finally:
-        for weight, data in saved.values():
+        for weight, data, _ in saved.values():
             weight.data = data
 
 
-def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
+def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            yield cast(nn.Parameter, module.weight)
+            yield name, cast(nn.Parameter, module.weight)
 
 
 def _steps(groups: torch.Tensor, limit: torch.Tensor, grid: WeightGrid) -> torch.Tensor:

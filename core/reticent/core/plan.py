@@ -19,6 +19,7 @@ DEFAULT_EPSILON = 8.0
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Backend = Literal["qnnpack", "x86"]
 Bits = Literal[8, 4, 3, 2, 1]
 Granularity = Literal["channel", "tensor"]
 Observer = Literal["min-max", "moving-average", "histogram"]
@@ -98,8 +99,9 @@ class Quantize(Section):
         kind: ``qat``: weights are fake-quantized during the rounds and the model is quantized after
             them; ``static``: only after them; ``none``: the same at 8 bits, and models are tested
             in float during the rounds.
-        backend: The int8 engine.
+        backend: The int8 engine: ``qnnpack`` for ARM, ``x86`` for servers and laptops.
         bits: Bits of the weights; activations have 8.
+        edges: Which layers keep 8 bits whatever ``bits`` says: none, the first, or first and last.
         granularity: One step for each output ``channel`` of a weight, or for the whole ``tensor``.
         observer: How activation ranges are found on public data: the extremes (``min-max``), a
             moving average of each batch's extremes, or the ``histogram`` range of least squared
@@ -107,8 +109,9 @@ class Quantize(Section):
     """
 
     kind: Literal["qat", "static", "none"] = "qat"
-    backend: Literal["qnnpack"] = "qnnpack"
+    backend: Backend = "qnnpack"
     bits: Bits = 8
+    edges: Literal["none", "first", "both"] = "first"
     granularity: Granularity = "channel"
     observer: Observer = "min-max"
 

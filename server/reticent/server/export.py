@@ -14,6 +14,7 @@ from reticent.compression.artifact import load_artifact
 from reticent.compression.bench import Latency, measure, size_on_disk
 from reticent.compression.integer import build
 from reticent.core.errors import RunError
+from reticent.core.plan import Backend
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
 from reticent.core.tasks import load_task
@@ -48,15 +49,17 @@ def _finished(run: Run) -> Iterator[tuple[Job, ServerState]]:
         journal.close()
 
 
-def export_run(run: Run, folder: Path | None) -> dict[str, Any]:
+def export_run(run: Run, folder: Path | None, backend: Backend | None = None) -> dict[str, Any]:
     """Write the artifact of a finished run to ``folder`` (default: the run's own); return figures.
+
+    ``backend`` replaces the engine of the run's plan.
 
     Raises:
         RunError: If the run has not finished or is damaged.
         ArtifactError: If the student cannot be converted or the folder cannot be written.
     """
     with _finished(run) as (job, state):
-        return build_artifact(job, state, folder or run.artifact)
+        return build_artifact(job, state, folder or run.artifact, backend)
 
 
 def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
@@ -70,10 +73,11 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
         start, final = job.start, cast(nn.Sequential, job.start.student)
         start.layout.write(final, state.average)
         spec = int8_of(final, job.task, job.plan.student.quantize)
-        times = latencies(job, final, spec, repeats)
+        integer = build(spec, job.plan.student.quantize.backend)
+        times = latencies(job, final, integer, repeats)
         test = job.task.test()
         sized = {"teacher": start.teacher, "fp32": final, "int8": spec}
-        models = {"teacher": start.teacher, "fp32": final, "int8": build(spec)}
+        models = {"teacher": start.teacher, "fp32": final, "int8": integer}
         return [
             _row(name, size_on_disk(sized[name]), times[name], accuracy(model, test))
             for name, model in models.items()

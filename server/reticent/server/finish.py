@@ -18,17 +18,15 @@ from reticent.compression.artifact import (
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
 from reticent.compression.convert import (
-    Ranges,
     calibrate,
     compare,
     convert,
     fake_quantized_model,
 )
 from reticent.compression.fold import is_chain
-from reticent.compression.integer import IntegerSpec, build
-from reticent.compression.quantize import deployed_grid
+from reticent.compression.integer import IntegerModel, IntegerSpec, build
 from reticent.core.errors import ArtifactError
-from reticent.core.plan import Quantize
+from reticent.core.plan import Backend, Quantize
 from reticent.core.run import write_atomic
 from reticent.core.signing import make_signing_key, read_private_key
 from reticent.core.tasks import Task
@@ -54,8 +52,12 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     say(f"artifact written to {job.run.artifact}")
 
 
-def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]:
+def build_artifact(
+    job: Job, state: ServerState, folder: Path, backend: Backend | None = None
+) -> dict[str, Any]:
     """Convert the final model to int8, measure it, write it to ``folder`` and return the summary.
+
+    ``backend`` replaces the engine of the plan.
 
     Raises:
         ArtifactError: If the student has a layer that has no integer form.
@@ -70,21 +72,23 @@ def build_artifact(job: Job, state: ServerState, folder: Path) -> dict[str, Any]
         )
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
-    spec = int8_of(final, job.task, job.plan.student.quantize)
+    section = job.plan.student.quantize
+    section = section.model_copy(update={"backend": backend or section.backend})
+    spec = int8_of(final, job.task, section)
     summary = {
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
         "parameters": {"kept": start.layout.size, "total": start.layout.total},
         "privacy": _privacy(job, state),
-        "accuracy": _accuracies(job, final, spec),
-        **_measured(job, final, spec),
+        "accuracy": _accuracies(job, final, build(spec, section.backend)),
+        **_measured(job, final, spec, section),
     }
-    _write_artifact(job, spec, summary, folder)
+    _write_artifact(job, spec, section.backend, summary, folder)
     return summary
 
 
-def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, float]:
+def _accuracies(job: Job, final: nn.Sequential, integer: IntegerModel) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
     known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
     # The public-only student is converted too, always at 8 bits: the baseline to beat is int8 as
@@ -95,28 +99,24 @@ def _accuracies(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, 
         **known,
         "public_only_int8": accuracy(build(baseline), test),
         "fp32": accuracy(final, test),
-        "int8": accuracy(build(spec), test),
+        "int8": accuracy(integer, test),
     }
 
 
 def int8_of(model: nn.Sequential, task: Task, section: Quantize) -> IntegerSpec:
     """Return the integer form of a folded student, with activation ranges from public data."""
-    return convert(model, ranges_of(model, task, section), deployed_grid(section))
+    return convert(model, calibrate(model, task.public().inputs, section), section)
 
 
-def ranges_of(model: nn.Sequential, task: Task, section: Quantize) -> Ranges:
-    """Return the activation ranges of a folded student on public data."""
-    return calibrate(model, task.public().inputs, deployed_grid(section), section.observer)
-
-
-def _measured(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, dict[str, Any]]:
+def _measured(
+    job: Job, final: nn.Sequential, spec: IntegerSpec, section: Quantize
+) -> dict[str, dict[str, Any]]:
     public = job.task.public().inputs
-    section = job.plan.student.quantize
-    ranges, grid = ranges_of(final, job.task, section), deployed_grid(section)
-    integer = build(spec)
-    agreement = compare(fake_quantized_model(final, ranges, grid), integer, public)
+    ranges = calibrate(final, public, section)
+    integer = build(spec, section.backend)
+    agreement = compare(fake_quantized_model(final, ranges, section), integer, public)
     against_float = compare(final, integer, public)
-    latency = latencies(job, final, spec)
+    latency = latencies(job, final, integer)
     sizes = {"teacher": job.start.teacher, "fp32": final, "int8": spec}
     return {
         "agreement": {
@@ -131,11 +131,11 @@ def _measured(job: Job, final: nn.Sequential, spec: IntegerSpec) -> dict[str, di
 
 
 def latencies(
-    job: Job, final: nn.Module, spec: IntegerSpec, repeats: int = _LATENCY_REPEATS
+    job: Job, final: nn.Module, integer: IntegerModel, repeats: int = _LATENCY_REPEATS
 ) -> dict[str, Latency]:
     """Return single-thread latencies of teacher, fp32 and int8 student, measured in turns."""
     one = job.task.public().inputs[:1]
-    rows = {"teacher": (job.start.teacher, one), "fp32": (final, one), "int8": (build(spec), one)}
+    rows = {"teacher": (job.start.teacher, one), "fp32": (final, one), "int8": (integer, one)}
     with torch.no_grad():
         return side_by_side(rows, repeats=repeats)
 
@@ -185,7 +185,9 @@ def _number(value: float) -> float | str:
     return "infinity" if math.isinf(value) else value
 
 
-def _write_artifact(job: Job, spec: IntegerSpec, summary: dict[str, Any], folder: Path) -> None:
+def _write_artifact(
+    job: Job, spec: IntegerSpec, engine: Backend, summary: dict[str, Any], folder: Path
+) -> None:
     task, keys = job.task, job.run.keys
     key_file = keys / "signing_key.pem"
     key = read_private_key(key_file) if key_file.exists() else make_signing_key(keys)
@@ -203,7 +205,8 @@ def _write_artifact(job: Job, spec: IntegerSpec, summary: dict[str, Any], folder
         metrics={k: summary[k] for k in ("accuracy", "agreement", "latency_us", "rounds", "model")},
         privacy="off" if job.plan.private is None else summary["privacy"],
         sizes=summary["bytes"],
-        self_test=SelfTest(inputs, logits_of(build(spec), inputs)),
+        self_test=SelfTest(inputs, logits_of(build(spec, engine), inputs)),
+        engine=engine,
         private_key=key,
         replace=True,
     )

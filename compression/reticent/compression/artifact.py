@@ -32,7 +32,9 @@ from reticent.core.errors import ArtifactError, DataError, ReticentError
 from reticent.core.plan import Backend
 from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 
-from .integer import IntegerModel, IntegerSpec, Weighted, build, parse_graph
+from .deployable import Model, Spec, assemble, parse_spec
+from .dynamic import DynamicModel
+from .integer import Weighted
 from .packing import pack, unpack
 
 FORMAT_VERSION = 2
@@ -101,8 +103,8 @@ class Artifact:
     """A verified artifact, ready to predict."""
 
     manifest: Manifest
-    spec: IntegerSpec
-    model: IntegerModel
+    spec: Spec
+    model: Model
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 ``(n, classes)``, for float32 inputs ``(n, *input_shape)``.
@@ -115,7 +117,7 @@ class Artifact:
 
 def write_artifact(
     folder: Path,
-    spec: IntegerSpec,
+    spec: Spec,
     *,
     task: TaskInfo,
     plan_digest: str,
@@ -152,7 +154,7 @@ def write_artifact(
             account is incomplete.
     """
     _check_target(folder, replace)
-    _run_self_test(build(spec, engine), task, self_test)
+    _run_self_test(assemble(spec, engine), task, self_test)
     account = {
         "metrics": _plain("metrics", metrics),
         "privacy": _privacy(privacy),
@@ -206,11 +208,11 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
     """
     manifest, contents = _verified(folder, public_key)
     arrays = unpack(_unpack("model.safetensors", contents))
-    spec = IntegerSpec(parse_graph(contents["model.json"]), arrays)
+    spec = parse_spec(contents["model.json"], arrays)
     tensors = _unpack("self_test.safetensors", contents)
     if tensors.keys() != {"inputs", "logits"}:
         raise ArtifactError("self_test.safetensors: must hold inputs and logits")
-    artifact = Artifact(manifest, spec, build(spec, manifest.engine))
+    artifact = Artifact(manifest, spec, assemble(spec, manifest.engine))
     _run_self_test(artifact.model, manifest.task, SelfTest(**tensors))
     return artifact
 
@@ -289,7 +291,7 @@ def _entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _predict(model: IntegerModel, task: TaskInfo, inputs: torch.Tensor) -> torch.Tensor:
+def _predict(model: Model, task: TaskInfo, inputs: torch.Tensor) -> torch.Tensor:
     if tuple(inputs.shape[1:]) != task.input_shape or inputs.dim() == 0:
         raise DataError(
             f"inputs have shape {tuple(inputs.shape)}: must be (n, "
@@ -300,7 +302,7 @@ def _predict(model: IntegerModel, task: TaskInfo, inputs: torch.Tensor) -> torch
     return model(inputs)
 
 
-def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
+def _run_self_test(model: Model, task: TaskInfo, test: SelfTest) -> None:
     try:
         logits = _predict(model, task, test.inputs)
     except (ReticentError, RuntimeError) as error:
@@ -312,7 +314,7 @@ def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
         )
     # Processors may round an integer differently by one; after a few layers that is a step or two
     # of the logits' grid, while a wrong memory layout or weight is many.
-    allowed = 2.01 * _output_step(model)
+    allowed = 2.01 * _output_step(model, test.logits)
     worst = float((logits - test.logits).abs().max())
     if not worst <= allowed:
         raise ArtifactError(
@@ -321,7 +323,10 @@ def _run_self_test(model: IntegerModel, task: TaskInfo, test: SelfTest) -> None:
         )
 
 
-def _output_step(model: IntegerModel) -> float:
+def _output_step(model: Model, logits: torch.Tensor) -> float:
+    if isinstance(model, DynamicModel):
+        # Logits are float; 127 steps are the coarsest grid of an activation.
+        return float(logits.abs().max()) / 127
     grids = [r.output for r in model.graph.layers if isinstance(r, Weighted)]
     return [model.graph.input, *grids][-1].scale
 

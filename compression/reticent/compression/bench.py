@@ -20,7 +20,7 @@ from torch import nn
 
 from reticent.core.errors import DataError
 
-from .integer import IntegerSpec
+from .deployable import Spec
 from .packing import pack
 
 Model = Callable[[torch.Tensor], torch.Tensor]
@@ -81,12 +81,12 @@ def side_by_side(
     return {name: _summary(values) for name, values in times.items()}
 
 
-def size_on_disk(model: nn.Module | IntegerSpec) -> int:
+def size_on_disk(model: nn.Module | Spec) -> int:
     """Return the bytes of the safetensors file that holds the model's arrays.
 
     Of an integer model that is the ``model.safetensors`` of its artifact, packed.
     """
-    arrays = pack(model.arrays) if isinstance(model, IntegerSpec) else model.state_dict()
+    arrays = model.state_dict() if isinstance(model, nn.Module) else pack(model.arrays)
     return len(safetensors.torch.save({n: v.contiguous().clone() for n, v in arrays.items()}))
 
 

@@ -46,13 +46,15 @@ class Grid(BaseModel):
     zero_point: Annotated[int, Field(ge=0, le=255)]
 
 
-class _Record(BaseModel):
+class LayerRecord(BaseModel):
+    """A layer by its name; subclasses say which."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
-class ConvRecord(_Record):
+class ConvRecord(LayerRecord):
     """Convolution, with the ReLU after it if ``relu``; ``output`` is the grid of its result."""
 
     kind: Literal["conv2d"] = "conv2d"
@@ -64,7 +66,7 @@ class ConvRecord(_Record):
     output: Grid
 
 
-class LinearRecord(_Record):
+class LinearRecord(LayerRecord):
     """Fully connected layer, with the ReLU after it if ``relu``."""
 
     kind: Literal["linear"] = "linear"
@@ -72,7 +74,7 @@ class LinearRecord(_Record):
     output: Grid
 
 
-class GroupNormRecord(_Record):
+class GroupNormRecord(LayerRecord):
     """GroupNorm. A ReLU after it needs no operator: zero point 0 makes rounding clamp at zero."""
 
     kind: Literal["group_norm"] = "group_norm"
@@ -81,13 +83,13 @@ class GroupNormRecord(_Record):
     output: Grid
 
 
-class ReluRecord(_Record):
+class ReluRecord(LayerRecord):
     """A ReLU that could not be merged into the layer before it."""
 
     kind: Literal["relu"] = "relu"
 
 
-class PoolRecord(_Record):
+class PoolRecord(LayerRecord):
     """Max pooling."""
 
     kind: Literal["max_pool2d"] = "max_pool2d"
@@ -97,7 +99,7 @@ class PoolRecord(_Record):
     dilation: Pair
 
 
-class FlattenRecord(_Record):
+class FlattenRecord(LayerRecord):
     """Flatten of all dimensions but the first."""
 
     kind: Literal["flatten"] = "flatten"
@@ -169,6 +171,19 @@ def quantized_engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
+def check_inputs(inputs: torch.Tensor) -> None:
+    """Check what a deployed model is given.
+
+    Raises:
+        DataError: If it is not float32 or holds no example.
+    """
+    if inputs.dtype != torch.float32 or inputs.numel() == 0:
+        raise DataError(
+            f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}: must be float32 and hold "
+            "at least one example"
+        )
+
+
 class IntegerModel(nn.Module):
     """An int8 network: float32 in, float32 logits out, integers between. Made by :func:`build`."""
 
@@ -184,11 +199,7 @@ class IntegerModel(nn.Module):
         Raises:
             DataError: If ``inputs`` are not float32, hold no example or do not fit the layers.
         """
-        if inputs.dtype != torch.float32 or inputs.numel() == 0:
-            raise DataError(
-                f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}: must be float32 and "
-                "hold at least one example"
-            )
+        check_inputs(inputs)
         grid = self.graph.input
         with quantized_engine(self.engine):
             # Contiguous throughout: some quantized kernels read channels_last tensors wrongly.

@@ -104,8 +104,11 @@ def training_swap(section: Quantize) -> Swap:
 
 
 def evaluation_swap(section: Quantize) -> Swap:
-    """Return what goes around forward so that weights are as deployed; nothing for ``none``."""
-    if section.kind == "none":
+    """Return what goes around forward so that weights are as deployed.
+
+    Nothing for ``none``, and for ``dynamic``, whose 8 bits are as good as float.
+    """
+    if section.kind in ("none", "dynamic"):
         return nullcontext
     return partial(quantized_weights, section=section)
 

@@ -97,8 +97,9 @@ class Quantize(Section):
 
     Attributes:
         kind: ``qat``: weights are fake-quantized during the rounds and the model is quantized after
-            them; ``static``: only after them; ``none``: the same at 8 bits, and models are tested
-            in float during the rounds.
+            them; ``static``: only after them; ``dynamic``: only weights, to 8 bits after them, and
+            activations on the device as they come (Linear, LSTM and GRU); ``none``: as
+            ``static``, and models are tested in float during the rounds.
         backend: The int8 engine: ``qnnpack`` for ARM, ``x86`` for servers and laptops.
         bits: Bits of the weights; activations have 8.
         edges: Which layers keep 8 bits whatever ``bits`` says: none, the first, or first and last.
@@ -108,7 +109,7 @@ class Quantize(Section):
             error.
     """
 
-    kind: Literal["qat", "static", "none"] = "qat"
+    kind: Literal["qat", "static", "dynamic", "none"] = "qat"
     backend: Backend = "qnnpack"
     bits: Bits = 8
     edges: Literal["none", "first", "both"] = "first"
@@ -116,13 +117,16 @@ class Quantize(Section):
     observer: Observer = "min-max"
 
     @model_validator(mode="after")
-    def _none_has_no_choices(self) -> Self:
-        chosen = (self.bits, self.granularity, self.observer)
-        if self.kind == "none" and chosen != (8, "channel", "min-max"):
+    def _choices_have_effect(self) -> Self:
+        if self.kind in ("none", "dynamic") and (self.bits, self.observer) != (8, "min-max"):
             raise ValueError(
-                f'kind="none" with bits={self.bits}, granularity="{self.granularity}", '
-                f'observer="{self.observer}": must be 8, "channel" and "min-max"; '
-                'kind="static" quantizes after training as they say'
+                f'kind="{self.kind}" with bits={self.bits} and observer="{self.observer}": must be '
+                '8 and "min-max"; kind="static" quantizes after training as they say'
+            )
+        if self.kind == "none" and self.granularity != "channel":
+            raise ValueError(
+                f'kind="none" with granularity="{self.granularity}": must be "channel"; '
+                'kind="static" quantizes after training as it says'
             )
         return self
 

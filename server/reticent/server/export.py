@@ -12,7 +12,7 @@ from torch import nn
 
 from reticent.compression.artifact import load_artifact
 from reticent.compression.bench import Latency, measure, size_on_disk
-from reticent.compression.integer import build
+from reticent.compression.deployable import assemble, deploy
 from reticent.core.errors import RunError
 from reticent.core.plan import Backend
 from reticent.core.run import Run
@@ -20,7 +20,7 @@ from reticent.core.signing import read_public_key
 from reticent.core.tasks import load_task
 from reticent.privacy.schedule import schedule_for
 
-from .finish import build_artifact, int8_of, latencies
+from .finish import build_artifact, latencies
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
@@ -72,8 +72,9 @@ def bench_run(run: Run, repeats: int) -> list[dict[str, Any]]:
     with _finished(run) as (job, state):
         start, final = job.start, cast(nn.Sequential, job.start.student)
         start.layout.write(final, state.average)
-        spec = int8_of(final, job.task, job.plan.student.quantize)
-        integer = build(spec, job.plan.student.quantize.backend)
+        section = job.plan.student.quantize
+        spec, _ = deploy(final, job.task.public().inputs, section)
+        integer = assemble(spec, section.backend)
         times = latencies(job, final, integer, repeats)
         test = job.task.test()
         sized = {"teacher": start.teacher, "fp32": final, "int8": spec}

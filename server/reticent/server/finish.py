@@ -17,19 +17,13 @@ from reticent.compression.artifact import (
     write_artifact,
 )
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
-from reticent.compression.convert import (
-    calibrate,
-    compare,
-    convert,
-    fake_quantized_model,
-)
+from reticent.compression.convert import compare
+from reticent.compression.deployable import Model, Spec, assemble, deploy
 from reticent.compression.fold import is_chain
-from reticent.compression.integer import IntegerModel, IntegerSpec, build
 from reticent.core.errors import ArtifactError
 from reticent.core.plan import Backend, Quantize
 from reticent.core.run import write_atomic
 from reticent.core.signing import make_signing_key, read_private_key
-from reticent.core.tasks import Task
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
 
@@ -74,47 +68,44 @@ def build_artifact(
     torch.set_num_threads(1)
     section = job.plan.student.quantize
     section = section.model_copy(update={"backend": backend or section.backend})
-    spec = int8_of(final, job.task, section)
+    spec, simulated = deploy(final, job.task.public().inputs, section)
+    integer = assemble(spec, section.backend)
     summary = {
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
         "rounds": state.round,
         "parameters": {"kept": start.layout.size, "total": start.layout.total},
         "privacy": _privacy(job, state),
-        "accuracy": _accuracies(job, final, build(spec, section.backend)),
-        **_measured(job, final, spec, section),
+        "accuracy": _accuracies(job, final, integer),
+        **_measured(job, final, simulated, integer, spec),
     }
-    _write_artifact(job, spec, section.backend, summary, folder)
+    _write_artifact(job, spec, integer, summary, folder)
     return summary
 
 
-def _accuracies(job: Job, final: nn.Sequential, integer: IntegerModel) -> dict[str, float]:
+def _accuracies(job: Job, final: nn.Sequential, integer: Model) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
     known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
     # The public-only student is converted too, always at 8 bits: the baseline to beat is int8 as
     # well, and was not trained for fewer.
-    baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task, Quantize())
+    section = job.plan.student.quantize
+    section = section if section.kind == "dynamic" else Quantize()
+    student = cast(nn.Sequential, job.start.public_only)
+    baseline = assemble(deploy(student, job.task.public().inputs, section)[0])
     test = job.task.test()
     return {
         **known,
-        "public_only_int8": accuracy(build(baseline), test),
+        "public_only_int8": accuracy(baseline, test),
         "fp32": accuracy(final, test),
         "int8": accuracy(integer, test),
     }
 
 
-def int8_of(model: nn.Sequential, task: Task, section: Quantize) -> IntegerSpec:
-    """Return the integer form of a folded student, with activation ranges from public data."""
-    return convert(model, calibrate(model, task.public().inputs, section), section)
-
-
 def _measured(
-    job: Job, final: nn.Sequential, spec: IntegerSpec, section: Quantize
+    job: Job, final: nn.Sequential, simulated: nn.Module, integer: Model, spec: Spec
 ) -> dict[str, dict[str, Any]]:
     public = job.task.public().inputs
-    ranges = calibrate(final, public, section)
-    integer = build(spec, section.backend)
-    agreement = compare(fake_quantized_model(final, ranges, section), integer, public)
+    agreement = compare(simulated, integer, public)
     against_float = compare(final, integer, public)
     latency = latencies(job, final, integer)
     sizes = {"teacher": job.start.teacher, "fp32": final, "int8": spec}
@@ -131,7 +122,7 @@ def _measured(
 
 
 def latencies(
-    job: Job, final: nn.Module, integer: IntegerModel, repeats: int = _LATENCY_REPEATS
+    job: Job, final: nn.Module, integer: Model, repeats: int = _LATENCY_REPEATS
 ) -> dict[str, Latency]:
     """Return single-thread latencies of teacher, fp32 and int8 student, measured in turns."""
     one = job.task.public().inputs[:1]
@@ -186,7 +177,7 @@ def _number(value: float) -> float | str:
 
 
 def _write_artifact(
-    job: Job, spec: IntegerSpec, engine: Backend, summary: dict[str, Any], folder: Path
+    job: Job, spec: Spec, integer: Model, summary: dict[str, Any], folder: Path
 ) -> None:
     task, keys = job.task, job.run.keys
     key_file = keys / "signing_key.pem"
@@ -205,8 +196,8 @@ def _write_artifact(
         metrics={k: summary[k] for k in ("accuracy", "agreement", "latency_us", "rounds", "model")},
         privacy="off" if job.plan.private is None else summary["privacy"],
         sizes=summary["bytes"],
-        self_test=SelfTest(inputs, logits_of(build(spec, engine), inputs)),
-        engine=engine,
+        self_test=SelfTest(inputs, logits_of(integer, inputs)),
+        engine=cast(Backend, integer.engine),
         private_key=key,
         replace=True,
     )

@@ -35,6 +35,9 @@ from .codec.entropy import ans_decode, ans_encode
 MAX_WEIGHTS = 256 * 2**20
 """Most weights that a file may unpack to, all layers together: checked before any is allocated."""
 
+_MOST_PER_BYTE = 4096
+"""A row stands for at most so many weights a byte, so that a few bytes cannot declare gigabytes."""
+
 _FIXED, _ANS16, _ANS256 = 1, 2, 3
 _ALPHABETS = {_ANS16: 16, _ANS256: 256}
 _MAX_DIMS = 4
@@ -81,7 +84,7 @@ def _packed(name: str, array: torch.Tensor) -> torch.Tensor:
     bodies[code] = ans_encode(_symbols(values, _ALPHABETS[code]), _ALPHABETS[code])
     best = min(bodies, key=lambda c: (len(bodies[c]), c))
     data = bytes([best, array.dim()]) + head + bodies[best]
-    if len(data) >= len(values):
+    if not len(data) < len(values) <= _MOST_PER_BYTE * len(data):
         return array.contiguous()
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
 
@@ -94,6 +97,11 @@ def _shape(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
     shape = struct.unpack_from(f"<{dims}I", data, 2)
     if min(shape) == 0:
         raise ArtifactError(f"array {name}: is packed with shape {shape}: no size may be 0")
+    if math.prod(shape) > _MOST_PER_BYTE * len(tensor):
+        raise ArtifactError(
+            f"array {name}: is packed with shape {shape} in {len(tensor)} bytes: at most "
+            f"{_MOST_PER_BYTE} weights a byte are allowed"
+        )
     return shape
 
 

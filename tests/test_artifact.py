@@ -190,7 +190,7 @@ def test_paths_that_lead_elsewhere_are_refused_even_when_signed(copy: Path, name
 
 
 @pytest.mark.parametrize(
-    "change", [{"format_version": 2}, {"unknown": 1}, {"plan_digest": "zz"}, {"files": {}}]
+    "change", [{"format_version": 3}, {"unknown": 1}, {"plan_digest": "zz"}, {"files": {}}]
 )
 def test_a_signed_manifest_must_still_be_valid(copy: Path, change: dict[str, Any]) -> None:
     resigned(copy, change)

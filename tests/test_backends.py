@@ -83,7 +83,8 @@ def last_step(spec: IntegerSpec) -> float:
 def test_every_name_has_its_backend() -> None:
     assert tuple(BACKENDS) == BACKEND_NAMES
     assert all(name == backend.name for name, backend in BACKENDS.items())
-    assert len({backend.model_file for backend in BACKENDS.values()}) == len(BACKENDS)
+    # The engines of torch read the same file; every other backend has a form of its own.
+    assert len({backend.model_file for backend in BACKENDS.values()}) == len(BACKENDS) - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,7 +171,7 @@ def test_an_artifact_of_each_backend_is_verified_and_runs(
         verify_artifact(folder, KEY.public_key())
 
 
-@pytest.mark.parametrize("name", [n for n in BACKEND_NAMES if n != "qnnpack"])
+@pytest.mark.parametrize("name", [n for n in BACKEND_NAMES if n not in ("qnnpack", "x86")])
 def test_a_backend_that_is_not_installed_says_what_to_install(
     name: BackendName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +183,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
         load(BACKENDS[name], converted("linear")[1].graph, b"")
 
 
-@pytest.mark.parametrize("name", [n for n in BACKEND_NAMES if n != "qnnpack"])
+@pytest.mark.parametrize("name", [n for n in BACKEND_NAMES if n not in ("qnnpack", "x86")])
 def test_a_layer_that_a_backend_lacks_is_named(name: BackendName) -> None:
     deployed("linear", name)
     strange: Any = type("UpsampleRecord", (), {"name": "up1", "kind": "upsample"})()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -23,9 +23,10 @@ from reticent.compression.adapt import (
     merged,
     ranks_of,
 )
-from reticent.compression.quantize import fake_quantize, quantized_weights
+from reticent.compression.quantize import fake_quantize, layer_grids, quantized_weights
 from reticent.compression.structure import build, describe
 from reticent.core.errors import PayloadError, PlanError
+from reticent.core.plan import Quantize
 from reticent.core.seeds import torch_generator
 from reticent.core.update import Layout
 from reticent.privacy.clipping import ClippedGradients
@@ -179,6 +180,21 @@ def test_rounding_is_of_the_merged_weight_and_ends_with_the_context() -> None:
     with quantized_weights(whole):
         assert torch.equal(whole(inputs), inside)
     assert not torch.equal(before, inside) and torch.equal(frozen(inputs), before)
+
+
+@pytest.mark.parametrize("edges", ["none", "first", "both"])
+def test_few_bits_round_the_merged_weights_as_they_are_deployed(
+    edges: Literal["none", "first", "both"],
+) -> None:
+    model, inputs = moved(adapted(plain(), RANKS)), batch()[0]
+    section = Quantize(bits=4, edges=edges)
+    chain = merged(model)
+    assert layer_grids(model, section) == layer_grids(chain, section)
+    with quantized_weights(chain, section):
+        deployed = chain(inputs)
+    with quantized_weights(model, section):
+        assert torch.allclose(model(inputs), deployed, atol=1e-6)
+    assert not torch.allclose(model(inputs), deployed, atol=1e-3)
 
 
 def test_a_description_brings_the_factors_and_what_is_held() -> None:

@@ -28,8 +28,9 @@ from reticent.compression.integer import (
     quantized_engine,
 )
 from reticent.compression.prune import apply_mask, magnitude_mask
-from reticent.compression.quantize import quantized_weights
-from reticent.core.errors import ArtifactError, DataError, PlanError
+from reticent.compression.quantize import WeightGrid, quantized_weights
+from reticent.core.errors import ArtifactError, DataError
+from reticent.core.plan import Bits, Granularity, Quantize
 from reticent.core.seeds import torch_generator
 
 CLASSES = 10
@@ -169,6 +170,48 @@ def test_the_engine_is_restored_also_after_an_error() -> None:
         pass
 
 
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("kind", ["folded", "group"])
+def test_the_x86_engine_gives_the_answers_of_qnnpack(kind: str, bits: Bits) -> None:
+    model, section = trained(kind), Quantize(bits=bits, edges="none")
+    ranges = calibrate(model, digits(200, "public")[0], section)
+    spec = convert(model, ranges, section)
+    try:
+        other = build(spec, "x86")
+    except ArtifactError as error:
+        assert bits == 8 and "saturate" in str(error)
+        pytest.skip("this processor lacks AVX512-VNNI")
+    x = digits(1000, "test")[0]
+    result = compare(build(spec), other, x)
+    assert result.argmax >= 0.99
+    assert result.max_difference <= 2.01 * spec.graph.layers[-1].output.scale  # type: ignore[union-attr]
+    assert torch.equal(other(x.contiguous(memory_format=torch.channels_last)), other(x))
+
+
+def test_weights_that_might_saturate_are_refused_by_x86_and_others_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    model, x = trained("folded"), digits(100, "public")[0]
+    spec = converted("folded")[1]
+    with pytest.raises(ArtifactError, match=r"array 0\.weight holds 127: engine x86 may saturate"):
+        build(spec, "x86")
+    build(spec, "qnnpack")
+    section = Quantize(bits=4, edges="none")
+    build(convert(model, calibrate(model, x, section), section), "x86")
+    # The bound is exact: 64 fits into 16 bits twice, 65 does not.
+    assert 2 * 64 * 255 <= 2**15 - 1 < 2 * 65 * 255
+    for magnitude, fits in ((64, True), (65, False), (-65, False)):
+        arrays = dict(spec.arrays)
+        for name in (n for n, v in arrays.items() if v.dtype == torch.int8):
+            arrays[name] = torch.full_like(arrays[name], magnitude)
+        if fits:
+            build(IntegerSpec(spec.graph, arrays), "x86")
+        else:
+            with pytest.raises(ArtifactError, match="saturate"):
+                build(IntegerSpec(spec.graph, arrays), "x86")
+
+
 def test_pruned_students_with_empty_channels_convert() -> None:
     model = fold_batchnorm(trained("folded"))
     model[0].weight.data[2] = 0
@@ -180,18 +223,37 @@ def test_pruned_students_with_empty_channels_convert() -> None:
     assert result.argmax >= 0.99
 
 
-def test_calibration_changes_nothing_and_uses_percentiles() -> None:
+def test_calibration_changes_nothing_and_uses_the_observer() -> None:
     model = trained("folded")
     before = [p.clone() for p in model.parameters()]
     x = digits(300, "public")[0]
-    full, cut = calibrate(model, x), calibrate(model, x, percentile=99.0)
+    full, cut = calibrate(model, x), calibrate(model, x, Quantize(observer="histogram"))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert full.input == (float(x.min()), float(x.max()))
     assert full.input[0] < cut.input[0] < cut.input[1] < full.input[1]
-    assert all(cut.outputs[n][1] < high for n, (_, high) in full.outputs.items())
-    for percentile in (50.0, 101.0):
-        with pytest.raises(PlanError, match="percentile"):
-            calibrate(model, x, percentile)
+    assert all(cut.outputs[n][1] <= high for n, (_, high) in full.outputs.items())
+    assert cut.outputs != full.outputs
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_fewer_bits_run_on_the_same_engine(bits: Bits, granularity: Granularity) -> None:
+    model = trained("folded")
+    section = Quantize(bits=bits, granularity=granularity, edges="none")
+    x = digits(300, "public")[0]
+    ranges = calibrate(model, x, section)
+    spec = convert(model, ranges, section)
+    integers = [v for v in spec.arrays.values() if v.dtype == torch.int8]
+    assert len(integers) == 4 and all(int(v.abs().max()) == WeightGrid(bits).top for v in integers)
+    steps = [v for n, v in spec.arrays.items() if n.endswith(".scale")]
+    assert all((v.unique().numel() == 1) == (granularity == "tensor") for v in steps)
+    result = compare(
+        fake_quantized_model(model, ranges, section), build(spec), digits(500, "test")[0]
+    )
+    assert result.argmax >= 0.99
+    other = Quantize(bits=4 if bits == 8 else 8, granularity=granularity)
+    wrong = compare(fake_quantized_model(model, ranges, other), build(spec), digits(500, "test")[0])
+    assert wrong.max_difference > 2 * result.max_difference
 
 
 @pytest.mark.parametrize("kind", ["folded", "group"])

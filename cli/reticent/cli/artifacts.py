@@ -46,11 +46,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON for mac
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--backend", type=click.Choice(BACKEND_NAMES), default="qnnpack", show_default=True)
+@click.option("--backend", type=click.Choice(BACKEND_NAMES), help="Default: the plan's.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder; default: RUN/artifact, or RUN/artifact-BACKEND for another than qnnpack.",
+    help="Folder; default: RUN/artifact, or RUN/artifact-BACKEND for another than the plan's.",
 )
 @click.option(
     "--min-agreement",
@@ -61,11 +61,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON for mac
 )
 @json_option
 def export(
-    run: Path, backend: BackendName, out: Path | None, min_agreement: float, as_json: bool
+    run: Path, backend: BackendName | None, out: Path | None, min_agreement: float, as_json: bool
 ) -> None:
     """Convert the final model of RUN to int8 for BACKEND and write the signed artifact."""
     from reticent.server.export import export_folder, export_run
 
+    backend = backend or Run(run).plan().student.quantize.backend
     folder = out or export_folder(Run(run), backend)
     summary = export_run(Run(run), folder, backend, min_agreement)
     if as_json:
@@ -98,7 +99,9 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
 
     Each model runs alone in a process of its own, on one thread, in turns with the others.
     """
+    from reticent.compression.backends.base import installed
     from reticent.compression.backends.profiles import NO_LIMITS, parse_profile
+    from reticent.compression.backends.registry import BACKENDS
     from reticent.server.bench import bench_artifact, bench_run
 
     limits = NO_LIMITS if profile is None else parse_profile(profile)
@@ -116,7 +119,8 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
         if row["misfit"]:
             click.echo(f"{row['model']} on {row['backend']} does not fit: {row['misfit']}")
     for name in sorted(set(BACKEND_NAMES) - {row["backend"] for row in rows}) if of_run else ():
-        click.echo(f"{name} is not installed: pip install 'reticent[{name}]'")
+        if not installed(BACKENDS[name]):
+            click.echo(f"{name} is not installed: pip install 'reticent[{name}]'")
     if profile is not None:
         click.echo(_limits(limits))
 

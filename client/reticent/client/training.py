@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from reticent.compression.quantize import quantized_weights
+from reticent.compression.quantize import training_swap
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError, PayloadError
 from reticent.core.plan import Plan
@@ -73,8 +73,7 @@ class LocalTrainer:
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
-        quantize = plan.student.quantize.kind == "qat"
-        self._swap = quantized_weights if quantize else nullcontext
+        self._swap = training_swap(plan.student.quantize)
         if plan.private is not None and plan.private.unit == "example":
             _ = self._clipped  # refuses a student now that could not be trained after the charge
 

@@ -35,9 +35,11 @@ from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
 from .backends import BackendName
 from .backends.base import Deployed, deploy, load
 from .backends.registry import BACKENDS
-from .integer import Graph, IntegerSpec, Weighted, parse_graph
+from .deployable import Form, Spec, parse_form
+from .dynamic import DynamicGraph
+from .integer import Weighted
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 COMMON_FILES = ("model.json", "self_test.safetensors", "MODEL_CARD.md")
 MAX_FILE_BYTES = 256 * 2**20
@@ -79,11 +81,12 @@ class FileEntry(_Part):
 class Manifest(_Part):
     """What an artifact is, and what it is made of.
 
+    Format 2 packs weights (:mod:`packing`); format 1, whose weights are plain int8, is still read.
     ``privacy`` always has ``epsilon``: a number, or the word ``"infinity"`` when privacy was off.
     ``backend`` says which file holds the model and what runs it (:mod:`.backends`).
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     backend: BackendName = "qnnpack"
     created_by: str
     plan_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -114,7 +117,7 @@ class Artifact:
     """
 
     manifest: Manifest
-    graph: Graph
+    graph: Form
     data: bytes
     model: nn.Module
 
@@ -129,7 +132,7 @@ class Artifact:
 
 def write_artifact(
     folder: Path,
-    spec: IntegerSpec,
+    spec: Spec,
     *,
     task: TaskInfo,
     plan_digest: str,
@@ -183,6 +186,7 @@ def write_artifact(
     manifest = _parse_manifest(
         json.dumps(
             {
+                "format_version": FORMAT_VERSION,
                 "backend": deployed.backend.name,
                 "created_by": _created_by(),
                 "plan_digest": plan_digest,
@@ -220,7 +224,7 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
         DependencyError: If what runs the artifact's backend is not installed.
     """
     manifest, contents = _verified(folder, public_key)
-    backend, graph = BACKENDS[manifest.backend], parse_graph(contents["model.json"])
+    backend, graph = BACKENDS[manifest.backend], parse_form(contents["model.json"])
     data = contents[backend.model_file]
     model = load(backend, graph, data)
     tensors = _unpack("self_test.safetensors", contents)
@@ -316,7 +320,7 @@ def _predict(model: nn.Module, task: TaskInfo, inputs: torch.Tensor) -> torch.Te
     return model(inputs)
 
 
-def _run_self_test(model: nn.Module, graph: Graph, task: TaskInfo, test: SelfTest) -> None:
+def _run_self_test(model: nn.Module, graph: Form, task: TaskInfo, test: SelfTest) -> None:
     try:
         logits = _predict(model, task, test.inputs)
     except (ReticentError, RuntimeError) as error:
@@ -328,7 +332,7 @@ def _run_self_test(model: nn.Module, graph: Graph, task: TaskInfo, test: SelfTes
         )
     # Processors may round an integer differently by one; after a few layers that is a step or two
     # of the logits' grid, while a wrong memory layout or weight is many.
-    allowed = 2.01 * _output_step(graph)
+    allowed = 2.01 * _output_step(graph, test.logits)
     worst = float((logits - test.logits).abs().max())
     if not worst <= allowed:
         raise ArtifactError(
@@ -337,7 +341,10 @@ def _run_self_test(model: nn.Module, graph: Graph, task: TaskInfo, test: SelfTes
         )
 
 
-def _output_step(graph: Graph) -> float:
+def _output_step(graph: Form, logits: torch.Tensor) -> float:
+    if isinstance(graph, DynamicGraph):
+        # Logits are float; 127 steps are the coarsest grid of an activation.
+        return float(logits.abs().max()) / 127
     grids = [r.output for r in graph.layers if isinstance(r, Weighted)]
     return [graph.input, *grids][-1].scale
 
@@ -389,8 +396,9 @@ def _card(
         f"# Model card: {task.name}",
         "",
         f"A classifier with {task.classes} classes for inputs of shape {shape}, float32. The "
-        f"weights of its layers and all activations are 8-bit integers. "
-        f"`{deployed.backend.model_file}` runs on {deployed.backend.runs_on}.",
+        f"weights of its layers are integers, and it computes with 8-bit ones. "
+        f"`{deployed.backend.model_file}` runs on {deployed.backend.runs_on}; weights of fewer "
+        "bits or of low entropy are packed in the file.",
         "",
         f"Preprocessing: {task.preprocessing}",
         "",

@@ -20,7 +20,8 @@ from torch import nn
 
 from reticent.core.errors import DataError
 
-from .integer import IntegerSpec
+from .deployable import Spec
+from .packing import pack
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 
@@ -69,9 +70,12 @@ def side_by_side(
     return {name: summary(values) for name, values in times.items()}
 
 
-def size_on_disk(model: nn.Module | IntegerSpec) -> int:
-    """Return the bytes of the safetensors file that holds the model's arrays."""
-    arrays = model.arrays if isinstance(model, IntegerSpec) else model.state_dict()
+def size_on_disk(model: nn.Module | Spec) -> int:
+    """Return the bytes of the safetensors file that holds the model's arrays.
+
+    Of an integer model that is the ``model.safetensors`` of its artifact, packed.
+    """
+    arrays = model.state_dict() if isinstance(model, nn.Module) else pack(model.arrays)
     return len(safetensors.torch.save({n: v.contiguous().clone() for n, v in arrays.items()}))
 
 

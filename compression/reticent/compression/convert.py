@@ -1,8 +1,8 @@
 """From a float student to an int8 one: calibration on public data, conversion, comparison.
 
 Conversion goes layer by layer over an ``nn.Sequential`` (Jacob et al. 2018): weights as in
-:mod:`quantize` (symmetric int8, one step per output channel), activations on one asymmetric quint8
-grid a layer, a ReLU merged into the layer before it.
+:mod:`quantize` (symmetric, at 8 bits or fewer), activations on one asymmetric quint8 grid a layer
+whose range :mod:`observers` finds, a ReLU merged into the layer before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from reticent.core.errors import ArtifactError, DataError, PlanError
+from reticent.core.errors import ArtifactError, DataError
+from reticent.core.plan import Quantize
 
 from .integer import (
     ConvRecord,
@@ -31,7 +32,16 @@ from .integer import (
     Record,
     ReluRecord,
 )
-from .quantize import fake_quantize, quantized_weights, to_int8
+from .observers import activation_range
+from .quantize import (
+    DEFAULTS,
+    INT8,
+    WeightGrid,
+    fake_quantize,
+    layer_grids,
+    quantized_weights,
+    to_int8,
+)
 
 _REMEDIES = {
     "BatchNorm2d": "has no integer form; fold it into its convolution with fold_batchnorm",
@@ -81,38 +91,37 @@ class _Step:
 
 
 def calibrate(
-    model: nn.Sequential, public_inputs: torch.Tensor, percentile: float = 100.0
+    model: nn.Sequential,
+    public_inputs: torch.Tensor,
+    section: Quantize = DEFAULTS,
 ) -> Ranges:
-    """Return the activation ranges of ``model`` on public inputs, with int8 weights in place.
+    """Return the activation ranges of ``model`` on public inputs, with rounded weights in place.
 
     The ranges become part of the deployed model, so ``public_inputs`` must never be private data.
 
     Args:
         model: A folded student; not changed.
         public_inputs: Float32, shape ``(n, *input_shape)``.
-        percentile: 100 takes the extremes; 99.9, say, leaves out the 0.1 % largest and the 0.1 %
-            smallest values, and clips them in the deployed model. In (50, 100].
+        section: How weights are rounded, and by which observer a range follows from the values;
+            what lies beyond the range is clipped when deployed.
 
     Raises:
-        PlanError: If ``percentile`` is out of range.
         DataError: If the inputs are empty, not float32 or not finite.
         ArtifactError: If a layer has no integer form.
     """
-    if not 50 < percentile <= 100:
-        raise PlanError(f"percentile={percentile}: must be above 50 and at most 100")
     _check_inputs(public_inputs)
     steps = list(_steps(model))
     outputs: dict[str, tuple[float, float]] = {}
-    with torch.no_grad(), quantized_weights(model):
+    with torch.no_grad(), quantized_weights(model, section):
         x = public_inputs.contiguous()
         for step in steps:
             x = _run(step, x)
             if step.weighted:
-                outputs[step.name] = _range(x, percentile)
-    return Ranges(_range(public_inputs, percentile), outputs)
+                outputs[step.name] = activation_range(x, section.observer)
+    return Ranges(activation_range(public_inputs, section.observer), outputs)
 
 
-def convert(model: nn.Sequential, ranges: Ranges) -> IntegerSpec:
+def convert(model: nn.Sequential, ranges: Ranges, section: Quantize = DEFAULTS) -> IntegerSpec:
     """Return the int8 model of a folded float student as plain data.
 
     Raises:
@@ -122,13 +131,16 @@ def convert(model: nn.Sequential, ranges: Ranges) -> IntegerSpec:
     steps = list(_steps(model))
     _check_ranges(steps, ranges)
     arrays: dict[str, torch.Tensor] = {}
+    grids = layer_grids(model, section)
     for step in steps:
-        arrays |= _arrays(step)
+        arrays |= _arrays(step, grids.get(step.name, INT8))
     records = tuple(_record(step, ranges) for step in steps)
     return IntegerSpec(Graph(input=_grid(ranges.input), layers=records), arrays)
 
 
-def fake_quantized_model(model: nn.Sequential, ranges: Ranges) -> nn.Sequential:
+def fake_quantized_model(
+    model: nn.Sequential, ranges: Ranges, section: Quantize = DEFAULTS
+) -> nn.Sequential:
     """Return a float model that rounds weights and activations as the int8 model does.
 
     It runs anywhere and is what the int8 model is checked against. It differs from the int8 model
@@ -139,11 +151,12 @@ def fake_quantized_model(model: nn.Sequential, ranges: Ranges) -> nn.Sequential:
     """
     steps = list(_steps(model))
     _check_ranges(steps, ranges)
+    grids = layer_grids(model, section)
     layers: list[nn.Module] = [_Round(_grid(ranges.input))]
     for step in steps:
         layer = copy.deepcopy(step.layer)
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.weight.data = fake_quantize(layer.weight)
+            layer.weight.data = fake_quantize(layer.weight, grids[step.name])
         layers += [layer, nn.ReLU()] if step.relu else [layer]
         if step.weighted:
             layers.append(_Round(_grid(ranges.outputs[step.name])))
@@ -227,13 +240,6 @@ def _run(step: _Step, x: torch.Tensor) -> torch.Tensor:
     return step.layer(x).relu() if step.relu else step.layer(x)
 
 
-def _range(x: torch.Tensor, percentile: float) -> tuple[float, float]:
-    if percentile == 100:
-        return float(x.min()), float(x.max())
-    low, high = np.percentile(x.numpy(), [100 - percentile, percentile])
-    return float(low), float(high)
-
-
 def _grid(bounds: tuple[float, float]) -> Grid:
     # Zero must be exact: padding and ReLU produce it.
     low, high = min(bounds[0], 0.0), max(bounds[1], 0.0)
@@ -244,7 +250,7 @@ def _grid(bounds: tuple[float, float]) -> Grid:
     return Grid(scale=scale, zero_point=min(255, max(0, round(-low / scale))))
 
 
-def _arrays(step: _Step) -> dict[str, torch.Tensor]:
+def _arrays(step: _Step, grid: WeightGrid) -> dict[str, torch.Tensor]:
     layer: Any = step.layer
     if not step.weighted:
         return {}
@@ -256,7 +262,7 @@ def _arrays(step: _Step) -> dict[str, torch.Tensor]:
     if isinstance(layer, nn.GroupNorm):
         weight = torch.ones(rows) if layer.weight is None else layer.weight.detach().clone()
         return {f"{step.name}.weight": weight, f"{step.name}.bias": bias}
-    integers, scales = to_int8(layer.weight)
+    integers, scales = to_int8(layer.weight, grid)
     named = {"weight": integers.contiguous(), "scale": scales, "bias": bias}
     return {f"{step.name}.{part}": values for part, values in named.items()}
 

@@ -1,8 +1,14 @@
-"""A true int8 model as plain data, and its assembly for torch's QNNPACK engine.
+"""A true int8 model as plain data, and its assembly for one of torch's int8 engines.
 
 An :class:`IntegerSpec` is a list of layer records and a dictionary of arrays: what an artifact
 stores, and all that is needed to rebuild the model, without FX graphs and without pickle. This file
 is the only one that touches ``torch.ao``, which torch has announced to remove.
+
+Engines take the same arrays: ``qnnpack`` is for ARM and runs on x86 too, ``x86`` is for servers and
+laptops (FBGEMM and oneDNN, as torch chooses). Both add products in 32 bits and round alike, but
+FBGEMM on a processor without AVX512-VNNI adds them two by two in 16 bits first, and those saturate
+silently: 255 * (127 + 127) is above 32,767. torch's own remedy is ``reduce_range``, other scales
+than QNNPACK's. Here the arrays stay, and where sums might saturate the engine is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
@@ -21,8 +27,12 @@ from torch import nn
 from torch.nn import functional
 
 from reticent.core.errors import ArtifactError, DataError
+from reticent.core.plan import Backend
 
 from .quantize import from_int8
+
+_SAFE_WEIGHT = 64
+"""Of this magnitude two products with 255 and their sum fit into 16 bits: 2 * 64 * 255 = 32,640."""
 
 Pair = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
@@ -36,13 +46,15 @@ class Grid(BaseModel):
     zero_point: Annotated[int, Field(ge=0, le=255)]
 
 
-class _Record(BaseModel):
+class LayerRecord(BaseModel):
+    """A layer by its name; subclasses say which."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
-class ConvRecord(_Record):
+class ConvRecord(LayerRecord):
     """Convolution, with the ReLU after it if ``relu``; ``output`` is the grid of its result."""
 
     kind: Literal["conv2d"] = "conv2d"
@@ -54,7 +66,7 @@ class ConvRecord(_Record):
     output: Grid
 
 
-class LinearRecord(_Record):
+class LinearRecord(LayerRecord):
     """Fully connected layer, with the ReLU after it if ``relu``."""
 
     kind: Literal["linear"] = "linear"
@@ -62,7 +74,7 @@ class LinearRecord(_Record):
     output: Grid
 
 
-class GroupNormRecord(_Record):
+class GroupNormRecord(LayerRecord):
     """GroupNorm. A ReLU after it needs no operator: zero point 0 makes rounding clamp at zero."""
 
     kind: Literal["group_norm"] = "group_norm"
@@ -71,13 +83,13 @@ class GroupNormRecord(_Record):
     output: Grid
 
 
-class ReluRecord(_Record):
+class ReluRecord(LayerRecord):
     """A ReLU that could not be merged into the layer before it."""
 
     kind: Literal["relu"] = "relu"
 
 
-class PoolRecord(_Record):
+class PoolRecord(LayerRecord):
     """Max pooling."""
 
     kind: Literal["max_pool2d"] = "max_pool2d"
@@ -87,7 +99,7 @@ class PoolRecord(_Record):
     dilation: Pair
 
 
-class FlattenRecord(_Record):
+class FlattenRecord(LayerRecord):
     """Flatten of all dimensions but the first."""
 
     kind: Literal["flatten"] = "flatten"
@@ -143,12 +155,13 @@ def quantized_engine(name: str) -> Iterator[None]:
     """Select torch's quantized engine and restore the one before. The setting is process-wide.
 
     Raises:
-        ArtifactError: If the engine is not QNNPACK, or this torch was built without it.
+        ArtifactError: If the engine is not qnnpack or x86, or this torch was built without it.
     """
-    if name != "qnnpack" or name not in torch.backends.quantized.supported_engines:
+    supported = torch.backends.quantized.supported_engines
+    if name not in get_args(Backend) or name not in supported:
         raise ArtifactError(
-            f"engine={name}: must be qnnpack (others may saturate int8 products silently), and "
-            f"torch must be built with it; it has {torch.backends.quantized.supported_engines}"
+            f"engine={name}: must be qnnpack or x86, and torch must be built with it; it has "
+            f"{supported}"
         )
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
@@ -156,6 +169,19 @@ def quantized_engine(name: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.quantized.engine = before
+
+
+def check_inputs(inputs: torch.Tensor) -> None:
+    """Check what a deployed model is given.
+
+    Raises:
+        DataError: If it is not float32 or holds no example.
+    """
+    if inputs.dtype != torch.float32 or inputs.numel() == 0:
+        raise DataError(
+            f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}: must be float32 and hold "
+            "at least one example"
+        )
 
 
 class IntegerModel(nn.Module):
@@ -173,11 +199,7 @@ class IntegerModel(nn.Module):
         Raises:
             DataError: If ``inputs`` are not float32, hold no example or do not fit the layers.
         """
-        if inputs.dtype != torch.float32 or inputs.numel() == 0:
-            raise DataError(
-                f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}: must be float32 and "
-                "hold at least one example"
-            )
+        check_inputs(inputs)
         grid = self.graph.input
         with quantized_engine(self.engine):
             # Contiguous throughout: some quantized kernels read channels_last tensors wrongly.
@@ -249,15 +271,30 @@ def build(spec: IntegerSpec, engine: str = "qnnpack") -> IntegerModel:
 
     Raises:
         ArtifactError: If an array is missing, left over or does not fit its layer, or the engine
-            cannot be used.
+            cannot be used, or might saturate on this processor.
     """
     _check_arrays(spec)
+    if engine == "x86":
+        _refuse_saturation(spec)
     with quantized_engine(engine), warnings.catch_warnings():
         # torch warns, once in a process, that its quantized tensors will be removed.
         warnings.filterwarnings("ignore", message=".*quantize.*", category=UserWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         layers = [_layer(record, spec.arrays) for record in spec.graph.layers]
     return IntegerModel(spec.graph, layers, engine).eval()
+
+
+def _refuse_saturation(spec: IntegerSpec) -> None:
+    if torch.cpu.get_capabilities().get("avx512_vnni", False):
+        return
+    for name, array in spec.arrays.items():
+        largest = int(array.to(torch.int16).abs().max()) if array.dtype == torch.int8 else 0
+        if largest > _SAFE_WEIGHT:
+            raise ArtifactError(
+                f"array {name} holds {largest}: engine x86 may saturate silently above "
+                f"{_SAFE_WEIGHT} on this processor, which lacks AVX512-VNNI; use qnnpack, or "
+                "weights of 4 bits or fewer"
+            )
 
 
 def _layer(record: Record, arrays: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -27,6 +27,10 @@ DEFAULT_EPSILON = 8.0
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Backend = Literal["qnnpack", "x86"]
+Bits = Literal[8, 4, 3, 2, 1]
+Granularity = Literal["channel", "tensor"]
+Observer = Literal["min-max", "moving-average", "histogram"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -247,10 +251,42 @@ class Adapt(Section):
 
 
 class Quantize(Section):
-    """Quantization-aware training of the weights and the int8 engine it is meant for."""
+    """Integer weights and activations, and the engine that computes with them.
 
-    kind: Literal["qat", "none"] = "qat"
-    backend: Literal["qnnpack"] = "qnnpack"
+    Attributes:
+        kind: ``qat``: weights are fake-quantized during the rounds and the model is quantized after
+            them; ``static``: only after them; ``dynamic``: only weights, to 8 bits after them, and
+            activations on the device as they come (Linear, LSTM and GRU); ``none``: as
+            ``static``, and models are tested in float during the rounds.
+        backend: The int8 engine: ``qnnpack`` for ARM, ``x86`` for servers and laptops.
+        bits: Bits of the weights; activations have 8.
+        edges: Which layers keep 8 bits whatever ``bits`` says: none, the first, or first and last.
+        granularity: One step for each output ``channel`` of a weight, or for the whole ``tensor``.
+        observer: How activation ranges are found on public data: the extremes (``min-max``), a
+            moving average of each batch's extremes, or the ``histogram`` range of least squared
+            error.
+    """
+
+    kind: Literal["qat", "static", "dynamic", "none"] = "qat"
+    backend: Backend = "qnnpack"
+    bits: Bits = 8
+    edges: Literal["none", "first", "both"] = "first"
+    granularity: Granularity = "channel"
+    observer: Observer = "min-max"
+
+    @model_validator(mode="after")
+    def _choices_have_effect(self) -> Self:
+        if self.kind in ("none", "dynamic") and (self.bits, self.observer) != (8, "min-max"):
+            raise ValueError(
+                f'kind="{self.kind}" with bits={self.bits} and observer="{self.observer}": must be '
+                '8 and "min-max"; kind="static" quantizes after training as they say'
+            )
+        if self.kind == "none" and self.granularity != "channel":
+            raise ValueError(
+                f'kind="none" with granularity="{self.granularity}": must be "channel"; '
+                'kind="static" quantizes after training as it says'
+            )
+        return self
 
 
 class Student(Section):

@@ -16,13 +16,14 @@ from reticent.compression.backends.base import Deployed, deploy, installed
 from reticent.compression.backends.profiles import Profile
 from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.bench import size_on_disk
-from reticent.compression.forms import integer_problem
+from reticent.compression.deployable import Spec, quantized
+from reticent.compression.integer import IntegerSpec
 from reticent.core.errors import ArtifactError
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
 
 from .export import finished_run
-from .finish import int8_of
+from .finish import problem_of
 from .job import Job
 from .public_training import accuracy
 
@@ -38,31 +39,61 @@ def bench_run(run: Run, repeats: int, profile: Profile) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)  # before the first integer prediction, see compression/bench.py
     with finished_run(run) as (job, state):
-        problem = integer_problem(merged(job.start.student))
+        problem = problem_of(job.plan, job.start.student)
         if problem is not None:
             raise ArtifactError(f"{problem} (the float model's figures are in {run.summary})")
         job.start.layout.write(job.start.student, state.average)
         teacher, final = job.start.teacher, cast(nn.Sequential, merged(job.start.student))
-        spec = int8_of(final, job.task)
-        shape = tuple(job.task.input_shape)
-        int8 = [deploy(spec, b, shape) for b in BACKENDS.values() if installed(b)]
-        graph = spec.graph.model_dump_json().encode()
-        subjects = [
-            _teacher(job, teacher),
-            Subject("fp32", "fp32", {"model.json": graph, "weights.safetensors": _weights(final)}),
-            *(Subject.of(d) for d in int8),
-        ]
+        spec, _ = quantized(final, job.task.public().inputs, job.plan.student.quantize)
+        int8 = _deployed(job, spec)
+        floats = _floats(job, teacher, final, spec)
+        subjects = [*floats, *(Subject.of(d) for d in int8)]
         example = job.task.public().inputs[:1].numpy()
         measured = measure_apart(subjects, example, repeats, profile)
-        test = job.task.test()
+        test, models = job.task.test(), {"teacher": teacher, "fp32": final}
+        plain = [models[subject.name] for subject in floats]
         return [
-            _row("teacher", "torch", size_on_disk(teacher), measured[0], accuracy(teacher, test)),
-            _row("fp32", "torch", size_on_disk(final), measured[1], accuracy(final, test)),
+            *(
+                _row(f.name, "torch", size_on_disk(model), m, accuracy(model, test))
+                for f, model, m in zip(floats, plain, measured[: len(floats)], strict=True)
+            ),
             *(
                 _row("int8", d.backend.name, len(d.data), m, accuracy(d.model, test))
-                for d, m in zip(int8, measured[2:], strict=True)
+                for d, m in zip(int8, measured[len(floats) :], strict=True)
             ),
         ]
+
+
+def _deployed(job: Job, spec: Spec) -> list[Deployed]:
+    """Return the model on every backend that is installed and has a form of it on this machine."""
+    own, shape = job.plan.student.quantize.backend, tuple(job.task.input_shape)
+    found: list[Deployed] = []
+    for backend in BACKENDS.values():
+        fits = backend.dynamic or isinstance(spec, IntegerSpec)
+        if not fits or not installed(backend):
+            continue
+        try:
+            found.append(deploy(spec, backend, shape))
+        except ArtifactError:
+            if backend.name == own:
+                raise
+    return found
+
+
+def _floats(job: Job, teacher: nn.Module, final: nn.Module, spec: Spec) -> list[Subject]:
+    """Return the float models that another process can build from files.
+
+    That is no teacher of the student's own architecture and no ensemble, and no student that is
+    quantized dynamically.
+    """
+    plan, subjects = job.plan, list[Subject]()
+    if plan.teacher.count == 1 and plan.student.distill.mode != "self":
+        subjects.append(_teacher(job, teacher))
+    if isinstance(spec, IntegerSpec):
+        graph = spec.graph.model_dump_json().encode()
+        files = {"model.json": graph, "weights.safetensors": _weights(final)}
+        subjects.append(Subject("fp32", "fp32", files))
+    return subjects
 
 
 def bench_artifact(folder: Path, key: Path, repeats: int, profile: Profile) -> list[dict[str, Any]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 from torch import nn
 
-from reticent.compression.quantize import quantized_weights
+from reticent.compression.quantize import evaluation_swap
 from reticent.core.plan import Plan
 from reticent.core.tasks import Examples
 from reticent.core.update import Layout, Vector
@@ -19,6 +17,5 @@ def test_accuracy(
 ) -> float:
     """Return the accuracy of ``weights`` as they would be deployed: with quantized weights."""
     layout.write(model, weights)
-    swap = quantized_weights(model) if plan.student.quantize.kind == "qat" else nullcontext()
-    with swap:
+    with evaluation_swap(plan.student.quantize)(model):
         return accuracy(model, test)

@@ -50,7 +50,8 @@ def finished_run(run: Run) -> Iterator[tuple[Job, ServerState]]:
 
 def export_folder(run: Run, backend: BackendName) -> Path:
     """Return where an export goes if nothing is said: the run's own artifact, or beside it."""
-    return run.artifact if backend == "qnnpack" else run.folder / f"artifact-{backend}"
+    own = run.plan().student.quantize.backend
+    return run.artifact if backend == own else run.folder / f"artifact-{backend}"
 
 
 def export_run(

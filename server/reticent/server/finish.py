@@ -18,22 +18,16 @@ from reticent.compression.artifact import (
     write_artifact,
 )
 from reticent.compression.backends.base import Backend, Deployed, deploy
-from reticent.compression.backends.qnnpack import QNNPACK
+from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
-from reticent.compression.convert import (
-    Agreement,
-    calibrate,
-    compare,
-    convert,
-    fake_quantized_model,
-)
+from reticent.compression.convert import Agreement, compare
+from reticent.compression.deployable import Spec, assemble, quantized
 from reticent.compression.fold import is_chain
 from reticent.compression.forms import integer_problem
-from reticent.compression.integer import IntegerSpec, build
 from reticent.core.errors import ArtifactError
+from reticent.core.plan import Plan, Quantize
 from reticent.core.run import write_atomic
 from reticent.core.signing import make_signing_key, read_private_key
-from reticent.core.tasks import Task
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
 
@@ -53,7 +47,7 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     A student that has no integer form leaves no artifact; the summary says why, and has figures of
     the float model only.
     """
-    problem = integer_problem(merged(job.start.student))
+    problem = problem_of(job.plan, job.start.student)
     if problem is None:
         summary = build_artifact(job, state, job.run.artifact)
         said = f"artifact written to {job.run.artifact}"
@@ -64,11 +58,18 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     say(said)
 
 
+def problem_of(plan: Plan, student: nn.Module) -> str | None:
+    """Return why a plan's student has no integer form, or None if it has one."""
+    if plan.student.quantize.kind == "dynamic":
+        return None  # checked before anything was trained
+    return integer_problem(merged(student))
+
+
 def build_artifact(
     job: Job,
     state: ServerState,
     folder: Path,
-    backend: Backend = QNNPACK,
+    backend: Backend | None = None,
     min_agreement: float | None = None,
 ) -> dict[str, Any]:
     """Convert the final model to int8, measure it, write it to ``folder`` and return the summary.
@@ -77,7 +78,7 @@ def build_artifact(
         job: The run.
         state: Its state after the last round.
         folder: Where to write.
-        backend: What the model is stored for and measured with.
+        backend: What the model is stored for and measured with; by default the plan's.
         min_agreement: If given, the share of the test examples on which the model must predict what
             the fake-quantized student does; below it nothing is written.
 
@@ -97,11 +98,13 @@ def build_artifact(
         )
     # QNNPACK sizes its thread pool at the first integer prediction of a process, for good.
     torch.set_num_threads(1)
-    spec = int8_of(final, job.task)
+    section = job.plan.student.quantize
+    spec, simulated = quantized(final, job.task.public().inputs, section)
+    backend = backend or BACKENDS[section.backend]
     deployed = deploy(spec, backend, tuple(job.task.input_shape))
     tested = {}
     if min_agreement is not None:
-        tested = _check_agreement(job, final, deployed, min_agreement)
+        tested = _check_agreement(job, simulated, deployed, min_agreement)
     summary: dict[str, Any] = {
         "plan": job.plan.digest,
         "model": vector_digest(state.average),
@@ -109,23 +112,22 @@ def build_artifact(
         "parameters": parameter_counts(start, final),
         "privacy": _privacy(job, state),
         "accuracy": _accuracies(job, final, deployed),
-        **_measured(job, final, deployed),
+        **_measured(job, final, simulated, deployed),
     }
     summary["agreement"] |= tested
     _write_artifact(job, spec, deployed, summary, folder)
     return summary
 
 
-def agreement_on_test(job: Job, final: nn.Sequential, deployed: Deployed) -> Agreement:
+def agreement_on_test(job: Job, simulated: nn.Module, deployed: Deployed) -> Agreement:
     """Return how near a deployed model is to the fake-quantized student on the whole test set."""
-    simulated = fake_quantized_model(final, calibrate(final, job.task.public().inputs))
     return compare(simulated, deployed.model, job.task.test().inputs)
 
 
 def _check_agreement(
-    job: Job, final: nn.Sequential, deployed: Deployed, least: float
+    job: Job, simulated: nn.Module, deployed: Deployed, least: float
 ) -> dict[str, float]:
-    found = agreement_on_test(job, final, deployed)
+    found = agreement_on_test(job, simulated, deployed)
     if found.argmax < least:
         raise ArtifactError(
             f"backend {deployed.backend.name} predicts as the fake-quantized student on "
@@ -139,26 +141,26 @@ def _check_agreement(
 def _accuracies(job: Job, final: nn.Sequential, deployed: Deployed) -> dict[str, float]:
     names = ("teacher", "public_only", "public_only_pruned")
     known = {n: float(job.journal.fact(f"accuracy:{n}") or "nan") for n in names}
-    # The public-only student is converted too: the baseline to beat is int8 as well.
-    baseline = int8_of(cast(nn.Sequential, job.start.public_only), job.task)
+    # The public-only student is converted too, always at 8 bits: the baseline to beat is int8 as
+    # well, and was not trained for fewer.
+    section = job.plan.student.quantize
+    section = section if section.kind == "dynamic" else Quantize()
+    student = cast(nn.Sequential, job.start.public_only)
+    baseline = assemble(quantized(student, job.task.public().inputs, section)[0])
     test = job.task.test()
     return {
         **known,
-        "public_only_int8": accuracy(build(baseline), test),
+        "public_only_int8": accuracy(baseline, test),
         "fp32": accuracy(final, test),
         "int8": accuracy(deployed.model, test),
     }
 
 
-def int8_of(model: nn.Sequential, task: Task) -> IntegerSpec:
-    """Return the int8 form of a folded student, with activation ranges from public data."""
-    return convert(model, calibrate(model, task.public().inputs))
-
-
-def _measured(job: Job, final: nn.Sequential, deployed: Deployed) -> dict[str, dict[str, Any]]:
+def _measured(
+    job: Job, final: nn.Sequential, simulated: nn.Module, deployed: Deployed
+) -> dict[str, dict[str, Any]]:
     public = job.task.public().inputs
-    ranges = calibrate(final, public)
-    agreement = compare(fake_quantized_model(final, ranges), deployed.model, public)
+    agreement = compare(simulated, deployed.model, public)
     against_float = compare(final, deployed.model, public)
     latency = latencies(job, final, deployed)
     floats = {"teacher": job.start.teacher, "fp32": final}
@@ -227,7 +229,7 @@ def _number(value: float) -> float | str:
 
 
 def _write_artifact(
-    job: Job, spec: IntegerSpec, deployed: Deployed, summary: dict[str, Any], folder: Path
+    job: Job, spec: Spec, deployed: Deployed, summary: dict[str, Any], folder: Path
 ) -> None:
     task, keys = job.task, job.run.keys
     key_file = keys / "signing_key.pem"

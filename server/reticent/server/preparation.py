@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from reticent.compression.deployable import require_dynamic_form
 from reticent.compression.fold import folded
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError
@@ -62,7 +63,11 @@ def prepare(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     """Return the run's starting point: read from the journal, or made from public data and stored.
 
     The same plan on the same machine gives the same bits.
+
+    Raises:
+        PlanError: If the student is to be quantized dynamically and cannot be.
     """
+    require_dynamic_form(_structure(plan, task), plan.student.quantize)
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
     try:

@@ -13,9 +13,7 @@ import torch
 
 from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients
 from reticent.client.wire import wire_of
-from reticent.compression.adapt import merged
 from reticent.compression.codec import build_codec
-from reticent.compression.forms import integer_problem
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator
@@ -24,6 +22,7 @@ from reticent.privacy.accounting import epsilon
 from reticent.privacy.calibrate import max_rounds
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
+from reticent.server.finish import problem_of
 from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs
@@ -69,7 +68,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             "fp32": 4 * trainer.layout.total,
             "total": messages * (up + down),
         },
-        "no_artifact": integer_problem(merged(sketch(plan, task))),
+        "no_artifact": problem_of(plan, sketch(plan, task)),
         "work": {
             "step_seconds": seconds,
             "steps": steps,

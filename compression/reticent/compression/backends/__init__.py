@@ -8,5 +8,5 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-BackendName = Literal["qnnpack", "onnx", "xnnpack"]
+BackendName = Literal["qnnpack", "x86", "onnx", "xnnpack"]
 BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)

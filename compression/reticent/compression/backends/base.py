@@ -11,13 +11,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from reticent.core.errors import DataError, DependencyError
+from reticent.core.errors import ArtifactError, DataError, DependencyError
 
-from ..integer import Graph, IntegerSpec
+from ..deployable import Form, Spec
+from ..dynamic import DynamicSpec
 from . import BackendName
 
 Shape = tuple[int, ...]
@@ -59,15 +61,17 @@ class Backend:
             Raises ArtifactError if they are not a model.
         to_write: Python modules that ``write`` needs beyond the base install.
         to_load: The same for ``load``.
+        dynamic: Whether it has a form of a model that is quantized dynamically.
     """
 
     name: BackendName
     runs_on: str
     model_file: str
-    write: Callable[[IntegerSpec, Shape], bytes]
-    load: Callable[[Graph, bytes], nn.Module]
+    write: Callable[[Any, Shape], bytes]
+    load: Callable[[Any, bytes], nn.Module]
     to_write: tuple[str, ...] = ()
     to_load: tuple[str, ...] = ()
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,12 @@ class Deployed:
     """
 
     backend: Backend
-    graph: Graph
+    graph: Form
     data: bytes
     model: nn.Module
 
 
-def deploy(spec: IntegerSpec, backend: Backend, input_shape: Shape) -> Deployed:
+def deploy(spec: Spec, backend: Backend, input_shape: Shape) -> Deployed:
     """Write an int8 model for ``backend`` and load what was written.
 
     Raises:
@@ -95,11 +99,16 @@ def deploy(spec: IntegerSpec, backend: Backend, input_shape: Shape) -> Deployed:
         ArtifactError: If the backend has no form of a layer; the message names it.
     """
     require_all(backend)
+    if isinstance(spec, DynamicSpec) and not backend.dynamic:
+        raise ArtifactError(
+            f'backend {backend.name} has no form of a model with student.quantize.kind="dynamic": '
+            "use qnnpack or x86"
+        )
     data = backend.write(spec, input_shape)
     return Deployed(backend, spec.graph, data, load(backend, spec.graph, data))
 
 
-def load(backend: Backend, graph: Graph, data: bytes) -> nn.Module:
+def load(backend: Backend, graph: Form, data: bytes) -> nn.Module:
     """Load a model from verified bytes.
 
     Raises:

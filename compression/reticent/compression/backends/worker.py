@@ -23,7 +23,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from .base import Backend
 
 WARMUP = 3
 
@@ -131,12 +134,23 @@ def _xnnpack(folder: Path) -> Callable[[], Predict]:
 
 
 def _qnnpack(folder: Path) -> Callable[[], Predict]:
-    from ..integer import parse_graph
-    from .qnnpack import FILE, QNNPACK
+    from .qnnpack import QNNPACK
+
+    return _integers(folder, QNNPACK)
+
+
+def _x86(folder: Path) -> Callable[[], Predict]:
+    from .qnnpack import X86
+
+    return _integers(folder, X86)
+
+
+def _integers(folder: Path, backend: Backend) -> Callable[[], Predict]:
+    from ..deployable import parse_form
 
     def model() -> Any:
-        graph = parse_graph((folder / "model.json").read_bytes())
-        return QNNPACK.load(graph, (folder / FILE).read_bytes())
+        graph = parse_form((folder / "model.json").read_bytes())
+        return backend.load(graph, (folder / backend.model_file).read_bytes())
 
     return _torch(folder, model)
 
@@ -175,6 +189,7 @@ _LOADERS = {
     "onnx": _onnx,
     "xnnpack": _xnnpack,
     "qnnpack": _qnnpack,
+    "x86": _x86,
     "fp32": _fp32,
     "teacher": _teacher,
 }

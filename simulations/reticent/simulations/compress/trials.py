@@ -12,15 +12,16 @@ from torch import nn
 
 from reticent.client.training import LocalTrainer
 from reticent.compression.adapt import merged
-from reticent.compression.bench import side_by_side, size_on_disk
+from reticent.compression.backends.base import deploy
+from reticent.compression.backends.registry import BACKENDS
+from reticent.compression.bench import side_by_side
+from reticent.compression.deployable import quantized
 from reticent.compression.fold import is_chain
-from reticent.compression.integer import build
 from reticent.core.errors import ArtifactError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.run import create_run
 from reticent.privacy.schedule import schedule_for
-from reticent.server.finish import int8_of
 from reticent.server.journal import Journal
 from reticent.server.preparation import Start, prepare
 from reticent.server.public_training import accuracy
@@ -74,15 +75,17 @@ def run_trial(candidate: Candidate, task: PublicHalf) -> Trial:
     start = _prepared(plan, task)
     public_only = accuracy(start.student, task.test())
     start.layout.write(start.student, rehearse(plan, task, start, schedule))
-    spec = int8_of(_chain(merged(start.student)), task)
+    chain = _chain(merged(start.student))
+    spec, _ = quantized(chain, task.public().inputs, plan.student.quantize)
+    deployed = deploy(spec, BACKENDS[plan.student.quantize.backend], tuple(task.input_shape))
     trainer = LocalTrainer(plan, task, Constants.decode(start.constants))
     step = planned_step(plan, task, schedule)
     up, _ = encoded_bytes(plan, trainer, step, schedule)
-    model = build(spec)
+    model = deployed.model
     return Trial(
         candidate=candidate,
         parameters=start.layout.size,
-        size=size_on_disk(spec),
+        size=len(deployed.data),
         latency=side_by_side({"": (model, task.test().inputs[:1])}, _REPEATS)[""].median_us,
         bytes=up,
         public_only=public_only,

@@ -273,3 +273,14 @@ def test_online_the_teacher_may_be_trained_in_bf16() -> None:
     plain = lesson(plan_of("student.distill.mode=online"), TASK, TASK.public())
     plan = plan_of("student.distill.mode=online", "teacher.precision=bf16")
     assert not same(lesson(plan, TASK, TASK.public()).teacher, plain.teacher)
+
+
+def test_a_teacher_that_is_known_is_not_trained_again_and_changes_nothing() -> None:
+    teachers: dict[str, nn.Module] = {}
+    first = lesson(PLAN, TASK, TASK.public(), teachers)
+    again = lesson(PLAN, TASK, TASK.public(), teachers)
+    alone = lesson(PLAN, TASK, TASK.public())
+    assert again.teacher is first.teacher and len(teachers) == 1
+    assert same(again.student, alone.student) and same(again.teacher, alone.teacher)
+    other = lesson(plan_of("teacher.epochs=3"), TASK, TASK.public(), teachers)
+    assert len(teachers) == 2 and not same(other.teacher, first.teacher)

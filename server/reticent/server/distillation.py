@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,15 +33,27 @@ class Lesson:
     examples: Examples
 
 
-def lesson(plan: Plan, task: Task, public: Examples) -> Lesson:
-    """Train the teacher and the dense student as the plan's ``student.distill.mode`` says."""
+Teachers = dict[str, nn.Module]
+"""Trained teachers, by everything of a plan that decides them: for many plans of one task."""
+
+
+def lesson(plan: Plan, task: Task, public: Examples, teachers: Teachers | None = None) -> Lesson:
+    """Train the teacher and the dense student as the plan's ``student.distill.mode`` says.
+
+    With ``teachers``, a teacher that is in there is not trained again, and a new one is added.
+    """
     if plan.student.distill.mode == "online":
         teacher, student = new_teacher(plan, task), new_student(plan, task)
         learn_together(plan, teacher, student, public)
         return Lesson(teacher, student, public)
     labelled = _labelled(plan, public)
     small = _small_teacher(plan, task, labelled)
-    members = [_teacher(plan, task, labelled, small, index) for index in range(plan.teacher.count)]
+    members = [
+        _known(
+            teachers, plan, index, lambda index=index: _teacher(plan, task, labelled, small, index)
+        )
+        for index in range(plan.teacher.count)
+    ]
     teacher = members[0] if len(members) == 1 else Ensemble(members).eval()
     examples = _completed(plan, public, teacher)
     section = plan.student
@@ -55,6 +68,25 @@ def lesson(plan: Plan, task: Task, public: Examples) -> Lesson:
         section.distill,
     )
     return Lesson(teacher, student, examples)
+
+
+def _known(
+    teachers: Teachers | None, plan: Plan, index: int, train: Callable[[], nn.Module]
+) -> nn.Module:
+    student = plan.student.distill.mode in ("self", "reverse")
+    decides = {
+        "seed": plan.seed,
+        "task": plan.task.model_dump(mode="json"),
+        "teacher": plan.teacher.model_dump(mode="json", exclude={"count"}),
+        "student": plan.student.model_dump(mode="json") if student else None,
+        "index": index,
+    }
+    key = json.dumps(decides, sort_keys=True)
+    if teachers is None:
+        return train()
+    if key not in teachers:
+        teachers[key] = train()
+    return teachers[key]
 
 
 def untrained_teacher(plan: Plan, task: Task) -> nn.Module:

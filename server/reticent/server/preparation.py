@@ -20,7 +20,7 @@ from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
 
-from .distillation import lesson, new_student, untrained_teacher
+from .distillation import Teachers, lesson, new_student, untrained_teacher
 from .journal import Journal
 from .pruning import Stretch, Train, pruned
 from .public_training import accuracy, soft_labels, train_public
@@ -59,7 +59,9 @@ class Start:
         return hashlib.sha256(self.constants).hexdigest()
 
 
-def prepare(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
+def prepare(
+    plan: Plan, task: Task, journal: Journal, say: Say, teachers: Teachers | None = None
+) -> Start:
     """Return the run's starting point: read from the journal, or made from public data and stored.
 
     The same plan on the same machine gives the same bits.
@@ -71,19 +73,19 @@ def prepare(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
     try:
-        return _restored(plan, task, journal) or _made(plan, task, journal, say)
+        return _restored(plan, task, journal) or _made(plan, task, journal, say, teachers)
     finally:
         torch.set_num_threads(threads)
 
 
-def _made(plan: Plan, task: Task, journal: Journal, say: Say) -> Start:
+def _made(plan: Plan, task: Task, journal: Journal, say: Say, teachers: Teachers | None) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
     if plan.student.reshaped:
         # What cannot be done is refused now rather than after training.
         constants_of(plan, task, sketch(plan, task), b"", np.zeros((0, 0), dtype=np.float32))
-    taught = lesson(plan, task, public)
+    taught = lesson(plan, task, public, teachers)
     teacher, examples = taught.teacher, taught.examples
     count = plan.task.public_labels or len(public.labels)
     say(f"teacher trained on {count} public examples")

@@ -41,25 +41,68 @@ def _move(name: str, *overrides: str) -> Move:
     return Move(name, overrides)
 
 
+def _pruned(share: float, schedule: str) -> Move:
+    return _move(
+        f"{share:.0%} of the weights pruned",
+        'student.prune.kind="magnitude"',
+        f'student.prune.schedule="{schedule}"',
+        f"student.prune.sparsity={share}",
+    )
+
+
 TECHNIQUES: dict[str, tuple[Move, ...]] = {
-    "pruning": (
-        _move("no pruning", 'student.prune.kind="none"'),
+    "bits": (
         *(
             _move(
-                f"{share:.0%} of the weights pruned",
-                'student.prune.kind="magnitude"',
-                f"student.prune.sparsity={share}",
+                f"{bits}-bit weights",
+                'student.quantize.kind="qat"',
+                f"student.quantize.bits={bits}",
             )
-            for share in (0.5, 0.7, 0.85)
+            for bits in (8, 4, 2)
         ),
     ),
+    "thinning": (
+        _move("no thinning", 'student.thin.kind="none"'),
+        *(
+            _move(
+                f"{share:.0%} of the filters removed",
+                'student.thin.kind="taylor"',
+                "student.thin.shares=[]",
+                f"student.thin.share={share}",
+            )
+            for share in (0.25, 0.5)
+        ),
+    ),
+    "factorizing": (
+        _move("no factorizing", 'student.factorize.kind="none"'),
+        *(
+            _move(
+                f"factors with {keep:.0%} of the energy",
+                'student.factorize.kind="svd"',
+                'student.factorize.rule="energy"',
+                f"student.factorize.keep={keep}",
+            )
+            for keep in (0.95, 0.85)
+        ),
+    ),
+    "pruning": (
+        _move("no pruning", 'student.prune.kind="none"'),
+        _pruned(0.5, "one-shot"),
+        _pruned(0.7, "gradual"),
+        _pruned(0.85, "gradual"),
+    ),
     "distillation": (
-        _move("no distillation", 'student.distill.kind="none"'),
+        _move("no distillation", 'student.distill.kind="none"', "student.distill.local_weight=0"),
         _move("response distillation", 'student.distill.kind="response"'),
+        _move("response and feature distillation", 'student.distill.kind="response+feature"'),
     ),
     "update codec": (
-        _move("updates as int4", 'updates.codec=["dither4","ans"]'),
-        _move("updates as int8", 'updates.codec=["dither8","ans"]'),
+        *(
+            _move(
+                f"updates in steps of {step:g} σ", 'updates.codec=["auto"]', f"updates.step={step}"
+            )
+            for step in (0.5, 2.0, 4.0)
+        ),
     ),
 }
 """Tried in this order, each from the best plan so far."""

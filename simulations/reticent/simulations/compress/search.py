@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from reticent.core.errors import PlanError, ReticentError
 from reticent.core.plan import Plan
 from reticent.core.tasks import load_task
+from reticent.server.distillation import Teachers
 
 from .moves import TECHNIQUES, Candidate, changed, name_of
 from .public_half import PublicHalf
@@ -79,7 +80,8 @@ def search(plan: Plan, targets: Sequence[Target], most: int, say: Say) -> Outcom
     """
     require_rehearsal(plan)
     task = PublicHalf(load_task(plan.task, plan.seed), plan.seed)
-    return climb(plan, targets, most, say, lambda candidate: run_trial(candidate, task))
+    teachers: Teachers = {}
+    return climb(plan, targets, most, say, lambda given: run_trial(given, task, teachers))
 
 
 def climb(plan: Plan, targets: Sequence[Target], most: int, say: Say, measure: Measure) -> Outcome:

@@ -22,6 +22,7 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.run import create_run
 from reticent.privacy.schedule import schedule_for
+from reticent.server.distillation import Teachers
 from reticent.server.journal import Journal
 from reticent.server.preparation import Start, prepare
 from reticent.server.public_training import accuracy
@@ -62,8 +63,8 @@ class Trial:
         return {"size": self.size, "latency": self.latency, "bytes": self.bytes}[kind]
 
 
-def run_trial(candidate: Candidate, task: PublicHalf) -> Trial:
-    """Train, rehearse, convert and measure one candidate.
+def run_trial(candidate: Candidate, task: PublicHalf, teachers: Teachers) -> Trial:
+    """Train, rehearse, convert and measure one candidate; teachers are trained once for all.
 
     Raises:
         ReticentError: If the plan's techniques do not fit its student, or it has no int8 form.
@@ -72,7 +73,7 @@ def run_trial(candidate: Candidate, task: PublicHalf) -> Trial:
     check_codecs(plan)
     require_rehearsal(plan)
     schedule = schedule_for(plan)
-    start = _prepared(plan, task)
+    start = _prepared(plan, task, teachers)
     public_only = accuracy(start.student, task.test())
     start.layout.write(start.student, rehearse(plan, task, start, schedule))
     chain = _chain(merged(start.student))
@@ -93,12 +94,12 @@ def run_trial(candidate: Candidate, task: PublicHalf) -> Trial:
     )
 
 
-def _prepared(plan: Plan, task: PublicHalf) -> Start:
+def _prepared(plan: Plan, task: PublicHalf, teachers: Teachers) -> Start:
     # A run of its own, which holds what the rounds of a real run would begin with.
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(create_run(Path(folder) / "run", plan))
         try:
-            return prepare(plan, task, journal, lambda _: None)
+            return prepare(plan, task, journal, lambda _: None, teachers)
         finally:
             journal.close()
 

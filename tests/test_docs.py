@@ -97,8 +97,8 @@ def anchors(text: str) -> set[str]:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
-    assert len(pages) >= 6
+    pages = [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md"]
+    assert len(pages) >= 12
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):

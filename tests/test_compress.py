@@ -206,6 +206,12 @@ def test_what_meets_the_target_is_ordered_by_accuracy_and_the_rest_by_nearness()
     assert excess(trials[0], TARGET) == 0 and math.isclose(excess(trials[3], TARGET), math.log(10))
 
 
+def test_of_equally_accurate_ones_the_smaller_and_then_the_cheaper_to_send_wins() -> None:
+    trials = [trial(99, 0.5, up=10), trial(99, 0.5, up=9), trial(98, 0.5, up=90)]
+    ordered = sorted(trials, key=lambda t: rank(t, TARGET))
+    assert [(t.size, t.bytes) for t in ordered] == [(98, 90), (99, 9), (99, 10)]
+
+
 FIGURES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 
 

@@ -52,9 +52,9 @@ def excess(trial: Trial, targets: Sequence[Target]) -> float:
     return sum(max(0.0, math.log(trial.value(t.kind) / t.limit)) for t in targets)
 
 
-def rank(trial: Trial, targets: Sequence[Target]) -> tuple[float, float, int]:
-    """Return what trials are ordered by: nearness to the targets, then accuracy, then size."""
-    return (round(excess(trial, targets), 3), -trial.accuracy, trial.size)
+def rank(trial: Trial, targets: Sequence[Target]) -> tuple[float, float, int, int]:
+    """Return what trials are ordered by: nearness to the targets, accuracy, size, bytes."""
+    return (round(excess(trial, targets), 3), -trial.accuracy, trial.size, trial.bytes)
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

@@ -29,7 +29,7 @@ from reticent.simulations.compress import rehearsal as rehearsing
 from reticent.simulations.compress.moves import TECHNIQUES, Candidate, changed
 from reticent.simulations.compress.public_half import PublicHalf
 from reticent.simulations.compress.rehearsal import rehearse
-from reticent.simulations.compress.search import Outcome, climb, excess, front, rank
+from reticent.simulations.compress.search import Outcome, beats, climb, excess, front
 from reticent.simulations.compress.writing import markdown, nearest, plot, to_json
 
 SMALL = (
@@ -193,23 +193,25 @@ def test_rounds_of_whole_clients_cannot_be_rehearsed() -> None:
 
 
 def trial(size: int, accuracy: float, latency: float = 10.0, up: int = 10) -> Trial:
-    return Trial(Candidate(PLAN), 1, size, latency, up, 0.5, accuracy)
+    return Trial(Candidate(PLAN), 1, size, latency, up, 0.5, accuracy, 100)
 
 
 TARGET = (Target("size", 100.0, "size=100B"),)
 
 
-def test_what_meets_the_target_is_ordered_by_accuracy_and_the_rest_by_nearness() -> None:
-    trials = [trial(99, 0.5), trial(100, 0.6), trial(101, 0.99), trial(1000, 0.999)]
-    ordered = sorted(trials, key=lambda t: rank(t, TARGET))
-    assert [t.size for t in ordered] == [100, 99, 101, 1000]
-    assert excess(trials[0], TARGET) == 0 and math.isclose(excess(trials[3], TARGET), math.log(10))
+def test_nearness_decides_first_and_then_a_clear_gain_in_accuracy() -> None:
+    met, far, near = trial(99, 0.5), trial(1000, 0.999), trial(101, 0.99)
+    assert beats(met, near, TARGET) and beats(near, far, TARGET) and not beats(far, met, TARGET)
+    assert excess(met, TARGET) == 0 and math.isclose(excess(far, TARGET), math.log(10))
+    # A standard error at one half of 100 examples is 5 points.
+    assert beats(trial(100, 0.551), met, TARGET) and not beats(trial(100, 0.549), met, TARGET)
 
 
-def test_of_equally_accurate_ones_the_smaller_and_then_the_cheaper_to_send_wins() -> None:
-    trials = [trial(99, 0.5, up=10), trial(99, 0.5, up=9), trial(98, 0.5, up=90)]
-    ordered = sorted(trials, key=lambda t: rank(t, TARGET))
-    assert [(t.size, t.bytes) for t in ordered] == [(98, 90), (99, 9), (99, 10)]
+def test_gains_within_the_noise_of_few_examples_change_nothing() -> None:
+    draws = np.random.default_rng(0).binomial(100, 0.8, 200) / 100
+    lucky = [trial(50, float(share)) for share in draws if share <= 0.83]
+    outcome = Outcome(TARGET, [trial(50, 0.8), *lucky])
+    assert len(lucky) > 150 and outcome.best is outcome.trials[0]
 
 
 FIGURES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
@@ -235,7 +237,7 @@ def costs(candidate: Candidate) -> Trial:
     pruned = student.prune.sparsity if student.prune.kind != "none" else 0.0
     helped = 0.05 * (student.distill.kind != "none")
     size = round(200 * (1 - pruned))
-    return Trial(candidate, 1, size, 10.0, 10, 0.5, 0.9 - 0.2 * pruned + helped)
+    return Trial(candidate, 1, size, 10.0, 10, 0.5, 0.9 - 0.2 * pruned + helped, 10_000)
 
 
 def test_the_search_ends_at_the_most_accurate_plan_that_meets_the_target() -> None:

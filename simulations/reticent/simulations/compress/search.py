@@ -29,7 +29,7 @@ class Outcome:
         targets: What was to be reached.
         trials: Everything that was measured, in order; the first is the plan that was given.
         refused: Candidates that cannot be, with the reason.
-        best: The most accurate trial that meets every target; where none does, the nearest.
+        best: The trial that nothing after it clearly beats; see :func:`beats`.
     """
 
     targets: tuple[Target, ...]
@@ -38,8 +38,12 @@ class Outcome:
 
     @property
     def best(self) -> Trial:
-        """Return the trial that won."""
-        return min(self.trials, key=lambda trial: rank(trial, self.targets))
+        """Return the trial that won: the last that beat the one before it."""
+        best = self.trials[0]
+        for trial in self.trials[1:]:
+            if beats(trial, best, self.targets):
+                best = trial
+        return best
 
     @property
     def met(self) -> bool:
@@ -52,9 +56,17 @@ def excess(trial: Trial, targets: Sequence[Target]) -> float:
     return sum(max(0.0, math.log(trial.value(t.kind) / t.limit)) for t in targets)
 
 
-def rank(trial: Trial, targets: Sequence[Target]) -> tuple[float, float, int, int]:
-    """Return what trials are ordered by: nearness to the targets, accuracy, size, bytes."""
-    return (round(excess(trial, targets), 3), -trial.accuracy, trial.size, trial.bytes)
+def beats(one: Trial, other: Trial, targets: Sequence[Target]) -> bool:
+    """Return whether ``one`` is nearer to the targets, or as near and clearly more accurate.
+
+    Clearly: by more than one standard error of the other's accuracy. Held-out examples are few, and
+    a search that took every small gain would end at the luckiest candidate and not at the best.
+    """
+    nearer = round(excess(one, targets), 3), round(excess(other, targets), 3)
+    if nearer[0] != nearer[1]:
+        return nearer[0] < nearer[1]
+    share = other.accuracy
+    return one.accuracy - share > math.sqrt(share * (1 - share) / other.judged)
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

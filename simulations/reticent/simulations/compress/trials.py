@@ -48,6 +48,7 @@ class Trial:
         bytes: Bytes of one update on its way up.
         public_only: Accuracy before the rounds, on the held-out public examples.
         accuracy: Of the int8 model after the rehearsed rounds, on the same.
+        judged: How many examples those are.
     """
 
     candidate: Candidate
@@ -57,6 +58,7 @@ class Trial:
     bytes: int
     public_only: float
     accuracy: float
+    judged: int
 
     def value(self, kind: str) -> float:
         """Return the figure that a target of this kind limits."""
@@ -91,6 +93,7 @@ def run_trial(candidate: Candidate, task: PublicHalf, teachers: Teachers) -> Tri
         bytes=up,
         public_only=public_only,
         accuracy=accuracy(model, task.test()),
+        judged=len(task.test().labels),
     )
 
 

@@ -133,9 +133,10 @@ def test_clipped_sums_equal_a_loop_over_examples(
     assert clipped.method == ("hooks" if kind == "attention" else "ghost")
     found = clipped.sum(inputs, labels, cross_entropy, clip)
     expected = by_hand(plain, layout, inputs, labels, clip, clipping)
-    scale = max(1e-12, float(np.abs(expected).max()))
-    assert np.abs(found - expected).max() <= 2e-5 * scale
-    assert np.abs(found - 1.01 * expected).max() > 2e-5 * scale
+    # Queries and keys get differences of nearly equal numbers, which a small bound then enlarges.
+    scale = max(1e-12, float(np.abs(expected).max())) * (2e-4 if kind == "attention" else 2e-5)
+    assert np.abs(found - expected).max() <= scale
+    assert np.abs(found - 1.01 * expected).max() > scale
 
 
 @pytest.mark.parametrize("kind", sequences.STUDENTS)

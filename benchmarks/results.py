@@ -19,6 +19,7 @@ from pathlib import Path
 
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
+from reticent.server.preparation import Prepared
 from reticent.simulations.simulate import simulate
 
 EPSILONS = (8, 4, 2)
@@ -96,12 +97,16 @@ def configurations(task: str) -> dict[str, list[str]]:
     return found
 
 
+PREPARED = Prepared()
+"""The promises of one seed begin with the same models."""
+
+
 def finished(plan: Plan, folder: Path) -> dict:
     """Run, resume or read one configuration and return its summary."""
     run = Run(folder)
     if not run.summary.is_file():
         began = time.monotonic()
-        simulate(plan, folder, resume=(folder / "plan.toml").is_file())
+        simulate(plan, folder, resume=(folder / "plan.toml").is_file(), prepared=PREPARED)
         print(f"{folder}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     summary = run.read_summary()
     metrics = run.read_metrics()

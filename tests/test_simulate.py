@@ -21,6 +21,7 @@ from reticent.core.update import Layout, vector_digest
 from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
 from reticent.server.journal import Journal
+from reticent.server.preparation import Prepared
 from reticent.simulations.admission import check_codecs
 from reticent.simulations.grid import InProcessGrid
 from reticent.simulations.simulate import simulate
@@ -85,6 +86,19 @@ def test_the_same_seed_gives_the_same_model(finished: Run, tmp_path: Path) -> No
     other = simulate(plan_of("seed=1"), tmp_path / "other")
     assert again.read_summary()["model"] == finished.read_summary()["model"]
     assert other.read_summary()["model"] != finished.read_summary()["model"]
+
+
+def test_plans_that_begin_alike_are_prepared_once_and_end_as_alone(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = Prepared()
+    simulate(plan_of("privacy.epsilon=2"), tmp_path / "first", prepared=prepared)
+    monkeypatch.setattr("reticent.server.preparation.lesson", None)  # would fail if it were asked
+    again = simulate(plan_of(), tmp_path / "again", prepared=prepared)
+    assert again.read_summary()["model"] == finished.read_summary()["model"]
+    monkeypatch.undo()
+    simulate(plan_of("student.epochs=1"), tmp_path / "other", prepared=prepared)
+    assert (len(prepared.starts), len(prepared.teachers)) == (2, 1)
 
 
 def test_worker_processes_give_the_same_model(finished: Run, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from .finish import finish
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
-from .preparation import prepare, start_accuracies
+from .preparation import Prepared, prepare, start_accuracies
 from .rounds import RoundPlan, Tally
 from .strategy import PrivateAveraging
 
@@ -43,6 +43,7 @@ class Settings:
         randomness: Where the server's own noise comes from; the operating system, unless a
             simulation asks for a seeded source.
         countersigner: Judges and countersigns the ledgers of real devices; None in a simulation.
+        prepared: What earlier runs of this process made from public data, to be used again.
     """
 
     run: Run
@@ -54,6 +55,7 @@ class Settings:
     close: Callable[[], None] = lambda: None
     randomness: Randomness = field(default_factory=SystemRandomness)
     countersigner: Countersigner | None = None
+    prepared: Prepared | None = None
 
 
 def build_server_app(settings_of: Callable[[Context], Settings]) -> ServerApp:
@@ -84,7 +86,7 @@ def run_federation(settings: Settings, grid: Grid) -> None:
     try:
         _check_anchor(settings, journal)
         journal.rewrite_metrics()
-        start = prepare(plan, task, journal, settings.say)
+        start = prepare(plan, task, journal, settings.say, settings.prepared)
         state = journal.latest() or ServerState.begin(start.weights, _first_clip(schedule))
         if state.round:
             settings.say(f"resuming after round {state.round}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -59,12 +60,27 @@ class Start:
         return hashlib.sha256(self.constants).hexdigest()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What was made from public data before, for many plans of the same tasks in one process.
+
+    Attributes:
+        teachers: Trained teachers.
+        starts: Starting points, by everything of a plan that decides them.
+    """
+
+    teachers: Teachers = field(default_factory=dict)
+    starts: dict[str, Start] = field(default_factory=dict)
+
+
 def prepare(
-    plan: Plan, task: Task, journal: Journal, say: Say, teachers: Teachers | None = None
+    plan: Plan, task: Task, journal: Journal, say: Say, prepared: Prepared | None = None
 ) -> Start:
     """Return the run's starting point: read from the journal, or made from public data and stored.
 
-    The same plan on the same machine gives the same bits.
+    The same plan on the same machine gives the same bits, with ``prepared`` too: plans that differ
+    in what their rounds do only (promise, codec, strategy) then begin with the same models, which
+    are trained once.
 
     Raises:
         PlanError: If the student is to be quantized dynamically and cannot be.
@@ -73,12 +89,25 @@ def prepare(
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
     try:
-        return _restored(plan, task, journal) or _made(plan, task, journal, say, teachers)
+        return _restored(plan, task, journal) or _stored(plan, task, journal, say, prepared)
     finally:
         torch.set_num_threads(threads)
 
 
-def _made(plan: Plan, task: Task, journal: Journal, say: Say, teachers: Teachers | None) -> Start:
+def _stored(plan: Plan, task: Task, journal: Journal, say: Say, prepared: Prepared | None) -> Start:
+    if prepared is None:
+        start = _made(plan, task, say, None)
+    else:
+        decides = plan.model_dump(mode="json", include={"seed", "task", "teacher", "student"})
+        key = json.dumps(decides, sort_keys=True)
+        if key not in prepared.starts:
+            prepared.starts[key] = _made(plan, task, say, prepared.teachers)
+        start = deepcopy(prepared.starts[key])  # the rounds write into its student
+    _store(journal, start.teacher, start.public_only, start.student, start.constants)
+    return start
+
+
+def _made(plan: Plan, task: Task, say: Say, teachers: Teachers | None) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
@@ -99,7 +128,6 @@ def _made(plan: Plan, task: Task, journal: Journal, say: Say, teachers: Teachers
     soft = _soft_labels(plan, task, teacher, examples)
     constants = constants_of(plan, task, student, layout.kept, soft).encode()
     say(f"student trained: {layout.size:,} of {layout.total:,} parameters kept")
-    _store(journal, teacher, public_only, student, constants)
     return Start(teacher, public_only, student, layout, layout.read(student), constants)
 
 

@@ -16,6 +16,7 @@ from reticent.core.run import Run, create_run, locked, open_run
 from reticent.privacy.ledger import Head, Ledger
 from reticent.privacy.randomness import SeededRandomness
 from reticent.server.app import Settings, build_server_app
+from reticent.server.preparation import Prepared
 
 from .devices import Devices, devices_for
 from .explain import check_plan
@@ -30,9 +31,11 @@ def simulate(
     resume: bool = False,
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[dict[str, Any]], None] = lambda _: None,
+    prepared: Prepared | None = None,
 ) -> Run:
     """Run a federation to its end, or continue one, and return its run directory.
 
+    With ``prepared``, one for many runs, models that these share are trained on public data once.
     The ServerApp and the ClientApp are those of a deployment; only the grid between them is ours.
 
     Raises:
@@ -49,7 +52,7 @@ def simulate(
         if resume:
             Ledger.open(run.ledger).close()  # walks the whole chain, once for all that open it now
         # Made in the thread that the engine runs the ServerApp in: SQLite asks for that.
-        app = build_server_app(lambda _: _settings(run, plan, say, progress))
+        app = build_server_app(lambda _: _settings(run, plan, say, progress, prepared))
         _serve(app, plan, devices)
     return run
 
@@ -75,6 +78,7 @@ def _settings(
     plan: Plan,
     say: Callable[[str], None],
     progress: Callable[[dict[str, Any]], None],
+    prepared: Prepared | None,
 ) -> Settings:
     ledger = Ledger.open(run.ledger, verify=False)
     return Settings(
@@ -86,6 +90,7 @@ def _settings(
         holds_anchor=lambda text: ledger.contains(_head(text)),
         close=ledger.close,
         randomness=SeededRandomness(plan.seed),
+        prepared=prepared,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from reticent.core.errors import PlanError, ReticentError
 from reticent.core.plan import Plan
 from reticent.core.tasks import load_task
-from reticent.server.distillation import Teachers
+from reticent.server.preparation import Prepared
 
 from .moves import TECHNIQUES, Candidate, changed, name_of
 from .public_half import PublicHalf
@@ -92,8 +92,8 @@ def search(plan: Plan, targets: Sequence[Target], most: int, say: Say) -> Outcom
     """
     require_rehearsal(plan)
     task = PublicHalf(load_task(plan.task, plan.seed), plan.seed)
-    teachers: Teachers = {}
-    return climb(plan, targets, most, say, lambda given: run_trial(given, task, teachers))
+    prepared = Prepared()
+    return climb(plan, targets, most, say, lambda given: run_trial(given, task, prepared))
 
 
 def climb(plan: Plan, targets: Sequence[Target], most: int, say: Say, measure: Measure) -> Outcome:

@@ -22,9 +22,8 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.run import create_run
 from reticent.privacy.schedule import schedule_for
-from reticent.server.distillation import Teachers
 from reticent.server.journal import Journal
-from reticent.server.preparation import Start, prepare
+from reticent.server.preparation import Prepared, Start, prepare
 from reticent.server.public_training import accuracy
 
 from ..admission import check_codecs
@@ -65,7 +64,7 @@ class Trial:
         return {"size": self.size, "latency": self.latency, "bytes": self.bytes}[kind]
 
 
-def run_trial(candidate: Candidate, task: PublicHalf, teachers: Teachers) -> Trial:
+def run_trial(candidate: Candidate, task: PublicHalf, prepared: Prepared) -> Trial:
     """Train, rehearse, convert and measure one candidate; teachers are trained once for all.
 
     Raises:
@@ -75,7 +74,7 @@ def run_trial(candidate: Candidate, task: PublicHalf, teachers: Teachers) -> Tri
     check_codecs(plan)
     require_rehearsal(plan)
     schedule = schedule_for(plan)
-    start = _prepared(plan, task, teachers)
+    start = _prepared(plan, task, prepared)
     public_only = accuracy(start.student, task.test())
     start.layout.write(start.student, rehearse(plan, task, start, schedule))
     chain = _chain(merged(start.student))
@@ -97,12 +96,12 @@ def run_trial(candidate: Candidate, task: PublicHalf, teachers: Teachers) -> Tri
     )
 
 
-def _prepared(plan: Plan, task: PublicHalf, teachers: Teachers) -> Start:
+def _prepared(plan: Plan, task: PublicHalf, prepared: Prepared) -> Start:
     # A run of its own, which holds what the rounds of a real run would begin with.
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(create_run(Path(folder) / "run", plan))
         try:
-            return prepare(plan, task, journal, lambda _: None, teachers)
+            return prepare(plan, task, journal, lambda _: None, prepared)
         finally:
             journal.close()
 

@@ -1,21 +1,23 @@
 """The tables of docs/compression.md: techniques and combinations, beside the public-only student.
 
     python benchmarks/compression.py fashion --seeds 1 2 3 4 5 --promises off 8 3
-    python benchmarks/compression.py har --only dense 4-bit thin
+    python benchmarks/compression.py har --only dense 4-bit "thin 0.3"
+    python benchmarks/compression.py fashion --rows sizes --seeds 1 2 3
+    python benchmarks/compression.py fashion --rows updates --promises off 8
 
 Each row is one plan at every promise and seed; each run is one run directory, read if it is
-finished and resumed if it was stopped. ``har`` and ``fashion-full`` need RETICENT_DATA.
+finished and resumed if it was stopped. ``har`` and ``fashion-full`` need RETICENT_DATA. Parameters
+and bytes are those of the first promise that adds noise, times those of its first seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 
 from results import finished, mean_and_spread
 
-from reticent.core.plan import load_plan, parse_plan
+from reticent.core.plan import Plan, load_plan, parse_plan
 
 HAR = Path(__file__).resolve().parent.parent / "examples" / "tasks" / "har.toml"
 TASKS = {
@@ -38,8 +40,8 @@ TASKS = {
 }
 DENSE = ["student.prune.kind=none"]
 THIN = [*DENSE, "student.thin.kind=taylor", "student.thin.share=0.3"]
-SVD = [*DENSE, "student.factorize.kind=svd", "student.factorize.rule=energy"]
-ROWS: dict[str, list[str]] = {
+Rows = dict[str, list[str]]
+TECHNIQUES: Rows = {
     "dense": DENSE,
     "default (half pruned)": [],
     "not distilled": ["student.distill.kind=none"],
@@ -49,7 +51,7 @@ ROWS: dict[str, list[str]] = {
         "student.prune.schedule=rate-rewind",
     ],
     "thin 0.3": THIN,
-    "factorize 0.9": [*SVD, "student.factorize.keep=0.9"],
+    "factorize 0.9": [*DENSE, "student.factorize.kind=svd"],
     "lora 4": [*DENSE, "student.adapt.kind=lora"],
     "4-bit": ["student.quantize.bits=4"],
     "2-bit": ["student.quantize.bits=2"],
@@ -65,6 +67,40 @@ ROWS: dict[str, list[str]] = {
     ],
 }
 
+SIZES: Rows = {
+    f"thin {share}, 4-bit": [
+        *DENSE,
+        "student.thin.kind=taylor",
+        f"student.thin.share={share}",
+        "student.quantize.bits=4",
+    ]
+    for share in (0.3, 0.5, 0.7, 0.85)
+}
+SIZES = {"4-bit dense": [*DENSE, "student.quantize.bits=4"], **SIZES}
+# Every client adds all of the noise, so that any codec may follow it; three clients' worth of ε.
+LOCAL = ["privacy.trust=local", "federation.rounds=20", "federation.sampling_rate=0.5"]
+
+
+def _sent(codec: str, *more: str) -> list[str]:
+    names = ", ".join(f'"{name}"' for name in codec.split())
+    return [*LOCAL, f"updates.codec=[{names}]", *more]
+
+
+UPDATES: Rows = {
+    "float32": _sent("identity"),
+    "dither4, step 0.5 σ": _sent("dither4 ans"),
+    "dither, step 4 σ": _sent("auto", "updates.step=4"),
+    "hadamard int2": _sent("hadamard int2 ans"),
+    "eden2": _sent("eden2"),
+    "drive (1 bit)": _sent("drive"),
+    "sign, feedback": _sent("sign", "updates.error_feedback=true"),
+    "topk 5 %": _sent("topk:0.05"),
+    "topk 5 %, feedback": _sent("topk:0.05", "updates.error_feedback=true"),
+    "lowrank 2": _sent("lowrank:2"),
+    "lowrank 2, feedback": _sent("lowrank:2", "updates.error_feedback=true"),
+}
+GROUPS = {"techniques": TECHNIQUES, "sizes": SIZES, "updates": UPDATES}
+
 
 def keys(task: str, row: list[str], promise: str, seed: int, workers: int) -> list[str]:
     """Return the overrides of one run."""
@@ -77,6 +113,7 @@ def main() -> None:
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--rows", choices=sorted(GROUPS), default="techniques")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--promises", nargs="+", default=["8"], help="off, or epsilons")
     parser.add_argument("--only", nargs="*", help="rows to run, default all")
@@ -87,41 +124,50 @@ def main() -> None:
         f"{p if p == 'off' else 'ε ' + p}, {m}" for p in options.promises for m in ("fp32", "int8")
     ]
     print(
-        "| student | sent | deployed | file, B | × teacher | up, B | µs | × | public only |", end=""
+        "| student | sent | deployed | file, B | × teacher | up, B | bits up | µs | × | public only |",
+        end="",
     )
-    print(f" {' | '.join(heads)} |\n|---|{'---:|' * (8 + len(heads))}")
-    for name, row in ROWS.items():
+    print(f" {' | '.join(heads)} |\n|---|{'---:|' * (9 + len(heads))}")
+    for name, row in GROUPS[options.rows].items():
         if options.only and name not in options.only:
             continue
         cells: list[str] = []
-        first: dict | None = None
-        public: list[float] = []
+        runs: dict[str, list[dict]] = {}
         for promise in options.promises:
-            summaries = []
-            for seed in options.seeds:
-                given = keys(options.task, row, promise, seed, options.workers)
-                plan = load_plan(HAR, given) if options.task == "har" else parse_plan("", given)
-                summaries.append(finished(plan, options.runs / plan.digest[:16]))
-            first = first or summaries[0]
-            public = public or [s["accuracy"]["public_only_int8"] for s in summaries]
-            cells += [
-                mean_and_spread([s["accuracy"][m] for s in summaries]) for m in ("fp32", "int8")
+            plans = [
+                plan_of(options.task, keys(options.task, row, promise, seed, options.workers))
+                for seed in options.seeds
             ]
-        if first is None:
-            continue
-        sizes, times = first["bytes"], first["latency_us"]
-        fixed = [
-            name,
-            f"{first['parameters']['kept']:,}",
-            f"{first['parameters']['deployed']:,}",
-            f"{sizes['int8']:,}",
-            f"{sizes['teacher'] / sizes['int8']:.0f}×",
-            f"{statistics.mean([first['bytes_up']]):,.0f}",
-            f"{times['int8']:.0f}",
-            f"{times['teacher'] / times['int8']:.1f}×",
-            mean_and_spread(public),
-        ]
-        print(f"| {' | '.join([*fixed, *cells])} |", flush=True)
+            runs[promise] = [finished(p, options.runs / p.digest[:16]) for p in plans]
+            cells += [
+                mean_and_spread([s["accuracy"][m] for s in runs[promise]]) for m in ("fp32", "int8")
+            ]
+        print(f"| {' | '.join([*fixed(name, runs), *cells])} |", flush=True)
+
+
+def plan_of(task: str, overrides: list[str]) -> Plan:
+    """Return the plan of one run."""
+    return load_plan(HAR, overrides) if task == "har" else parse_plan("", overrides)
+
+
+def fixed(name: str, runs: dict[str, list[dict]]) -> list[str]:
+    """Return the cells of a row that do not depend on the promise."""
+    private = next((p for p in runs if p != "off"), "off")
+    summary = runs[private][0]
+    sizes, times, bits = summary["bytes"], summary["latency_us"], 8 * summary["bytes_up"]
+    kept = summary["parameters"]["kept"]
+    return [
+        name,
+        f"{kept:,}",
+        f"{summary['parameters']['deployed']:,}",
+        f"{sizes['int8']:,}",
+        f"{sizes['teacher'] / sizes['int8']:.0f}×",
+        f"{summary['bytes_up']:,.0f}",
+        f"{bits / kept:.2f}",
+        f"{times['int8']:.0f}",
+        f"{times['teacher'] / times['int8']:.1f}×",
+        mean_and_spread([s["accuracy"]["public_only_int8"] for s in runs[private]]),
+    ]
 
 
 if __name__ == "__main__":

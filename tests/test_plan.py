@@ -221,6 +221,11 @@ def test_any_values_are_a_plan_or_a_plan_error(data: dict) -> None:
         assert str(error)
 
 
+def test_bits_are_a_number() -> None:
+    with pytest.raises(PlanError, match=r"student\.quantize\.bits: must be 8, 4, 3, 2 or 1"):
+        parse_plan("[student.quantize]\nbits = true")
+
+
 @pytest.mark.parametrize(("step", "bits"), [(0.25, 6), (0.5, 5), (1.0, 4), (2.0, 3), (4.0, 2)])
 def test_auto_is_written_out_as_the_narrowest_dither_that_holds_the_noise(step, bits) -> None:
     plan = parse_plan("", [f"updates.step={step}", 'updates.codec=["auto"]'])

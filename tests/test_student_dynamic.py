@@ -21,19 +21,10 @@ from reticent.compression.quantize import WeightGrid, fake_quantize
 from reticent.core.errors import ArtifactError, DataError, PlanError
 from reticent.core.plan import Backend, Granularity, Quantize, parse_plan
 from reticent.core.seeds import torch_generator
+from reticent.core.sequences import OneHot
 
 SYMBOLS, LENGTH, HIDDEN = 12, 9, 16
 SECTION = Quantize(kind="dynamic")
-
-
-class OneHot(nn.Module):
-    def __init__(self, symbols: int) -> None:
-        super().__init__()
-        self.symbols = symbols
-
-    def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        integers = codes.long().clamp(0, self.symbols - 1)
-        return functional.one_hot(integers, self.symbols).to(torch.float32)
 
 
 class LastLSTM(nn.LSTM):

@@ -41,7 +41,11 @@ SMALL = [
 ]
 
 THIN = ["student.thin.kind=taylor", "student.thin.share=0.3"]
-FACTORIZE = ["student.factorize.kind=svd", "student.factorize.keep=0.5"]
+FACTORIZE = [
+    "student.factorize.kind=svd",
+    "student.factorize.rule=size",
+    "student.factorize.keep=0.5",
+]
 ADAPT = ["student.adapt.kind=lora", "student.adapt.rank=2", "student.prune.kind=none"]
 LOCAL = ["privacy.trust=local", "federation.steps_per_round=2"]
 SHAPES = {

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from reticent.core.errors import ArtifactError, DataError
 from reticent.core.plan import Quantize
+from reticent.core.sequences import OneHot
 
 from .integer import FlattenRecord, LayerRecord, ReluRecord, check_inputs, quantized_engine
 from .quantize import WeightGrid, fake_quantize, from_int8, to_int8
@@ -160,8 +161,8 @@ def _record(name: str, layer: nn.Module) -> LayerRecord:
     if isinstance(layer, nn.LSTM | nn.GRU):
         _check_recurrent(name, layer)
         return RecurrentRecord(name=name, kind="lstm" if isinstance(layer, nn.LSTM) else "gru")
-    if type(layer).__name__ == "OneHot":
-        return OneHotRecord(name=name, symbols=layer.symbols)  # type: ignore[arg-type]
+    if isinstance(layer, OneHot):
+        return OneHotRecord(name=name, symbols=layer.symbols)
     raise ArtifactError(
         f"layer {name} ({type(layer).__name__}) has no dynamic form: use Linear, an LSTM or GRU "
         "that returns its last hidden state, ReLU and Flatten of all dimensions but the first; "

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -23,6 +24,14 @@ from pydantic import (
 from .errors import PlanError
 
 DEFAULT_EPSILON = 8.0
+
+
+def _not_truth(value: object) -> object:
+    """Refuse true and false, which Python and so pydantic's literals take for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("must be 8, 4, 3, 2 or 1, not true or false")
+    return value
+
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -232,8 +241,8 @@ class Factorize(Section):
     """
 
     kind: Literal["none", "svd"] = "none"
-    rule: Literal["energy", "size"] = "size"
-    keep: Probability = 0.5
+    rule: Literal["energy", "size"] = "energy"
+    keep: Probability = 0.9
 
 
 class Adapt(Section):
@@ -269,7 +278,7 @@ class Quantize(Section):
 
     kind: Literal["qat", "static", "dynamic", "none"] = "qat"
     backend: Backend = "qnnpack"
-    bits: Bits = 8
+    bits: Annotated[Bits, BeforeValidator(_not_truth)] = 8
     edges: Literal["none", "first", "both"] = "first"
     granularity: Granularity = "channel"
     observer: Observer = "min-max"

@@ -124,7 +124,7 @@ def main() -> None:
         f"{p if p == 'off' else 'ε ' + p}, {m}" for p in options.promises for m in ("fp32", "int8")
     ]
     print(
-        "| student | sent | deployed | file, B | × teacher | up, B | bits up | µs | × | public only |",
+        "| student | sent | deployed | file, B | × | up, B | bits up | µs | × | public only |",
         end="",
     )
     print(f" {' | '.join(heads)} |\n|---|{'---:|' * (9 + len(heads))}")

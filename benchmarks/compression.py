@@ -6,7 +6,7 @@
     python benchmarks/compression.py fashion --rows updates --promises off 8
 
 Each row is one plan at every promise and seed; each run is one run directory, read if it is
-finished and resumed if it was stopped. ``har`` and ``fashion-full`` need RETICENT_DATA. Parameters
+finished and resumed if it was stopped. ``har`` and ``fashion-full`` need data. Parameters
 and bytes are those of the first promise that adds noise, times those of its first seed.
 """
 
@@ -19,7 +19,7 @@ from results import finished, mean_and_spread
 
 from reticent.core.plan import Plan, load_plan, parse_plan
 
-HAR = Path(__file__).resolve().parent.parent / "examples" / "tasks" / "har.toml"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"
 TASKS = {
     "digits": [
         "task.name=digits",
@@ -37,6 +37,7 @@ TASKS = {
         "federation.server.learning_rate=0.008",
     ],
     "har": [],
+    "text": [],
 }
 DENSE = ["student.prune.kind=none"]
 THIN = [*DENSE, "student.thin.kind=taylor", "student.thin.share=0.3"]
@@ -77,8 +78,14 @@ SIZES: Rows = {
     for share in (0.3, 0.5, 0.7, 0.85)
 }
 SIZES = {"4-bit dense": [*DENSE, "student.quantize.bits=4"], **SIZES}
-# Every client adds all of the noise, so that any codec may follow it; three clients' worth of ε.
-LOCAL = ["privacy.trust=local", "federation.rounds=20", "federation.sampling_rate=0.5"]
+# Every client adds all of the noise, so that any codec may follow it, and few public examples, so
+# that there is something to gain.
+LOCAL = [
+    "task.public_examples=200",
+    "privacy.trust=local",
+    "federation.rounds=20",
+    "federation.sampling_rate=0.5",
+]
 
 
 def _sent(codec: str, *more: str) -> list[str]:
@@ -99,7 +106,13 @@ UPDATES: Rows = {
     "lowrank 2": _sent("lowrank:2"),
     "lowrank 2, feedback": _sent("lowrank:2", "updates.error_feedback=true"),
 }
-GROUPS = {"techniques": TECHNIQUES, "sizes": SIZES, "updates": UPDATES}
+DYNAMIC = "student.quantize.kind=dynamic"
+SEQUENCES: Rows = {
+    "lstm, dynamic": ["student.model=lstm", DYNAMIC],
+    "gru, dynamic": ["student.model=gru", DYNAMIC],
+    "attention, fp32": ["student.model=attention"],
+}
+GROUPS = {"sequences": SEQUENCES, "techniques": TECHNIQUES, "sizes": SIZES, "updates": UPDATES}
 
 
 def keys(task: str, row: list[str], promise: str, seed: int, workers: int) -> list[str]:
@@ -139,34 +152,40 @@ def main() -> None:
                 for seed in options.seeds
             ]
             runs[promise] = [finished(p, options.runs / p.digest[:16]) for p in plans]
-            cells += [
-                mean_and_spread([s["accuracy"][m] for s in runs[promise]]) for m in ("fp32", "int8")
-            ]
+            cells += [spread(runs[promise], m) for m in ("fp32", "int8")]
         print(f"| {' | '.join([*fixed(name, runs), *cells])} |", flush=True)
 
 
 def plan_of(task: str, overrides: list[str]) -> Plan:
     """Return the plan of one run."""
-    return load_plan(HAR, overrides) if task == "har" else parse_plan("", overrides)
+    example = EXAMPLES / f"{task}.toml"
+    return load_plan(example, overrides) if example.is_file() else parse_plan("", overrides)
+
+
+def spread(summaries: list[dict], measure: str) -> str:
+    """Return mean and deviation of an accuracy, or a dash where there is no such model."""
+    values = [s["accuracy"][measure] for s in summaries if measure in s["accuracy"]]
+    return mean_and_spread(values) if values else "–"
 
 
 def fixed(name: str, runs: dict[str, list[dict]]) -> list[str]:
     """Return the cells of a row that do not depend on the promise."""
     private = next((p for p in runs if p != "off"), "off")
     summary = runs[private][0]
-    sizes, times, bits = summary["bytes"], summary["latency_us"], 8 * summary["bytes_up"]
-    kept = summary["parameters"]["kept"]
+    model = "int8" if "int8" in summary["bytes"] else "fp32"
+    size, time = summary["bytes"][model], summary["latency_us"][model]
+    bits, kept = 8 * summary["bytes_up"], summary["parameters"]["kept"]
     return [
         name,
         f"{kept:,}",
         f"{summary['parameters']['deployed']:,}",
-        f"{sizes['int8']:,}",
-        f"{sizes['teacher'] / sizes['int8']:.0f}×",
+        f"{size:,}",
+        f"{summary['bytes']['teacher'] / size:.0f}×",
         f"{summary['bytes_up']:,.0f}",
         f"{bits / kept:.2f}",
-        f"{times['int8']:.0f}",
-        f"{times['teacher'] / times['int8']:.1f}×",
-        mean_and_spread([s["accuracy"]["public_only_int8"] for s in runs[private]]),
+        f"{time:.0f}",
+        f"{summary['latency_us']['teacher'] / time:.1f}×",
+        spread(runs[private], f"public_only{'_int8' if model == 'int8' else ''}"),
     ]
 
 

@@ -214,6 +214,16 @@ def test_gains_within_the_noise_of_few_examples_change_nothing() -> None:
     assert len(lucky) > 150 and outcome.best is outcome.trials[0]
 
 
+def test_what_is_cheaper_and_worse_in_nothing_wins() -> None:
+    given = trial(80, 0.8, latency=100.0, up=10)
+    assert beats(trial(60, 0.8, 104.0, 9), given, TARGET), "4 % of latency is measurement"
+    assert not beats(trial(60, 0.8, 106.0, 9), given, TARGET)
+    assert not beats(trial(60, 0.79, 100.0, 9), given, TARGET)
+    assert not beats(trial(80, 0.8, 60.0, 10), given, TARGET), "not for a latency alone"
+    slower = trial(80, 0.8, 103.0, 10)
+    assert front([given, slower]) == [given, slower]
+
+
 FIGURES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 
 

@@ -20,6 +20,8 @@ from .trials import Trial, run_trial
 Say = Callable[[str], None]
 Measure = Callable[[Candidate], Trial]
 
+_SAME = 0.05  # share by which two measured latencies of one model may differ
+
 
 @dataclass
 class Outcome:
@@ -57,31 +59,43 @@ def excess(trial: Trial, targets: Sequence[Target]) -> float:
 
 
 def beats(one: Trial, other: Trial, targets: Sequence[Target]) -> bool:
-    """Return whether ``one`` is nearer to the targets, or as near and clearly more accurate.
+    """Return whether ``one`` is nearer to the targets, or as near and clearly better.
 
-    Clearly: by more than one standard error of the other's accuracy. Held-out examples are few, and
-    a search that took every small gain would end at the luckiest candidate and not at the best.
+    Clearly: more accurate by more than one standard error of the other's accuracy, or cheaper in
+    something and worse in nothing. Held-out examples are few, and a search that took every small
+    gain would end at the luckiest candidate and not at the best.
     """
     nearer = round(excess(one, targets), 3), round(excess(other, targets), 3)
     if nearer[0] != nearer[1]:
         return nearer[0] < nearer[1]
+    if dominates(one, other) and (one.size, one.bytes) != (other.size, other.bytes):
+        return True
     share = other.accuracy
     return one.accuracy - share > math.sqrt(share * (1 - share) / other.judged)
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that no other beats or equals in everything (Pareto), smallest first."""
-    kept = [t for t in trials if not any(_dominates(other, t) for other in trials)]
+    """Return the trials that no other dominates (Pareto), smallest first."""
+    kept = [t for t in trials if not any(dominates(other, t) for other in trials)]
     return sorted(kept, key=lambda trial: (trial.size, -trial.accuracy))
 
 
-def _dominates(one: Trial, other: Trial) -> bool:
+def dominates(one: Trial, other: Trial) -> bool:
+    """Return whether ``one`` is better in something and worse in nothing.
+
+    Latencies that differ by less than a twentieth, which is what repeating a measurement changes
+    them by, count as equal.
+    """
     first, second = _figures(one), _figures(other)
-    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+    if any(a > b for a, b in zip(first, second, strict=True)):
+        return False
+    if one.latency > (1 + _SAME) * other.latency:
+        return False
+    return first != second or one.latency < (1 - _SAME) * other.latency
 
 
 def _figures(trial: Trial) -> tuple[float, ...]:
-    return (trial.size, trial.latency, trial.bytes, -trial.accuracy)
+    return (trial.size, trial.bytes, -trial.accuracy)
 
 
 def search(plan: Plan, targets: Sequence[Target], most: int, say: Say) -> Outcome:

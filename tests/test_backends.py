@@ -24,6 +24,7 @@ from reticent.compression.artifact import (
 )
 from reticent.compression.backends import BACKEND_NAMES, BackendName
 from reticent.compression.backends.base import Deployed, deploy, installed, load
+from reticent.compression.backends.frames import framed, unframed
 from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
 from reticent.compression.integer import Graph, Grid, IntegerSpec
@@ -196,7 +197,7 @@ def test_a_layer_that_a_backend_lacks_is_named(name: BackendName) -> None:
 def test_the_onnx_file_holds_the_specs_integers_and_steps(kind: str) -> None:
     onnx = pytest.importorskip("onnx")
     spec = converted(kind)[1]
-    model = onnx.load_from_string(deployed(kind, "onnx").data)
+    model = onnx.load_from_string(unframed(deployed(kind, "onnx").data, "model.onnx.zst"))
     onnx.checker.check_model(model, full_check=True)
     held = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     for name, array in spec.arrays.items():
@@ -218,7 +219,9 @@ def test_the_onnx_reference_evaluator_agrees(kind: str) -> None:
     reference = pytest.importorskip("onnx.reference")
     simulated, spec = converted(kind)
     x = images(20, "test")
-    evaluator = reference.ReferenceEvaluator(deployed(kind, "onnx").data)
+    evaluator = reference.ReferenceEvaluator(
+        unframed(deployed(kind, "onnx").data, "model.onnx.zst")
+    )
     (logits,) = evaluator.run(None, {"input": x.numpy()})
     difference = np.abs(logits - simulated(x).detach().numpy())
     assert difference.max() <= 2.01 * last_step(spec)
@@ -265,3 +268,32 @@ def test_a_bias_beyond_int32_is_refused() -> None:
     arrays = dict(spec.arrays) | {"1.bias": torch.full((20,), 1e9)}
     with pytest.raises(ArtifactError, match="layer 1: a bias is more than"):
         BACKENDS["onnx"].write(IntegerSpec(spec.graph, arrays), SHAPE)
+
+
+def test_frames_are_undone_and_anything_else_is_refused() -> None:
+    plain = bytes(1000) + bytes(range(256))
+    frame = framed(plain)
+    assert unframed(frame, "f") == plain and framed(plain) == frame and len(frame) < 400
+    declares_too_much = b"\x28\xb5\x2f\xfd\xe0" + (2**40).to_bytes(8, "little")
+    for bad in (
+        b"",
+        plain,
+        frame[:-1],
+        frame + b"x",
+        frame[:-9] + b"12345678\xff",
+        declares_too_much,
+    ):
+        with pytest.raises(ArtifactError, match=r"model\.x\.zst: .*frame"):
+            unframed(bad, "model.x.zst")
+
+
+@pytest.mark.parametrize("name", ["onnx", "xnnpack"])
+def test_few_bits_make_the_stored_file_smaller(name: BackendName) -> None:
+    deployed("linear", name)  # skips if it is not installed
+    spec, backend = converted("linear")[1], BACKENDS[name]
+    coarse = {
+        key: (array // 32 * 32 if array.dtype == torch.int8 else array)
+        for key, array in spec.arrays.items()
+    }
+    smaller = backend.write(IntegerSpec(spec.graph, coarse), SHAPE)
+    assert len(smaller) < 0.75 * len(backend.write(spec, SHAPE))

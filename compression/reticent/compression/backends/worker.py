@@ -99,12 +99,13 @@ def _say(answers: TextIO, message: dict[str, Any]) -> None:
 def _onnx(folder: Path) -> Callable[[], Predict]:
     import numpy as np
 
+    from .frames import unframed
     from .onnx_session import open_session
 
-    example = np.load(folder / "input.npy")
+    example, file = np.load(folder / "input.npy"), folder / "model.onnx.zst"
 
     def load() -> Predict:
-        session = open_session((folder / "model.onnx").read_bytes())
+        session = open_session(unframed(file.read_bytes(), file.name))
         return lambda: session(example)
 
     return load
@@ -127,10 +128,12 @@ def _torch(folder: Path, load_model: Callable[[], Any]) -> Callable[[], Predict]
 
 def _xnnpack(folder: Path) -> Callable[[], Predict]:
     runtime = importlib.import_module("executorch.runtime")
+    from .frames import unframed
     from .xnnpack_runtime import Program
 
     runtime.Runtime.get()
-    return _torch(folder, lambda: Program((folder / "model.pte").read_bytes()))
+    file = folder / "model.pte.zst"
+    return _torch(folder, lambda: Program(unframed(file.read_bytes(), file.name)))
 
 
 def _qnnpack(folder: Path) -> Callable[[], Predict]:

@@ -1,4 +1,4 @@
-"""The backend ``xnnpack``: one ExecuTorch program ``model.pte`` for XNNPACK's int8 kernels."""
+"""The backend ``xnnpack``: one ExecuTorch program for XNNPACK's int8 kernels."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from contextlib import contextmanager
 
 from ..integer import Graph, IntegerSpec
 from .base import Backend, Runner, Shape
+from .frames import framed, unframed
+
+_FILE = "model.pte.zst"
 
 
 def _write(spec: IntegerSpec, input_shape: Shape) -> bytes:
     with _quiet():
         from .xnnpack_program import xnnpack_program
 
-        return xnnpack_program(spec, input_shape)
+        return framed(xnnpack_program(spec, input_shape))
 
 
 def _load(_: Graph, data: bytes) -> Runner:
     with _quiet():
         from .xnnpack_runtime import Program
 
-        return Runner(Program(data))
+        return Runner(Program(unframed(data, _FILE)))
 
 
 @contextmanager
@@ -51,7 +54,7 @@ def _quiet() -> Iterator[None]:
 XNNPACK = Backend(
     "xnnpack",
     "XNNPACK, in ExecuTorch",
-    "model.pte",
+    _FILE,
     _write,
     _load,
     ("executorch", "torchao", "flatbuffers"),

@@ -29,7 +29,7 @@ from reticent.simulations.compress import rehearsal as rehearsing
 from reticent.simulations.compress.moves import TECHNIQUES, Candidate, changed
 from reticent.simulations.compress.public_half import PublicHalf
 from reticent.simulations.compress.rehearsal import rehearse
-from reticent.simulations.compress.search import Outcome, beats, climb, excess, front
+from reticent.simulations.compress.search import Outcome, beats, climb, excess, front, ties
 from reticent.simulations.compress.writing import markdown, nearest, plot, to_json
 
 SMALL = (
@@ -214,14 +214,23 @@ def test_gains_within_the_noise_of_few_examples_change_nothing() -> None:
     assert len(lucky) > 150 and outcome.best is outcome.trials[0]
 
 
-def test_what_is_cheaper_and_worse_in_nothing_wins() -> None:
+def test_being_cheaper_wins_nothing_once_the_targets_are_met() -> None:
     given = trial(80, 0.8, latency=100.0, up=10)
-    assert beats(trial(60, 0.8, 104.0, 9), given, TARGET), "4 % of latency is measurement"
-    assert not beats(trial(60, 0.8, 106.0, 9), given, TARGET)
-    assert not beats(trial(60, 0.79, 100.0, 9), given, TARGET)
-    assert not beats(trial(80, 0.8, 60.0, 10), given, TARGET), "not for a latency alone"
-    slower = trial(80, 0.8, 103.0, 10)
-    assert front([given, slower]) == [given, slower]
+    assert not beats(trial(60, 0.8, 60.0, 9), given, TARGET)
+    assert not beats(given, trial(60, 0.8, 60.0, 9), TARGET)
+
+
+def test_ties_meet_the_targets_and_are_as_accurate_within_the_noise() -> None:
+    best, worse, near, large = trial(80, 0.8), trial(60, 0.75), trial(60, 0.77), trial(200, 0.8)
+    outcome = Outcome(TARGET, [best, worse, near, large])
+    assert outcome.best is best and ties(outcome) == [near]
+
+
+def test_latencies_within_a_twentieth_are_one_measurement() -> None:
+    given = trial(80, 0.8, latency=100.0)
+    assert front([given, trial(80, 0.8, 96.0)]) == [given, trial(80, 0.8, 96.0)]
+    assert front([given, trial(80, 0.8, 94.0)]) == [trial(80, 0.8, 94.0)]
+    assert front([given, trial(60, 0.8, 104.0)]) == [trial(60, 0.8, 104.0)]
 
 
 FIGURES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))

@@ -42,6 +42,7 @@ def compress(
     3 when no candidate meets the targets; the files are written all the same.
     """
     from reticent.simulations.compress import parse_targets, search
+    from reticent.simulations.compress.search import standard_error, ties
     from reticent.simulations.compress.writing import (
         HEADERS,
         nearest,
@@ -61,7 +62,9 @@ def compress(
         click.echo(table(list(HEADERS), rows(outcome)))
         click.echo(
             f"\nbest: {best.candidate.name}: {human_bytes(best.size)}, {best.latency:.0f} µs, "
-            f"{human_bytes(best.bytes)} up, {best.accuracy:.1%} of the held-out public examples\n"
+            f"{human_bytes(best.bytes)} up, {best.accuracy:.1%} of {best.judged} held-out public "
+            f"examples, ± {standard_error(best):.1%}\n"
+            f"{len(ties(outcome))} others meet the targets and are as accurate within that\n"
             f"wrote {out}; run it with `reticent simulate {out / 'plan.toml'}`"
         )
     if not outcome.met:

@@ -59,19 +59,29 @@ def excess(trial: Trial, targets: Sequence[Target]) -> float:
 
 
 def beats(one: Trial, other: Trial, targets: Sequence[Target]) -> bool:
-    """Return whether ``one`` is nearer to the targets, or as near and clearly better.
+    """Return whether ``one`` is nearer to the targets, or as near and clearly more accurate.
 
-    Clearly: more accurate by more than one standard error of the other's accuracy, or cheaper in
-    something and worse in nothing. Held-out examples are few, and a search that took every small
-    gain would end at the luckiest candidate and not at the best.
+    Clearly: by more than one standard error of the other's accuracy (:func:`standard_error`).
+    Held-out examples are few, and a search that took every small gain would end at the luckiest
+    candidate and not at the best. For the same reason being cheaper is not enough, once the targets
+    are met: of many cheaper candidates some happen to look as accurate.
     """
     nearer = round(excess(one, targets), 3), round(excess(other, targets), 3)
     if nearer[0] != nearer[1]:
         return nearer[0] < nearer[1]
-    if dominates(one, other) and (one.size, one.bytes) != (other.size, other.bytes):
-        return True
-    share = other.accuracy
-    return one.accuracy - share > math.sqrt(share * (1 - share) / other.judged)
+    return one.accuracy - other.accuracy > standard_error(other)
+
+
+def standard_error(trial: Trial) -> float:
+    """Return the standard error of a trial's accuracy: that of a share of ``judged`` draws."""
+    return math.sqrt(trial.accuracy * (1 - trial.accuracy) / trial.judged)
+
+
+def ties(outcome: Outcome) -> list[Trial]:
+    """Return the other trials that meet the targets and whose accuracy the best's does not beat."""
+    best = outcome.best
+    equal = (t for t in outcome.trials if best.accuracy - t.accuracy <= standard_error(best))
+    return [t for t in equal if t is not best and excess(t, outcome.targets) == 0]
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

@@ -91,7 +91,7 @@ def collect(run: Run) -> dict[str, Any]:
 
 def worded(data: dict[str, Any]) -> dict[str, Any]:
     """Return ``data`` with its words chosen anew; they are a function of its numbers."""
-    said = {**data, "not_covered": not_covered(data["promise"], data["run"]["simulated"])}
+    said = {**data, "not_covered": not_covered(data)}
     said["plain"] = plain(said)
     said["checklist"] = checklist(said)
     return said
@@ -163,6 +163,7 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         "steps_per_round": plan.federation.steps_per_round,
         "sampling_rate": plan.federation.sampling_rate,
         "codec": list(plan.updates.codec),
+        "padded": plan.updates.pad,
         "parameters": summary["parameters"],
         # Only a simulation has the devices' ledger in the run's folder.
         "simulated": simulated,

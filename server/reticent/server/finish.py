@@ -188,7 +188,7 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
 
     An update that came too late to be used was charged all the same, and the server saw it.
     """
-    rounds = max(job.journal.asked().values(), default=0)
+    rounds = max(job.journal.charged().values(), default=0)
     if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule

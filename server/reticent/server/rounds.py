@@ -59,7 +59,7 @@ class Tally:
         sum: The sum of the accepted updates.
         accepted: The nodes they came from.
         dropped: Replies that were not used, by reason.
-        nodes: The nodes that were asked.
+        nodes: The nodes that were asked, also before the round failed and was run again.
         asked: Messages sent, repetitions included.
         bytes_up: Encoded bytes of the accepted updates; with unit ``client`` not noised.
         bytes_down: Bytes of the broadcast, to all.

@@ -28,6 +28,7 @@ from .optimizer import Accumulator, ServerState, apply_round
 from .rounds import Reading, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
+Opened = Callable[[list[int]], Iterable[int]]
 
 
 class PrivateAveraging(Strategy):
@@ -48,6 +49,7 @@ class PrivateAveraging(Strategy):
         committed: Committed,
         taken_part: Mapping[int, int] | None = None,
         countersigner: Countersigner | None = None,
+        opened: Opened = tuple,
     ) -> None:
         """Continue from ``state``.
 
@@ -59,6 +61,8 @@ class PrivateAveraging(Strategy):
             taken_part: Rounds that each node was asked in so far.
             countersigner: Judges the ledger statements of real devices; None in a simulation,
                 whose devices make none.
+            opened: Makes durable who is about to be asked, and returns everyone who was in this
+                round, also before it failed or was interrupted.
         """
         self._plan = plan
         self._constants = constants
@@ -74,6 +78,7 @@ class PrivateAveraging(Strategy):
         self._informed: set[int] = set()
         self._taken_part = Counter(taken_part or {})
         self._countersigner = countersigner
+        self._opened = opened
         self._cohort: list[int] = []
         self._tally = Tally(Accumulator(constants.layout.size))
 
@@ -111,7 +116,7 @@ class PrivateAveraging(Strategy):
         federation = self._plan.federation
         self._tally = Tally(Accumulator(self._constants.layout.size))
         self._cohort = self.cohort(number, grid)
-        self._tally.nodes = tuple(self._cohort)
+        self._tally.nodes = tuple(self._opened(self._cohort))
         if self._countersigner is not None:
             self._countersigner.begin()
         for _ in range(federation.retries + 1):
@@ -127,7 +132,7 @@ class PrivateAveraging(Strategy):
         if self._countersigner is not None:
             self._countersigner.commit()
         # Everyone asked: a device charges the round when it trains, not when its reply arrives.
-        self._taken_part.update(self._cohort)
+        self._taken_part.update(self._tally.nodes)
         self.state = state
 
     def _applied(self, number: int) -> ServerState:

@@ -286,6 +286,22 @@ def test_the_plain_page_says_what_happens_at_the_budget(example: dict[str, Any])
         assert words in text
 
 
+def test_a_training_that_budgets_ended_says_so_and_counts_its_last_round(tmp_path: Path) -> None:
+    last = metrics_of(ROUNDS + 1) | {"dropped": {Refusal.BUDGET.text: 4}, "replies": 1}
+    last = {key: last[key] for key in last if key not in ("accuracy", "epsilon")}
+    data = collect(build(tmp_path / "run", stopped=last))
+    text = " ".join(data["plain"]["budget"])
+    assert "refused 8 times, in 5 rounds" in text and "before its round 5" in text
+    assert released(data, "Encoded update")["count"] == 3 * ROUNDS + 1
+    assert released(data, "Refusal 1006")["count"] == ROUNDS + 4
+    assert released(data, "Broadcast model")["count"] == 5 * (ROUNDS + 1)
+    assert (data["run"]["rounds"], len(data["rounds"]), problems(data)) == (ROUNDS, ROUNDS, [])
+    damaged = ({}, last | {"round": ROUNDS}, last | {"replies": -1}, last | {"name": "x"}, [1])
+    for number, wrong in enumerate(damaged):
+        with pytest.raises(RunError, match="stopped: damaged"):
+            collect(build(tmp_path / str(number), stopped=wrong))
+
+
 def test_an_audit_stands_beside_the_claim_and_its_bound_is_rounded_down(tmp_path: Path) -> None:
     run = build(tmp_path / "run")
     (run.folder / "audit.json").write_text(json.dumps(audit_of(run)))

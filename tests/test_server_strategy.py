@@ -27,7 +27,7 @@ from reticent.privacy.ledger import Head
 from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.countersign import Countersigner
 from reticent.server.optimizer import ServerState, apply_round
-from reticent.server.rounds import RoundPlan, Tally
+from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally
 from reticent.server.strategy import Opened, PrivateAveraging
 from reticent.simulations.grid import InProcessGrid, enter_task, node_of
 
@@ -303,6 +303,20 @@ def test_giving_up_names_counts_and_reasons_and_keeps_rounds() -> None:
     assert [s.round for s in federation.states] == [1, 2]
     assert federation.strategy.state is federation.states[-1]
     assert len(federation.script.nodes(3)) == 4 + 3
+
+
+@pytest.mark.parametrize(("spent", "ends"), [(1, False), (2, True), (4, True)])
+def test_budgets_end_the_training_only_where_they_alone_are_missing(spent: int, ends: bool) -> None:
+    def answer(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        if node == node_of(3) and spent < 4:
+            return honest(message)
+        return fails(int(Refusal.BUDGET) if node < node_of(spent) else 2)(message)
+
+    federation = Federation(plan_of(4, 4, 1, "federation.min_replies=3"), answer)
+    with pytest.raises(NetworkError) as caught:
+        federation.run()
+    assert isinstance(caught.value, BudgetsSpent) == ends
 
 
 def test_no_retries_means_one_try() -> None:

@@ -23,7 +23,7 @@ from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
 from .preparation import Prepared, prepare, start_accuracies
-from .rounds import RoundPlan, Tally
+from .rounds import BudgetsSpent, RoundPlan, Tally, figures
 from .strategy import PrivateAveraging
 
 
@@ -76,7 +76,9 @@ def run_federation(settings: Settings, grid: Grid) -> None:
     """Run or resume a federation to its end: artifact and summary included.
 
     Raises:
-        ReticentError: Whatever went wrong; committed rounds are kept.
+        BudgetsSpent: If devices' budgets ended the training; artifact and summary of the rounds
+            before are written.
+        ReticentError: Whatever else went wrong; committed rounds are kept.
     """
     run, plan = settings.run, settings.run.plan()
     task = load_task(plan.task, plan.seed)
@@ -96,7 +98,13 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         strategy = PrivateAveraging(
             plan, constants, state, clerk.commit, taken_part, settings.countersigner, clerk.open
         )
-        strategy.start(grid)
+        try:
+            strategy.start(grid)
+        except BudgetsSpent as end:
+            # What was spent must be accounted for, and what it bought is the model so far.
+            if strategy.state.round:
+                finish(job, strategy.state, settings.say, figures(end.round, end.tally))
+            raise
         finish(job, strategy.state, settings.say)
     finally:
         journal.close()
@@ -175,13 +183,7 @@ class _Clerk:
             [str(n) for n in sorted(nodes)] for nodes in (tally.accepted, tally.nodes)
         )
         metrics: dict[str, Any] = {
-            "round": state.round,
-            "replies": tally.sum.count,
-            "asked": tally.asked,
-            "dropped": dict(tally.dropped),
-            "bytes_up": tally.bytes_up,
-            "bytes_down": tally.bytes_down,
-            "bytes_constants": tally.first_bytes_down,
+            **figures(state.round, tally),
             "seconds": round(seconds, 4),
             "accuracy": self._accuracy(state) if tested else None,
             "epsilon": self._epsilon(state.round) if tested else None,

@@ -41,8 +41,15 @@ _SELF_TEST = 8
 _LATENCY_REPEATS = 200
 
 
-def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
+def finish(
+    job: Job,
+    state: ServerState,
+    say: Callable[[str], None],
+    stopped: dict[str, Any] | None = None,
+) -> None:
     """Write ``artifact/`` and ``summary.json``; doing it again gives the same model.
+
+    ``stopped`` are the figures of the round that could not be held, if budgets ended the training.
 
     A student that has no integer form leaves no artifact; the summary says why, and has figures of
     the float model only.
@@ -54,6 +61,8 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     else:
         summary = float_summary(job, state, problem, _privacy(job, state))
         said = f"no int8 artifact: {problem}"
+    if stopped is not None:
+        summary["stopped"] = stopped
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
     say(said)
 

@@ -25,7 +25,7 @@ from .client_level import client_level_for
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .optimizer import Accumulator, ServerState, apply_round
-from .rounds import Reading, RoundPlan, Tally
+from .rounds import BudgetsSpent, Reading, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
 Opened = Callable[[list[int]], Iterable[int]]
@@ -101,7 +101,8 @@ class PrivateAveraging(Strategy):
         loop takes are not used.
 
         Raises:
-            NetworkError: If a round has too few valid replies after every retry. Committed rounds
+            BudgetsSpent: If a round has too few valid replies because devices' budgets refuse it.
+            NetworkError: If it has too few for another reason, after every retry. Committed rounds
                 stay committed.
         """
         arrays, config = ArrayRecord(), ConfigRecord()
@@ -159,11 +160,15 @@ class PrivateAveraging(Strategy):
     def _give_up(self, number: int) -> None:
         tally, federation = self._tally, self._plan.federation
         reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
-        raise NetworkError(
+        text = (
             f"round {number}: {tally.sum.count} of {federation.clients_per_round} clients gave a "
             f"valid reply, {federation.quorum} are needed, asked {federation.retries + 1} times "
             f"({reasons or 'no reply at all'}); rounds 1 to {number - 1} are kept"
         )
+        refused = tally.dropped[Refusal.BUDGET.text] // (federation.retries + 1)
+        if tally.sum.count + refused >= federation.quorum:
+            raise BudgetsSpent(text, number, tally)
+        raise NetworkError(text)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -187,7 +187,7 @@ def budget_paragraphs(data: dict[str, Any]) -> list[str]:
         "model of the last completed round stays as it is. What was spent does not come back with "
         "time, unless a device's owner has set a budget that renews; the promise then holds for "
         "each such period, and lifetime spending is still counted.",
-        _happened(spent),
+        _happened(spent, data["run"].get("stopped")),
     ]
 
 
@@ -202,10 +202,12 @@ def delta_note(promise: dict[str, Any]) -> str:
     )
 
 
-def _happened(spent: dict[str, Any]) -> str:
+def _happened(spent: dict[str, Any], stopped: int | None) -> str:
     if spent["refusals"]:
+        end = "" if stopped is None else f" That ended the training before its round {stopped}."
         return (
             f"In this run devices refused {count_text(spent['refusals'], 'time')}, in "
             f"{count_text(spent['rounds_with_refusals'], 'round')}, because their budget was spent."
+            f"{end}"
         )
     return "In this run no device had to refuse for its budget."

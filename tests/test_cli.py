@@ -109,14 +109,21 @@ def test_explain_prices_a_plan(plan: Path, capsys: Capture) -> None:
     assert call("plan", "explain", plan) == 0
     lines = capsys.readouterr().out
     assert "noise multiplier σ" in lines
+    assert "one example, add-or-remove-one" in lines and "(δ 1e-05)" in lines
     assert call("plan", "explain", plan, "--json") == 0
     price = json.loads(capsys.readouterr().out)
     assert price["plan"] == load_plan(plan).digest
     assert price["privacy"]["epsilon"] <= 8 < price["privacy"]["server_epsilon"]
     assert price["privacy"]["participations"] == 3
+    assert (price["privacy"]["relation"], price["privacy"]["delta"]) == ("add-or-remove-one", 1e-5)
     assert price["bytes"]["up"] < price["bytes"]["fp32"] / 10
     assert call("plan", "explain", plan, "--set", "privacy=off") == 0
     assert "ε = ∞" in capsys.readouterr().out
+
+
+def test_a_count_of_rounds_that_was_cut_off_says_so(plan: Path, capsys: Capture) -> None:
+    assert call("plan", "explain", plan, "--set", "privacy.epsilon=1e9") == 0
+    assert "10,000,000 or more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

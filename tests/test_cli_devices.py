@@ -53,6 +53,7 @@ def test_it_shows_what_was_spent_and_what_is_left(
     assert shown["runs"] == 2
     assert call(monkeypatch, "device", "budget", state) == 0
     text = capsys.readouterr().out
+    assert "one example, add-or-remove-one" in text
     assert "ε 4.00 at δ 1e-05, for life" in text
     assert "rounds refused for the budget" in text
     assert "verified, 3 entries" in text

@@ -49,7 +49,7 @@ def test_an_unknown_device_has_zeros(ledger: Ledger) -> None:
     view = ledger.overview("nobody", budget)
     empty = Head(0, "00" * 32)
     assert view == Overview(
-        "nobody", budget, 0.0, 0.0, 4.0, 0, 0, 0, 0, None, None, None, None, empty
+        "nobody", budget, None, None, 0.0, 0.0, 4.0, 0, 0, 0, 0, None, None, None, None, empty
     )
 
 
@@ -71,6 +71,7 @@ def test_overview_tells_window_and_lifetime_apart(ledger: Ledger, hand: HandCloc
     assert (view.first, view.last, view.now) == (0, 140, 150)
     assert view.renews == 90 + 100 + 1
     assert view.head == ledger.head()
+    assert (view.unit, view.relation) == ("example", "add-or-remove-one")
     life = ledger.overview("a", Budget(50.0, DELTA))
     assert (life.now, life.renews) == (None, None)
     assert life.spent == life.lifetime == view.lifetime

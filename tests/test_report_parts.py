@@ -22,6 +22,7 @@ from reticent.privacy.groups import group_epsilon
 from reticent.privacy.report import collect, render_html, render_md, schema_text
 from reticent.privacy.report.collect import coarse
 from reticent.privacy.report.schema import problems
+from reticent.privacy.report.words import epsilon_text
 
 CLIENT = ('privacy.unit="client"', "privacy.clip_quantile=0.5", "federation.clients_per_round=4")
 
@@ -45,6 +46,10 @@ def off(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def answers(data: dict[str, Any]) -> dict[str, str]:
     return {row["field"]: row["answer"] for row in data["checklist"]}
+
+
+def remarks(data: dict[str, Any]) -> dict[str, str]:
+    return {row["what"]: row["remark"] for row in data["not_covered"]}
 
 
 def released(data: dict[str, Any], start: str) -> dict[str, Any]:
@@ -113,6 +118,23 @@ def test_with_a_bound_the_user_level_epsilon_is_that_of_a_group(tmp_path: Path) 
     assert data["accounting"]["user_level"] == {"examples": 3, "epsilon": wanted}
     assert wanted > data["spent"]["maximum"]
     assert "at most 3 examples of one client" in answers(data)["User-level ε"]
+
+
+def test_what_is_not_covered_says_how_much_less_a_person_is_protected(tmp_path: Path) -> None:
+    known = remarks(collect(build(tmp_path / "known", "privacy.examples_per_user=3")))
+    unknown = remarks(collect(build(tmp_path / "unknown")))
+    wanted = epsilon_text(group_epsilon([PoissonGaussian(0.2, 1.5, ROUNDS)], 1e-5, 3))
+    assert f"3 examples of one client, ε = {wanted}" in known["A person with several examples"]
+    assert "cannot be said" in unknown["A person with several examples"]
+
+
+def test_what_is_said_about_sizes_fits_the_padding_and_the_trust(tmp_path: Path) -> None:
+    size = "The size of single updates"
+    padded = remarks(collect(build(tmp_path / "padded")))
+    bare = remarks(collect(build(tmp_path / "bare", "updates.pad=false")))
+    assert "padded to one length" in padded[size] and "is not padded" in bare[size]
+    # Under local trust an update is private by itself, and so is its length.
+    assert size not in remarks(collect(build(tmp_path / "local", 'privacy.trust="local"')))
 
 
 def test_client_level_is_promised_to_readers_and_not_against_the_server(
@@ -262,6 +284,22 @@ def test_the_plain_page_says_what_happens_at_the_budget(example: dict[str, Any])
     text = " ".join(example["plain"]["budget"])
     for words in ("ε = 9.00", "whatever the server asks", "never taken back", "refused 4 times"):
         assert words in text
+
+
+def test_a_training_that_budgets_ended_says_so_and_counts_its_last_round(tmp_path: Path) -> None:
+    last = metrics_of(ROUNDS + 1) | {"dropped": {Refusal.BUDGET.text: 4}, "replies": 1}
+    last = {key: last[key] for key in last if key not in ("accuracy", "epsilon")}
+    data = collect(build(tmp_path / "run", stopped=last))
+    text = " ".join(data["plain"]["budget"])
+    assert "refused 8 times, in 5 rounds" in text and "before its round 5" in text
+    assert released(data, "Encoded update")["count"] == 3 * ROUNDS + 1
+    assert released(data, "Refusal 1006")["count"] == ROUNDS + 4
+    assert released(data, "Broadcast model")["count"] == 5 * (ROUNDS + 1)
+    assert (data["run"]["rounds"], len(data["rounds"]), problems(data)) == (ROUNDS, ROUNDS, [])
+    damaged = ({}, last | {"round": ROUNDS}, last | {"replies": -1}, last | {"name": "x"}, [1])
+    for number, wrong in enumerate(damaged):
+        with pytest.raises(RunError, match="stopped: damaged"):
+            collect(build(tmp_path / str(number), stopped=wrong))
 
 
 def test_an_audit_stands_beside_the_claim_and_its_bound_is_rounded_down(tmp_path: Path) -> None:

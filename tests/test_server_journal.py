@@ -96,6 +96,20 @@ def test_a_round_counts_for_everyone_asked_and_as_used_for_those_in_time(journal
     assert journal.asked() == {"2": 2, "3": 2, "4": 1}
 
 
+def test_who_was_asked_before_a_round_failed_is_counted_once_with_those_asked_again(
+    run: Run, journal: Journal
+) -> None:
+    journal.commit(state_of(1), metrics_of(1), ["2"], None, ["2", "3"])
+    assert journal.open(["2", "3"]) == {"2", "3"}
+    again = Journal(run)  # as after a crash
+    assert again.asked() == {"2": 1, "3": 1} and again.charged() == {"2": 2, "3": 2}
+    assert again.open(["3", "4"]) == {"2", "3", "4"}
+    again.commit(state_of(2), metrics_of(2), ["4"], None, ["3", "4"])
+    assert again.asked() == again.charged() == {"2": 2, "3": 2, "4": 1}
+    assert again.participations() == {"2": 1, "3": 0, "4": 1}
+    again.close()
+
+
 def test_only_the_last_two_checkpoints_are_kept(run: Run, journal: Journal) -> None:
     for number in range(1, 6):
         commit(journal, number)

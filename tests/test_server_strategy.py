@@ -27,8 +27,8 @@ from reticent.privacy.ledger import Head
 from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.countersign import Countersigner
 from reticent.server.optimizer import ServerState, apply_round
-from reticent.server.rounds import RoundPlan, Tally
-from reticent.server.strategy import PrivateAveraging
+from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally
+from reticent.server.strategy import Opened, PrivateAveraging
 from reticent.simulations.grid import InProcessGrid, enter_task, node_of
 
 CONSTANTS = Constants(b"", np.zeros((0, 0), dtype=np.float32)).encode()
@@ -75,7 +75,11 @@ class Federation:
     """A strategy on a grid with a scripted backend."""
 
     def __init__(
-        self, plan: Plan, answer: Answer, countersigner: Countersigner | None = None
+        self,
+        plan: Plan,
+        answer: Answer,
+        countersigner: Countersigner | None = None,
+        opened: Opened = tuple,
     ) -> None:
         enter_task()
         self.script = Script(answer)
@@ -86,7 +90,7 @@ class Federation:
         self.rounds = RoundPlan("run", schedule_for(plan), 10.0, LAYOUT, CONSTANTS, digest)
         self.start = ServerState.begin(np.linspace(-1, 1, LAYOUT.size, dtype=np.float32))
         self.strategy = PrivateAveraging(
-            plan, self.rounds, self.start, self._commit, countersigner=countersigner
+            plan, self.rounds, self.start, self._commit, None, countersigner, opened
         )
 
     def _commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
@@ -301,6 +305,20 @@ def test_giving_up_names_counts_and_reasons_and_keeps_rounds() -> None:
     assert len(federation.script.nodes(3)) == 4 + 3
 
 
+@pytest.mark.parametrize(("spent", "ends"), [(1, False), (2, True), (4, True)])
+def test_budgets_end_the_training_only_where_they_alone_are_missing(spent: int, ends: bool) -> None:
+    def answer(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        if node == node_of(3) and spent < 4:
+            return honest(message)
+        return fails(int(Refusal.BUDGET) if node < node_of(spent) else 2)(message)
+
+    federation = Federation(plan_of(4, 4, 1, "federation.min_replies=3"), answer)
+    with pytest.raises(NetworkError) as caught:
+        federation.run()
+    assert isinstance(caught.value, BudgetsSpent) == ends
+
+
 def test_no_retries_means_one_try() -> None:
     plan = plan_of(4, 4, 1, "federation.retries=0")
     federation = Federation(plan, lambda _: [])
@@ -404,6 +422,31 @@ def test_a_client_that_answers_too_late_is_not_asked_beyond_the_bound() -> None:
         assert federation.script.nodes(number) == list(tally.nodes)
         assert late in tally.nodes and late not in tally.accepted
     assert [s.round for s in federation.states] == [1, 2]
+
+
+def test_who_was_asked_before_a_round_failed_is_not_asked_beyond_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_of(8, 4, 2, "federation.retries=0")
+    assert participations(plan) == 1
+    known: set[int] = set()
+
+    def opened(cohort: list[int]) -> set[int]:
+        known.update(cohort)
+        return set(known)
+
+    first = Federation(plan, lambda message: [], opened=opened)  # charged, and never heard of
+    with pytest.raises(NetworkError, match="0 of 4 clients"):
+        first.strategy.start(first.grid)
+    assert known == set(first.script.nodes(1)) and len(known) == 4
+    again = Federation(plan, honest, opened=opened)
+    others, gone = InProcessGrid(8, again.script), sorted(known)[:2]
+    monkeypatch.setattr(
+        others, "get_node_ids", lambda: [n for n in map(node_of, range(8)) if n not in gone]
+    )
+    with pytest.raises(NetworkError, match="connected clients have been asked in fewer than"):
+        again.strategy.start(others)
+    assert set(again.tallies[0].nodes) == known > set(again.script.nodes(1))
 
 
 def test_too_few_nodes_are_an_error_that_counts_them() -> None:

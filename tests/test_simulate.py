@@ -20,6 +20,7 @@ from reticent.core.tasks import load_task
 from reticent.core.update import Layout, vector_digest
 from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
+from reticent.privacy.report import collect
 from reticent.server.journal import Journal
 from reticent.server.preparation import Prepared
 from reticent.simulations.admission import check_codecs
@@ -203,6 +204,12 @@ def test_devices_stop_at_their_budget_and_the_run_ends_with_the_reason(tmp_path:
     assert 0 < rounds < 4
     with Ledger.open(tmp_path / "run" / "ledger") as ledger:
         assert max(ledger.spent(d, 1e-5) for d in ledger.devices()) <= 7.0
+    # What was spent is reported, and what it bought is there.
+    assert Run(tmp_path / "run").read_summary()["stopped"]["round"] == rounds + 1
+    assert (tmp_path / "run" / "artifact" / "manifest.json").is_file()
+    data = collect(Run(tmp_path / "run"))
+    assert (data["run"]["rounds"], data["spent"]["refusals"]) == (rounds, 6)
+    assert data["spent"]["maximum"] <= 7.0
 
 
 def test_the_public_baseline_is_not_touched_by_the_rounds(tmp_path: Path) -> None:

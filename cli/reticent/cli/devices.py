@@ -84,6 +84,7 @@ def _rows(seen: Overview) -> list[list[str]]:
     limit = seen.budget
     window = "for life" if limit.window is None else f"in any {limit.window / DAY:g} days"
     rows = [
+        ["what one neighbour is", f"one {seen.unit}, {seen.relation}"],
         ["budget", f"ε {_epsilon(limit.epsilon)} at δ {limit.delta:g}, {window}"],
         ["spent of it", f"ε {_epsilon(seen.spent)}"],
         ["left", f"ε {_epsilon(seen.remaining, down=True)}"],
@@ -92,6 +93,8 @@ def _rows(seen: Overview) -> list[list[str]]:
         ["updates released", f"{seen.releases:,}"],
         ["rounds refused for the budget", f"{seen.refusals:,}"],
     ]
+    if seen.unit is None:
+        del rows[0]
     if seen.renews is not None and seen.now is not None:
         rows.append(["the oldest charge leaves in", f"{(seen.renews - seen.now) / DAY:.2f} days"])
     rows.append(["ledger", f"verified, {seen.head.sequence:,} entries"])

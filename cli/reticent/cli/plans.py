@@ -75,9 +75,13 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         rows.append(["privacy", "off: ε = ∞"])
     else:
         rows += [
+            ["what one neighbour is", f"one {privacy['unit']}, {privacy['relation']}"],
             ["noise multiplier σ", f"{privacy['noise_multiplier']:.4f}"],
             ["rounds of one client, at most", f"{privacy['participations']}"],
-            ["ε against readers of the models", epsilon_text(privacy["epsilon"])],
+            [
+                f"ε against readers of the models (δ {privacy['delta']:g})",
+                epsilon_text(privacy["epsilon"]),
+            ],
             ["ε against the server", epsilon_text(privacy["server_epsilon"])],
             ["ε of one round", epsilon_text(privacy["round_epsilon"])],
             ["ε with half the noise", epsilon_text(privacy["half_noise_epsilon"])],
@@ -99,4 +103,8 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
 
 
 def _rounds(count: int | None) -> str:
-    return "no budget given" if count is None else f"{count:,}"
+    from reticent.privacy.calibrate import MOST_STEPS
+
+    if count is None:
+        return "no budget given"
+    return f"{count:,}" + (" or more" if count >= MOST_STEPS else "")

@@ -44,6 +44,7 @@ def simulate(
 
     Without PLAN the embedded default runs: Fashion-MNIST, 100 clients, epsilon 8.
     """
+    from reticent.server.rounds import BudgetsSpent
     from reticent.simulations.simulate import simulate as run_simulation
 
     plan = _plan(plan_file, overrides, folder, resume)
@@ -62,6 +63,10 @@ def simulate(
             err=True,
         )
         raise SystemExit(130) from None
+    except BudgetsSpent:
+        show.clear()
+        _report_the_end(Run(where))
+        raise
     show.clear()
     reports = _write_reports(run)
     if as_json:
@@ -99,6 +104,14 @@ def _headline(plan: Plan) -> str:
         f"{plan.task.name}, {plan.task.clients:,} clients, {federation.rounds} rounds of "
         f"{federation.clients_per_round:,}, {promise}"
     )
+
+
+def _report_the_end(run: Run) -> None:
+    """Write the report of a training that budgets ended, if it had a round."""
+    if run.summary.is_file():
+        report = run.folder / "report.html"
+        _write_reports(run)
+        click.echo(f"budgets ended the training; the report of its rounds is {report}", err=True)
 
 
 def _write_reports(run: Run) -> list[str]:

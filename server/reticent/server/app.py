@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
 from .preparation import Prepared, prepare, start_accuracies
-from .rounds import RoundPlan, Tally
+from .rounds import BudgetsSpent, RoundPlan, Tally, figures
 from .strategy import PrivateAveraging
 
 
@@ -77,7 +76,9 @@ def run_federation(settings: Settings, grid: Grid) -> None:
     """Run or resume a federation to its end: artifact and summary included.
 
     Raises:
-        ReticentError: Whatever went wrong; committed rounds are kept.
+        BudgetsSpent: If devices' budgets ended the training; artifact and summary of the rounds
+            before are written.
+        ReticentError: Whatever else went wrong; committed rounds are kept.
     """
     run, plan = settings.run, settings.run.plan()
     task = load_task(plan.task, plan.seed)
@@ -95,9 +96,15 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         clerk = _Clerk(settings, job)
         taken_part = {int(node): rounds for node, rounds in journal.asked().items()}
         strategy = PrivateAveraging(
-            plan, constants, state, clerk.commit, taken_part, settings.countersigner
+            plan, constants, state, clerk.commit, taken_part, settings.countersigner, clerk.open
         )
-        strategy.start(grid)
+        try:
+            strategy.start(grid)
+        except BudgetsSpent as end:
+            # What was spent must be accounted for, and what it bought is the model so far.
+            if strategy.state.round:
+                finish(job, strategy.state, settings.say, figures(end.round, end.tally))
+            raise
         finish(job, strategy.state, settings.say)
     finally:
         journal.close()
@@ -165,6 +172,10 @@ class _Clerk:
                 job.journal.record(f"accuracy:{name}", repr(value))
             job.journal.record("accuracy", "known")
 
+    def open(self, cohort: list[int]) -> list[int]:
+        """Record who is about to be asked; return everyone who was in this round."""
+        return sorted(int(node) for node in self._job.journal.open([str(n) for n in cohort]))
+
     def commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
         federation = self._job.plan.federation
         tested = state.round % federation.eval_every == 0 or state.round == federation.rounds
@@ -172,16 +183,10 @@ class _Clerk:
             [str(n) for n in sorted(nodes)] for nodes in (tally.accepted, tally.nodes)
         )
         metrics: dict[str, Any] = {
-            "round": state.round,
-            "replies": tally.sum.count,
-            "asked": tally.asked,
-            "dropped": dict(tally.dropped),
-            "bytes_up": tally.bytes_up,
-            "bytes_down": tally.bytes_down,
-            "bytes_constants": tally.first_bytes_down,
+            **figures(state.round, tally),
             "seconds": round(seconds, 4),
             "accuracy": self._accuracy(state) if tested else None,
-            "epsilon": self._epsilon(state.round, asked) if tested else None,
+            "epsilon": self._epsilon(state.round) if tested else None,
         }
         if tally.noised is not None:
             # Noised, so that they may be shown; the counts behind them may not.
@@ -193,19 +198,16 @@ class _Clerk:
         start = self._job.start
         return test_accuracy(self._job.plan, start.student, start.layout, state.average, self._test)
 
-    def _epsilon(self, rounds: int, asked: list[str]) -> float | None:
+    def _epsilon(self, rounds: int) -> float | None:
         """Return epsilon of a client that took part whenever it could; None when privacy is off.
 
         Where few nodes are connected they are asked sooner again than the plan's passes say, so
-        the journal's counts are looked at too, with those ``asked`` in the round that is being
-        committed.
+        the journal's counts are looked at too, the round that is being committed among them.
         """
         plan, s = self._job.plan, self._job.schedule
         if s is None:
             return None
         federation = plan.federation.model_copy(update={"rounds": rounds})
         planned = participations(plan.model_copy(update={"federation": federation}))
-        counted = Counter(self._job.journal.asked())
-        counted.update(asked)
-        so_far = max(planned, *counted.values())
+        so_far = max([planned, *self._job.journal.charged().values()])
         return epsilon([s.over(s.round_event(), so_far)], s.delta)

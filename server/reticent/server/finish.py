@@ -41,8 +41,15 @@ _SELF_TEST = 8
 _LATENCY_REPEATS = 200
 
 
-def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
+def finish(
+    job: Job,
+    state: ServerState,
+    say: Callable[[str], None],
+    stopped: dict[str, Any] | None = None,
+) -> None:
     """Write ``artifact/`` and ``summary.json``; doing it again gives the same model.
+
+    ``stopped`` are the figures of the round that could not be held, if budgets ended the training.
 
     A student that has no integer form leaves no artifact; the summary says why, and has figures of
     the float model only.
@@ -54,6 +61,8 @@ def finish(job: Job, state: ServerState, say: Callable[[str], None]) -> None:
     else:
         summary = float_summary(job, state, problem, _privacy(job, state))
         said = f"no int8 artifact: {problem}"
+    if stopped is not None:
+        summary["stopped"] = stopped
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
     say(said)
 
@@ -188,7 +197,7 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
 
     An update that came too late to be used was charged all the same, and the server saw it.
     """
-    rounds = max(job.journal.asked().values(), default=0)
+    rounds = max(job.journal.charged().values(), default=0)
     if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule

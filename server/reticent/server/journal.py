@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS rounds (
 CREATE TABLE IF NOT EXISTS participations (
     client TEXT PRIMARY KEY, rounds INTEGER NOT NULL, asked INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS open (client TEXT PRIMARY KEY);
 """
 
 
@@ -81,6 +82,21 @@ class Journal:
         digest = self.fact(f"file:{name}")
         return None if digest is None else self._read(name, digest)
 
+    def open(self, clients: Collection[str]) -> frozenset[str]:
+        """Record who is about to be asked in the open round, and return all who were so far.
+
+        Durable on return, so before anyone is asked: a device charges a round when it trains. A
+        round that fails or is interrupted is run again under its number, which costs a device that
+        charged it nothing more; but others may be asked in its place, and then both have charged.
+
+        Raises:
+            RunError: If the disk is full or cannot be written.
+        """
+        with _explained(self._run.journal), self._transaction():
+            rows = [(client,) for client in clients]
+            self._db.executemany("INSERT OR IGNORE INTO open VALUES (?)", rows)
+            return self._opened()
+
     def commit(
         self,
         state: ServerState,
@@ -97,7 +113,7 @@ class Journal:
             clients: Whose updates were used.
             anchor: The ledger head to record, if there is a ledger here.
             asked: Who was asked, ``clients`` among them: each of them may have charged the round,
-                and sent an update that came too late.
+                and sent an update that came too late. Who was recorded by :meth:`open` is added.
 
         Raises:
             RunError: If the disk is full or cannot be written; the round is then not committed.
@@ -112,8 +128,9 @@ class Journal:
             self._db.executemany(
                 "INSERT INTO participations VALUES (?1, ?2, 1) ON CONFLICT (client)"
                 " DO UPDATE SET rounds = rounds + ?2, asked = asked + 1",
-                [(client, int(client in used)) for client in sorted({*used, *asked})],
+                [(c, int(c in used)) for c in sorted({*used, *asked, *self._opened()})],
             )
+            self._db.execute("DELETE FROM open")
         self._write_metrics(metrics, state.round)
         stale = self._path(f"round-{state.round - _KEPT_CHECKPOINTS:06d}")
         stale.unlink(missing_ok=True)
@@ -162,6 +179,15 @@ class Journal:
         """Return in how many applied rounds each client was asked, and may have charged."""
         with _explained(self._run.journal):
             return dict(self._db.execute("SELECT client, asked FROM participations"))
+
+    def charged(self) -> dict[str, int]:
+        """Return how many rounds each client may have charged, the open one among them."""
+        found = self.asked()
+        with _explained(self._run.journal):
+            return found | {client: found.get(client, 0) + 1 for client in self._opened()}
+
+    def _opened(self) -> frozenset[str]:
+        return frozenset(row[0] for row in self._db.execute("SELECT client FROM open"))
 
     def rewrite_metrics(self) -> None:
         """Make ``metrics.jsonl`` agree with the journal, after a crash between the two."""

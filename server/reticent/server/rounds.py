@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
+from reticent.core.errors import NetworkError
 from reticent.core.update import Layout, Vector
 from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
@@ -59,7 +61,7 @@ class Tally:
         sum: The sum of the accepted updates.
         accepted: The nodes they came from.
         dropped: Replies that were not used, by reason.
-        nodes: The nodes that were asked.
+        nodes: The nodes that were asked, also before the round failed and was run again.
         asked: Messages sent, repetitions included.
         bytes_up: Encoded bytes of the accepted updates; with unit ``client`` not noised.
         bytes_down: Bytes of the broadcast, to all.
@@ -79,6 +81,33 @@ class Tally:
     first_bytes_down: int = 0
     inside: int = 0
     noised: Noised | None = None
+
+
+def figures(round: int, tally: Tally) -> dict[str, Any]:
+    """Return what is recorded of a round's traffic."""
+    return {
+        "round": round,
+        "replies": tally.sum.count,
+        "asked": tally.asked,
+        "dropped": dict(tally.dropped),
+        "bytes_up": tally.bytes_up,
+        "bytes_down": tally.bytes_down,
+        "bytes_constants": tally.first_bytes_down,
+    }
+
+
+class BudgetsSpent(NetworkError):
+    """Too few clients replied, and with those whose budget refuses the round it had been enough.
+
+    Attributes:
+        round: The round that could not be held.
+        tally: What arrived in it.
+    """
+
+    def __init__(self, message: str, round: int, tally: Tally) -> None:
+        """Describe the end of the training."""
+        super().__init__(message)
+        self.round, self.tally = round, tally
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from .client_level import client_level_for
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .optimizer import Accumulator, ServerState, apply_round
-from .rounds import Reading, RoundPlan, Tally
+from .rounds import BudgetsSpent, Reading, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
+Opened = Callable[[list[int]], Iterable[int]]
 
 
 class PrivateAveraging(Strategy):
@@ -48,6 +49,7 @@ class PrivateAveraging(Strategy):
         committed: Committed,
         taken_part: Mapping[int, int] | None = None,
         countersigner: Countersigner | None = None,
+        opened: Opened = tuple,
     ) -> None:
         """Continue from ``state``.
 
@@ -59,6 +61,8 @@ class PrivateAveraging(Strategy):
             taken_part: Rounds that each node was asked in so far.
             countersigner: Judges the ledger statements of real devices; None in a simulation,
                 whose devices make none.
+            opened: Makes durable who is about to be asked, and returns everyone who was in this
+                round, also before it failed or was interrupted.
         """
         self._plan = plan
         self._constants = constants
@@ -74,6 +78,7 @@ class PrivateAveraging(Strategy):
         self._informed: set[int] = set()
         self._taken_part = Counter(taken_part or {})
         self._countersigner = countersigner
+        self._opened = opened
         self._cohort: list[int] = []
         self._tally = Tally(Accumulator(constants.layout.size))
 
@@ -96,7 +101,8 @@ class PrivateAveraging(Strategy):
         loop takes are not used.
 
         Raises:
-            NetworkError: If a round has too few valid replies after every retry. Committed rounds
+            BudgetsSpent: If a round has too few valid replies because devices' budgets refuse it.
+            NetworkError: If it has too few for another reason, after every retry. Committed rounds
                 stay committed.
         """
         arrays, config = ArrayRecord(), ConfigRecord()
@@ -111,7 +117,7 @@ class PrivateAveraging(Strategy):
         federation = self._plan.federation
         self._tally = Tally(Accumulator(self._constants.layout.size))
         self._cohort = self.cohort(number, grid)
-        self._tally.nodes = tuple(self._cohort)
+        self._tally.nodes = tuple(self._opened(self._cohort))
         if self._countersigner is not None:
             self._countersigner.begin()
         for _ in range(federation.retries + 1):
@@ -127,7 +133,7 @@ class PrivateAveraging(Strategy):
         if self._countersigner is not None:
             self._countersigner.commit()
         # Everyone asked: a device charges the round when it trains, not when its reply arrives.
-        self._taken_part.update(self._cohort)
+        self._taken_part.update(self._tally.nodes)
         self.state = state
 
     def _applied(self, number: int) -> ServerState:
@@ -154,11 +160,15 @@ class PrivateAveraging(Strategy):
     def _give_up(self, number: int) -> None:
         tally, federation = self._tally, self._plan.federation
         reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
-        raise NetworkError(
+        text = (
             f"round {number}: {tally.sum.count} of {federation.clients_per_round} clients gave a "
             f"valid reply, {federation.quorum} are needed, asked {federation.retries + 1} times "
             f"({reasons or 'no reply at all'}); rounds 1 to {number - 1} are kept"
         )
+        refused = tally.dropped[Refusal.BUDGET.text] // (federation.retries + 1)
+        if tally.sum.count + refused >= federation.quorum:
+            raise BudgetsSpent(text, number, tally)
+        raise NetworkError(text)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -156,6 +156,7 @@ def _privacy(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
         "trust": s.trust,
         "unit": s.unit,
         "relation": s.relation,
+        "delta": s.delta,
         "noise_multiplier": s.noise_multiplier,
         "participations": rounds,
         "epsilon": _number(epsilon([s.over(s.round_event(), rounds)], s.delta)),

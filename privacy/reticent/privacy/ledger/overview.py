@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..accounting import epsilon
-from .afford import merged
+from ..events import PoissonGaussian
+from .afford import History, merged
 from .records import Budget, Overview
 from .store import Store
 from .windows import View
@@ -23,9 +24,12 @@ def overview(store: Store, device: str, budget: Budget) -> Overview:
     (releases,) = store.db.execute(
         "SELECT count(*) FROM entries WHERE device = ? AND kind = 'release'", (device,)
     ).fetchone()
+    unit, relation = _neighbour(view.lifetime(device))
     return Overview(
         device=device,
         budget=budget,
+        unit=unit,
+        relation=relation,
         lifetime=epsilon(merged(view.lifetime(device)), budget.delta),
         spent=spent,
         remaining=max(0.0, budget.epsilon - spent) if spent < budget.epsilon else 0.0,
@@ -39,3 +43,9 @@ def overview(store: Store, device: str, budget: Budget) -> Overview:
         renews=view.renews(device),
         head=store.end().head,
     )
+
+
+def _neighbour(lifetime: History) -> tuple[str, str] | tuple[None, None]:
+    # A ledger counts in those of its first charge with noise, and refuses others.
+    kinds = {(e.unit, e.relation) for e in merged(lifetime) if isinstance(e, PoissonGaussian)}
+    return next(iter(kinds), (None, None))

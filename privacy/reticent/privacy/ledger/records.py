@@ -92,6 +92,8 @@ class Overview:
     Attributes:
         device: Its name in the ledger.
         budget: The budget that the figures below are about.
+        unit: What the epsilons are about, of :data:`~..events.UNITS`; None if none was charged.
+        relation: How its neighbour differs, of :data:`~..events.RELATIONS`; None likewise.
         lifetime: ``pld`` epsilon of everything ever charged.
         spent: The same of what counts against ``budget`` now: its window, or the lifetime.
         remaining: What is left of ``budget.epsilon``, >= 0. Epsilons do not add up: a round may
@@ -111,6 +113,8 @@ class Overview:
 
     device: str
     budget: Budget
+    unit: str | None
+    relation: str | None
     lifetime: float
     spent: float
     remaining: float

@@ -54,6 +54,8 @@ def collect(run: Run) -> dict[str, Any]:
     plan = run.plan()
     summary = _summary(run, plan)
     metrics = _metrics(run, summary["rounds"])
+    stopped = _stopped(run, summary)
+    asked = [*metrics, *stopped]  # also in a round that could not be held
     schedule = used_schedule(plan, summary)
     rounds = _rounds(run, summary) if schedule else 0
     spending = read_spending(run, plan, schedule, rounds)
@@ -68,30 +70,28 @@ def collect(run: Run) -> dict[str, Any]:
         "adversaries": adversary_rows(
             schedule, spending.worst, private.delta if private else 0.0, plan.updates.pad
         ),
-        "spent": _spent(plan, spending, metrics),
+        "spent": _spent(plan, spending, asked),
         "accounting": accounting(
             schedule, spending.worst, private.examples_per_user if private else None
         ),
         "audit": read_audit(run, plan),
         "rounds": [_round(m, shown) for m in metrics],
         "planned": _planned(run, plan, schedule),
-        "traffic": _traffic(metrics, summary, spending.clients, shown),
+        "traffic": _traffic(asked, summary, spending.clients, shown),
         "models": _models(summary),
         "agreement": summary.get("agreement", {}),
     }
     data = _jsonable(data)
     _require_whole(run, data)
     artifact = summary.get("bytes", {}).get("int8")
-    data["releases"] = releases(
-        data["promise"], data["run"], data["traffic"], data["rounds"], artifact
-    )
+    data["releases"] = releases(data["promise"], data["run"], data["traffic"], asked, artifact)
     # Words are chosen from the numbers as a reader of the JSON finds them.
     return worded(data)
 
 
 def worded(data: dict[str, Any]) -> dict[str, Any]:
     """Return ``data`` with its words chosen anew; they are a function of its numbers."""
-    said = {**data, "not_covered": not_covered(data["promise"], data["run"]["simulated"])}
+    said = {**data, "not_covered": not_covered(data)}
     said["plain"] = plain(said)
     said["checklist"] = checklist(said)
     return said
@@ -141,6 +141,19 @@ def _metrics(run: Run, rounds: int) -> list[dict[str, Any]]:
     return lines
 
 
+def _stopped(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the round that could not be held because budgets were spent, as a round, if any."""
+    if summary.get("stopped") is None:
+        return []
+    known = summary["stopped"] if isinstance(summary["stopped"], dict) else {}
+    never = ("accuracy", "epsilon", "clip", "within_clip")
+    rows: list[dict[str, Any]] = [{**known, **dict.fromkeys(never)}]
+    wrong = problems(rows, "rounds")
+    if wrong or rows[0]["round"] != summary["rounds"] + 1:
+        raise RunError(f"{run.summary}: stopped: damaged: {'; '.join(wrong[:3]) or 'its round'}")
+    return rows
+
+
 def _require_whole(run: Run, data: dict[str, Any]) -> None:
     """Refuse files with values that no run writes, before words are made of them."""
     parts = ("run", "traffic", "models", "agreement")
@@ -157,12 +170,14 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         "task": plan.task.name,
         "student": plan.student.model,
         "rounds": summary["rounds"],
+        "stopped": summary["stopped"]["round"] if "stopped" in summary else None,
         "clients": plan.task.clients,
         "clients_per_round": plan.federation.clients_per_round,
         "quorum": plan.federation.quorum,
         "steps_per_round": plan.federation.steps_per_round,
         "sampling_rate": plan.federation.sampling_rate,
         "codec": list(plan.updates.codec),
+        "padded": plan.updates.pad,
         "parameters": summary["parameters"],
         # Only a simulation has the devices' ledger in the run's folder.
         "simulated": simulated,

@@ -34,35 +34,60 @@ UNPROTECTED = (
         "what a server does with its update",
     ),
 )
-_SIZE = (
-    "Size of an encoded update",
-    "follows from single noised updates and is not padded; under aggregator trust it is shown here "
-    "rounded up to two figures",
+_SIZE = "The size of single updates"
+_SHOWN = (
+    "so the promise to readers does not cover it; sizes are shown here rounded up to two figures, "
+    "and the number against someone on the network stands for those who see lengths"
 )
 _EXPOSED = (
     "Every update",
     "sent without noise: the server sees what each client computed, and how large it is encoded "
     "(under aggregator trust shown here rounded up to two figures)",
 )
-_PERSON = (
-    "A person with several examples",
-    "is protected less than one example is; the user-level row of the technical part says how much",
-)
+_PERSON = "A person with several examples"
 _SIMULATED = (
     "The simulation's seed",
     "whoever knows it knows the noise: a simulation shows the mechanism, it protects nobody",
 )
 
 
-def not_covered(promise: dict[str, Any], simulated: bool) -> list[dict[str, str]]:
-    """Return what no number of the report covers, each with a remark."""
+def not_covered(data: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what the promise does not cover, each with a remark."""
+    promise = data["promise"]
     noised = promise["trust"] != "off" and promise["unit"] == "example"
-    rows = [*UNPROTECTED, _SIZE if noised else _EXPOSED]
+    rows = [*UNPROTECTED]
+    if not noised:
+        rows.append(_EXPOSED)
+    elif promise["trust"] == "aggregator":
+        rows.append((_SIZE, _size_remark(data["run"])))
+    # Under local trust an update is private by itself, and so is its length.
     if noised:
-        rows.insert(1, _PERSON)
-    if simulated:
+        rows.insert(1, (_PERSON, _person_remark(data["accounting"])))
+    if data["run"]["simulated"]:
         rows.append(_SIMULATED)
     return [{"what": what, "remark": remark} for what, remark in rows]
+
+
+def _size_remark(run: dict[str, Any]) -> str:
+    if run.get("padded"):
+        return (
+            "updates are padded to one length, but whether one needs more than that follows from "
+            f"that single update, {_SHOWN}"
+        )
+    return f"a length is not padded and follows from that single update, {_SHOWN}"
+
+
+def _person_remark(accounting: dict[str, Any]) -> str:
+    level = accounting["user_level"]
+    if level is None:
+        return (
+            "is protected less than one example is; how much less cannot be said, because the plan "
+            "gives no bound on the examples of one person"
+        )
+    return (
+        f"is protected less than one example is: with at most {level['examples']} examples of one "
+        f"client, ε = {epsilon_text(level['epsilon'])}"
+    )
 
 
 def plain(data: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +187,7 @@ def budget_paragraphs(data: dict[str, Any]) -> list[str]:
         "model of the last completed round stays as it is. What was spent does not come back with "
         "time, unless a device's owner has set a budget that renews; the promise then holds for "
         "each such period, and lifetime spending is still counted.",
-        _happened(spent),
+        _happened(spent, data["run"].get("stopped")),
     ]
 
 
@@ -177,10 +202,12 @@ def delta_note(promise: dict[str, Any]) -> str:
     )
 
 
-def _happened(spent: dict[str, Any]) -> str:
+def _happened(spent: dict[str, Any], stopped: int | None) -> str:
     if spent["refusals"]:
+        end = "" if stopped is None else f" That ended the training before its round {stopped}."
         return (
             f"In this run devices refused {count_text(spent['refusals'], 'time')}, in "
             f"{count_text(spent['rounds_with_refusals'], 'round')}, because their budget was spent."
+            f"{end}"
         )
     return "In this run no device had to refuse for its budget."

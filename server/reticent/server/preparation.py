@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from reticent.compression.deployable import require_dynamic_form
 from reticent.compression.fold import folded
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError
@@ -23,6 +22,7 @@ from reticent.core.update import Layout, Vector
 
 from .distillation import Teachers, lesson, new_student, untrained_teacher
 from .journal import Journal
+from .possible import require_possible
 from .pruning import Stretch, Train, pruned
 from .public_training import accuracy, soft_labels, train_public
 from .shrinking import constants_of, parameters_of, reshaped, sketch, with_adapters
@@ -83,9 +83,9 @@ def prepare(
     are trained once.
 
     Raises:
-        PlanError: If the student is to be quantized dynamically and cannot be.
+        PlanError: If the student cannot be what the plan says.
+        DataError: If a model that the task makes was trained before.
     """
-    require_dynamic_form(_structure(plan, task), plan.student.quantize)
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
     try:
@@ -111,8 +111,9 @@ def _made(plan: Plan, task: Task, say: Say, teachers: Teachers | None) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
+    # What cannot be done is refused now rather than after training.
+    require_possible(plan, task)
     if plan.student.reshaped:
-        # What cannot be done is refused now rather than after training.
         constants_of(plan, task, sketch(plan, task), b"", np.zeros((0, 0), dtype=np.float32))
     taught = lesson(plan, task, public, teachers)
     teacher, examples = taught.teacher, taught.examples

@@ -122,6 +122,13 @@ SEQUENCES: Rows = {
 GROUPS = {"sequences": SEQUENCES, "techniques": TECHNIQUES, "sizes": SIZES, "updates": UPDATES}
 
 
+FIXED = (
+    *("student", "sent", "deployed", "file, B", "×", "up, B", "bits up", "µs", "×"),
+    *("teacher", "public only"),
+)
+"""Heads of the columns that do not depend on the promise."""
+
+
 def keys(task: str, row: list[str], promise: str, seed: int, workers: int) -> list[str]:
     """Return the overrides of one run."""
     privacy = "privacy=off" if promise == "off" else f"privacy.epsilon={promise}"
@@ -145,11 +152,7 @@ def main() -> None:
     heads += [
         f"{p if p == 'off' else 'ε ' + p}, {m}" for p in options.promises for m in ("fp32", "int8")
     ]
-    print(
-        "| student | sent | deployed | file, B | × | up, B | bits up | µs | × | public only |",
-        end="",
-    )
-    print(f" {' | '.join(heads)} |\n|---|{'---:|' * (9 + len(heads))}")
+    print(f"| {' | '.join([*FIXED, *heads])} |\n|---|{'---:|' * (len(FIXED) + len(heads) - 1)}")
     for name, row in GROUPS[options.rows].items():
         if options.only and name not in options.only:
             continue
@@ -212,6 +215,7 @@ def fixed(name: str, runs: dict[str, list[dict]]) -> list[str]:
         f"{bits / kept:.2f}",
         f"{time:.0f}",
         f"{summary['latency_us']['teacher'] / time:.1f}×",
+        spread(runs[private], "teacher"),
         spread(runs[private], f"public_only{'_int8' if model == 'int8' else ''}"),
     ]
 

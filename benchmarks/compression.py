@@ -1,13 +1,16 @@
-"""The tables of docs/compression.md: techniques and combinations, beside the public-only student.
+r"""The tables of docs/compression.md: techniques and combinations, beside the public-only student.
 
     python benchmarks/compression.py fashion --seeds 1 2 3 4 5 --promises off 8 3
     python benchmarks/compression.py har --only dense 4-bit "thin 0.3"
     python benchmarks/compression.py fashion --rows sizes --seeds 1 2 3
     python benchmarks/compression.py fashion --rows updates --promises off 8
+    RETICENT_DATA=folder-of-the-four-files python benchmarks/compression.py fashion-full \
+        --seeds 1 2 3 4 5 --promises off 8 3 --backends onnx xnnpack
 
 Each row is one plan at every promise and seed; each run is one run directory, read if it is
 finished and resumed if it was stopped. ``har`` and ``fashion-full`` need data. Parameters
-and bytes are those of the first promise that adds noise, times those of its first seed.
+and bytes are those of the first promise that adds noise, times those of its first seed; with
+``--backends`` also as `reticent bench` measures them, each model in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ from pathlib import Path
 
 from results import finished, mean_and_spread
 
+from reticent.compression.backends import BACKEND_NAMES
+from reticent.compression.backends.profiles import NO_LIMITS
 from reticent.core.plan import Plan, load_plan, parse_plan
+from reticent.core.run import Run
+from reticent.server.bench import bench_run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"
 TASKS = {
@@ -115,6 +122,13 @@ SEQUENCES: Rows = {
 GROUPS = {"sequences": SEQUENCES, "techniques": TECHNIQUES, "sizes": SIZES, "updates": UPDATES}
 
 
+FIXED = (
+    *("student", "sent", "deployed", "file, B", "×", "up, B", "bits up", "µs", "×"),
+    *("teacher", "public only"),
+)
+"""Heads of the columns that do not depend on the promise."""
+
+
 def keys(task: str, row: list[str], promise: str, seed: int, workers: int) -> list[str]:
     """Return the overrides of one run."""
     privacy = "privacy=off" if promise == "off" else f"privacy.epsilon={promise}"
@@ -132,28 +146,29 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows to run, default all")
     parser.add_argument("--runs", type=Path, default=Path("runs/compression"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--backends", nargs="*", default=[], choices=BACKEND_NAMES)
     options = parser.parse_args()
-    heads = [
+    heads = [f"{b}, µs (×)" for b in options.backends]
+    heads += [
         f"{p if p == 'off' else 'ε ' + p}, {m}" for p in options.promises for m in ("fp32", "int8")
     ]
-    print(
-        "| student | sent | deployed | file, B | × | up, B | bits up | µs | × | public only |",
-        end="",
-    )
-    print(f" {' | '.join(heads)} |\n|---|{'---:|' * (9 + len(heads))}")
+    print(f"| {' | '.join([*FIXED, *heads])} |\n|---|{'---:|' * (len(FIXED) + len(heads) - 1)}")
     for name, row in GROUPS[options.rows].items():
         if options.only and name not in options.only:
             continue
         cells: list[str] = []
         runs: dict[str, list[dict]] = {}
+        folders: dict[str, Path] = {}
         for promise in options.promises:
             plans = [
                 plan_of(options.task, keys(options.task, row, promise, seed, options.workers))
                 for seed in options.seeds
             ]
+            folders[promise] = options.runs / plans[0].digest[:16]
             runs[promise] = [finished(p, options.runs / p.digest[:16]) for p in plans]
             cells += [spread(runs[promise], m) for m in ("fp32", "int8")]
-        print(f"| {' | '.join([*fixed(name, runs), *cells])} |", flush=True)
+        times = benched(folders[first_private(runs)], options.backends)
+        print(f"| {' | '.join([*fixed(name, runs), *times, *cells])} |", flush=True)
 
 
 def plan_of(task: str, overrides: list[str]) -> Plan:
@@ -168,9 +183,24 @@ def spread(summaries: list[dict], measure: str) -> str:
     return mean_and_spread(values) if values else "–"
 
 
+def first_private(runs: dict[str, list[dict]]) -> str:
+    """Return the first promise that adds noise, or off."""
+    return next((p for p in runs if p != "off"), "off")
+
+
+def benched(folder: Path, backends: list[str]) -> list[str]:
+    """Return a run's time on each backend, and how many times the teacher's it is faster."""
+    if not backends or "no_artifact" in Run(folder).read_summary():
+        return ["–"] * len(backends)
+    rows = bench_run(Run(folder), 300, NO_LIMITS)
+    teacher = next(row["median_us"] for row in rows if row["model"] == "teacher")
+    times = {row["backend"]: row["median_us"] for row in rows if row["model"] == "int8"}
+    return [f"{times[b]:.0f} ({teacher / times[b]:.1f}×)" if b in times else "–" for b in backends]
+
+
 def fixed(name: str, runs: dict[str, list[dict]]) -> list[str]:
     """Return the cells of a row that do not depend on the promise."""
-    private = next((p for p in runs if p != "off"), "off")
+    private = first_private(runs)
     summary = runs[private][0]
     model = "int8" if "int8" in summary["bytes"] else "fp32"
     size, time = summary["bytes"][model], summary["latency_us"][model]
@@ -185,6 +215,7 @@ def fixed(name: str, runs: dict[str, list[dict]]) -> list[str]:
         f"{bits / kept:.2f}",
         f"{time:.0f}",
         f"{summary['latency_us']['teacher'] / time:.1f}×",
+        spread(runs[private], "teacher"),
         spread(runs[private], f"public_only{'_int8' if model == 'int8' else ''}"),
     ]
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from reticent.compression.codec import Codec, build_codec
 from reticent.compression.codec.base import Blocks, Coded
+from reticent.compression.codec.build import PARAMETERS
 from reticent.compression.codec.build import QUANTIZERS as PLAIN_NAMES
 from reticent.compression.codec.entropy import PLAIN
 from reticent.compression.codec.rounding import StochasticInt
@@ -19,7 +20,8 @@ from reticent.core.update import Layout, Vector
 
 QUANTIZERS = (
     *PLAIN_NAMES,
-    *("topk", "topk:0.5", "randk", "randk:0.5", "lowrank", "lowrank:1"),
+    *PARAMETERS,
+    *("topk:0.5", "randk:0.5", "lowrank:1"),
 )
 CODED = ("identity", "int8", "int4:shared", "dither4", "dither1:blocks", "sign", "lowrank", "topk")
 ROTATED = [("hadamard", q) for q in ("int1", "int4", "int2:shared", "dither3", "dither1:blocks")]

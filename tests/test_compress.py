@@ -270,6 +270,18 @@ def test_the_search_ends_at_the_most_accurate_plan_that_meets_the_target() -> No
     assert outcome.trials[0].candidate.name == "as given"
 
 
+def test_bytes_are_saved_by_the_codec_before_a_smaller_student_pays_for_them() -> None:
+    def measure(candidate: Candidate) -> Trial:
+        student, step = candidate.plan.student, candidate.plan.updates.step
+        thinned = student.thin.kind != "none"
+        sent = round((500 if thinned else 1000) / step)
+        return Trial(candidate, 1, 100, 10.0, sent, 0.5, 0.9 - 0.1 * thinned, 10_000)
+
+    outcome = climb(PLAN, (Target("bytes", 250.0, "bytes=250"),), 8, lambda line: None, measure)
+    best = outcome.best.candidate.plan
+    assert outcome.met and (best.updates.step, best.student.thin.kind) == (4.0, "none")
+
+
 def test_the_search_keeps_to_its_number_of_trials() -> None:
     assert len(climb(PLAN, TARGET, 3, lambda line: None, costs).trials) == 3
     with pytest.raises(PlanError, match="--trials 0"):

@@ -97,9 +97,19 @@ def test_plans_that_begin_alike_are_prepared_once_and_end_as_alone(
     monkeypatch.setattr("reticent.server.preparation.lesson", None)  # would fail if it were asked
     again = simulate(plan_of(), tmp_path / "again", prepared=prepared)
     assert again.read_summary()["model"] == finished.read_summary()["model"]
+    changed = ("student.prune.kind=none", "federation.rounds=1")
+    simulate(plan_of(*changed), tmp_path / "dense", prepared=prepared)
+    few = plan_of(*changed, "student.quantize.bits=4")
+    shared = simulate(few, tmp_path / "few", prepared=prepared)
+    assert (len(prepared.starts), len(prepared.lessons), len(prepared.teachers)) == (2, 1, 1)
     monkeypatch.undo()
+    alone = simulate(few, tmp_path / "alone")
+    assert shared.read_summary()["model"] == alone.read_summary()["model"]
     simulate(plan_of("student.epochs=1"), tmp_path / "other", prepared=prepared)
-    assert (len(prepared.starts), len(prepared.teachers)) == (2, 1)
+    assert (len(prepared.starts), len(prepared.lessons), len(prepared.teachers)) == (3, 2, 1)
+    dynamic = plan_of("student.quantize.kind=dynamic")
+    with pytest.raises(PlanError, match="dynamic"):
+        simulate(dynamic, tmp_path / "dynamic", prepared=prepared)
 
 
 def test_worker_processes_give_the_same_model(finished: Run, tmp_path: Path) -> None:

@@ -124,6 +124,28 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
     layout.write(model, values)
 
 
+def require_weights_left(model: nn.Module, sparsity: float) -> None:
+    """Check that every layer can keep one weight, whichever weights are scored lowest.
+
+    Raises:
+        PlanError: If fewer weights are kept than there are layers to keep one.
+    """
+    layout = Layout.of(model)
+    layers = sum(len(shape) >= 2 for shape in layout.shapes)
+    weights = int(_prunable(layout).sum())
+    kept = weights - round(sparsity * weights)
+    if kept < layers:
+        raise PlanError(
+            f"student.prune.sparsity={sparsity}: keeps {kept} of {weights} weights, and the "
+            f"student has {layers} layers with weights: must be at most "
+            f"{_floor(1 - layers / weights)}"
+        )
+
+
+def _floor(share: float) -> str:
+    return f"{int(share * 1e4) / 1e4:.4f}"
+
+
 def _prunable(layout: Layout) -> Mask:
     wide = [len(shape) >= 2 for shape in layout.shapes]
     return np.repeat(np.array(wide, dtype=np.bool_), layout.sizes)

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from reticent.compression.deployable import require_dynamic_form
 from reticent.compression.fold import folded
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError
-from reticent.core.plan import Plan
+from reticent.core.plan import Plan, Student
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
 
-from .distillation import Teachers, lesson, new_student, untrained_teacher
+from .distillation import Lesson, Teachers, lesson, new_student, untrained_teacher
 from .journal import Journal
+from .possible import require_possible
 from .pruning import Stretch, Train, pruned
 from .public_training import accuracy, soft_labels, train_public
 from .shrinking import constants_of, parameters_of, reshaped, sketch, with_adapters
@@ -66,10 +66,12 @@ class Prepared:
 
     Attributes:
         teachers: Trained teachers.
-        starts: Starting points, by everything of a plan that decides them.
+        lessons: Teachers with dense students, and
+        starts: starting points, each by everything of a plan that decides it.
     """
 
     teachers: Teachers = field(default_factory=dict)
+    lessons: dict[str, Lesson] = field(default_factory=dict)
     starts: dict[str, Start] = field(default_factory=dict)
 
 
@@ -80,12 +82,13 @@ def prepare(
 
     The same plan on the same machine gives the same bits, with ``prepared`` too: plans that differ
     in what their rounds do only (promise, codec, strategy) then begin with the same models, which
-    are trained once.
+    are trained once; so are the teacher and the dense student of plans that differ in what is then
+    done to the student.
 
     Raises:
-        PlanError: If the student is to be quantized dynamically and cannot be.
+        PlanError: If the student cannot be what the plan says.
+        DataError: If a model that the task makes was trained before.
     """
-    require_dynamic_form(_structure(plan, task), plan.student.quantize)
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
     try:
@@ -95,26 +98,43 @@ def prepare(
 
 
 def _stored(plan: Plan, task: Task, journal: Journal, say: Say, prepared: Prepared | None) -> Start:
+    require_possible(plan, task)
     if prepared is None:
         start = _made(plan, task, say, None)
     else:
-        decides = plan.model_dump(mode="json", include={"seed", "task", "teacher", "student"})
-        key = json.dumps(decides, sort_keys=True)
+        # How weights are quantized, which is after all of this, decides nothing.
+        key = _deciding(plan, set(Student.model_fields) - {"quantize"})
         if key not in prepared.starts:
-            prepared.starts[key] = _made(plan, task, say, prepared.teachers)
+            prepared.starts[key] = _made(plan, task, say, prepared)
         start = deepcopy(prepared.starts[key])  # the rounds write into its student
     _store(journal, start.teacher, start.public_only, start.student, start.constants)
     return start
 
 
-def _made(plan: Plan, task: Task, say: Say, teachers: Teachers | None) -> Start:
+def _deciding(plan: Plan, student: set[str]) -> str:
+    """Return the parts of a plan that decide what is made of public data, with these of student."""
+    parts = {"seed": True, "task": True, "teacher": True, "student": student}
+    return json.dumps(plan.model_dump(mode="json", include=parts), sort_keys=True)
+
+
+def _taught(plan: Plan, task: Task, public: Examples, prepared: Prepared | None) -> Lesson:
+    if prepared is None:
+        return lesson(plan, task, public)
+    key = _deciding(plan, {"model", "epochs", "learning_rate", "distill"})
+    if key not in prepared.lessons:
+        prepared.lessons[key] = lesson(plan, task, public, prepared.teachers)
+    taught = prepared.lessons[key]
+    return Lesson(taught.teacher, deepcopy(taught.student), taught.examples)
+
+
+def _made(plan: Plan, task: Task, say: Say, prepared: Prepared | None) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
     if plan.student.reshaped:
         # What cannot be done is refused now rather than after training.
         constants_of(plan, task, sketch(plan, task), b"", np.zeros((0, 0), dtype=np.float32))
-    taught = lesson(plan, task, public, teachers)
+    taught = _taught(plan, task, public, prepared)
     teacher, examples = taught.teacher, taught.examples
     count = plan.task.public_labels or len(public.labels)
     say(f"teacher trained on {count} public examples")

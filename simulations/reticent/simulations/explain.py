@@ -23,6 +23,7 @@ from reticent.privacy.calibrate import max_rounds
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
 from reticent.server.finish import problem_of
+from reticent.server.possible import require_possible
 from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs
@@ -38,6 +39,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     """
     check_codecs(plan)
     task = load_task(plan.task, plan.seed)
+    require_possible(plan, task)
     constants = sketched_constants(plan, task)
     LocalTrainer(plan, task, constants)
     require_whole_gradients(plan, task, constants)

@@ -37,6 +37,8 @@ class ArrayTask:
         teacher: Makes a teacher from ``(input_shape, classes)``.
         student: Makes a student from ``(model, input_shape, classes)``, where ``model`` is the
             plan's ``student.model``.
+        public_weights: Says that no private data went into weights which these models begin with.
+            Models that do not begin at random are refused without it.
 
     Raises:
         DataError: If the arrays do not fit together or cannot serve the section.
@@ -54,6 +56,7 @@ class ArrayTask:
         classes: int,
         teacher: Callable[[Shape, int], nn.Module] = models.teacher,
         student: Callable[[str, Shape, int], nn.Module] = models.student,
+        public_weights: bool = False,
     ) -> None:
         """Check and keep the arrays."""
         self._inputs, self._labels = _checked("training", inputs, labels, classes)
@@ -65,6 +68,7 @@ class ArrayTask:
             )
         check_section(len(self._labels), classes, section)
         self.name: str = section.name
+        self.public_weights = public_weights
         self.classes: int = classes
         self.input_shape: Shape = self._inputs.shape[1:]
         self.clients: int = section.clients

@@ -20,7 +20,9 @@ class Task(Protocol):
     """Data and models of one learning problem.
 
     ``public`` and ``test`` live on the server. ``client`` is private: it is called on the device
-    that owns the data, and only when that device is sampled.
+    that owns the data, and only when that device is sampled. Models begin at random weights; a task
+    whose models do not must have an attribute ``public_weights``, true only where no private data
+    went into them.
     """
 
     name: str

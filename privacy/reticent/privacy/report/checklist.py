@@ -218,7 +218,10 @@ def _records(data: dict[str, Any]) -> dict[str, str]:
         "Charge for tuning": (
             "not counted: how many runs were made to choose settings is unknown to the tool"
         ),
-        "Charge for the teacher": "none: the teacher is trained on public data only",
+        "Charge for the teacher": (
+            "none: the teacher is trained on public data only, from random weights or from weights "
+            "that the task's own code declares public; the tool cannot check that declaration"
+        ),
         "Audit (empirical lower bound on ε)": audit_text(data["audit"]),
         "Ledger head": f"{ledger['head']} (entry {ledger['sequence']})" if ledger else elsewhere,
         "Ledger integrity": (

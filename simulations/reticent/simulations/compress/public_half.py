@@ -33,6 +33,7 @@ class PublicHalf:
         self.name, self.classes = task.name, task.classes
         self.input_shape, self.clients = task.input_shape, task.clients
         self.nominal_examples = task.nominal_examples
+        self.public_weights = bool(getattr(task, "public_weights", False))
         self._task, self._seed = task, seed
         count = len(task.public().labels)
         if count < 10:

@@ -1,0 +1,134 @@
+"""Memory that training a large teacher takes: in memory, on disk, and with FSDP2's CPU off-load.
+
+    TMPDIR=folder-on-a-disk python benchmarks/offload.py [--width 2048] [--layers 6]
+
+Each way runs in a process of its own. "Private" is the growth of the memory that only swap could
+take back (RssAnon), at its peak, over the process before there is a model. FSDP2 runs as one
+process on a mesh of CPUs (gloo).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from reticent.core.tasks import Examples
+from reticent.server.public_training import train_public
+
+WAYS = ("none", "disk", "fsdp2")
+EPOCHS = 3
+
+
+def teacher(width: int, layers: int) -> nn.Sequential:
+    """Return a perceptron with about ``layers`` times ``width`` squared parameters."""
+    torch.manual_seed(0)
+    deep = [layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), *deep, nn.Linear(width, 4))
+
+
+def examples() -> Examples:
+    """Return 50 examples, which are one batch."""
+    generator = torch.Generator().manual_seed(0)
+    return Examples(torch.randn(50, 8, generator=generator), torch.arange(50) % 4)
+
+
+def private_bytes() -> int:
+    """Return the private resident memory of this process."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@contextmanager
+def peak(found: dict[str, float]) -> Iterator[None]:
+    """Put the largest growth of private memory while the block runs into ``found``."""
+    before, done = private_bytes(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found["private"] = max(found.get("private", 0), private_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def sharded(model: nn.Sequential) -> None:
+    """Train as :func:`train_public` does, sharded over one CPU and with off-load to the CPU."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29617")
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    # Memory is pinned for an accelerator, and asking for it without one is an error.
+    policy = CPUOffloadPolicy(pin_memory=False)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.001)
+    inputs, labels = examples()
+    for _ in range(EPOCHS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    dist.destroy_process_group()
+
+
+def measure(way: str, width: int, layers: int) -> dict[str, float | str]:
+    """Train in this process and return parameters, peak private memory and seconds."""
+    torch.set_num_threads(1)
+    train_public(teacher(8, 1), examples(), 1, 0.001, 0, "warm-up")
+    found: dict[str, float] = {}
+    began = time.monotonic()
+    with peak(found):
+        model = teacher(width, layers)
+        if way == "fsdp2":
+            sharded(model)
+        else:
+            train_public(model, examples(), EPOCHS, 0.001, 0, "large", offload=way)
+    seconds = time.monotonic() - began
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"way": way, "parameters": parameters, "seconds": seconds, **found}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options.way, options.width, options.layers)))
+        return
+    print("| off-load | parameters | private memory at its peak | seconds |\n|---|---:|---:|---:|")
+    for way in WAYS:
+        command = [sys.executable, __file__, "--way", way]
+        command += ["--width", str(options.width), "--layers", str(options.layers)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"| {way} | {row['parameters']:,} | {row['private'] / 2**20:,.0f} MiB | "
+            f"{row['seconds']:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

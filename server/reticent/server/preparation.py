@@ -99,6 +99,7 @@ def _stored(plan: Plan, task: Task, journal: Journal, say: Say, prepared: Prepar
         start = _made(plan, task, say, None)
     else:
         decides = plan.model_dump(mode="json", include={"seed", "task", "teacher", "student"})
+        decides["personal"] = plan.federation.local.personal
         key = json.dumps(decides, sort_keys=True)
         if key not in prepared.starts:
             prepared.starts[key] = _made(plan, task, say, prepared.teachers)

@@ -20,7 +20,7 @@ def check_codecs(plan: Plan) -> None:
 
     Raises:
         PlanError: If a codec is unknown, or not admitted under the plan's trust or with the plan's
-            error feedback.
+            error feedback or control variates.
     """
     codec = build_codec(plan.updates.codec)
     build_codec(plan.updates.broadcast)
@@ -31,6 +31,12 @@ def check_codecs(plan: Plan) -> None:
             f"updates.error_feedback=true: must be false with updates.codec="
             f"{list(plan.updates.codec)}: only a codec whose error is shorter than the update "
             "converges with it: topk, sign or lowrank; an unbiased codec needs no feedback"
+        )
+    if plan.federation.local.scaffold and codec.contracts:
+        raise PlanError(
+            f"federation.local.scaffold=true: must be false with updates.codec="
+            f"{list(plan.updates.codec)}: what a biased codec leaves out of an update would be "
+            "missing from the control variates for good; use a dither, an int codec or identity"
         )
     privacy = plan.private
     if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":

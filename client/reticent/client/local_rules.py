@@ -80,4 +80,6 @@ def variate_after(own: Vector, control: Vector, sent: NDArray[np.floating], step
         sent: The update as the server reads it: decoded, and bounded where the server bounds it.
         steps: Local steps of a round.
     """
-    return (own - control.astype(np.float64) + sent.astype(np.float64) / steps).astype(np.float32)
+    after = own - control.astype(np.float64) + sent.astype(np.float64) / steps
+    with np.errstate(over="ignore", invalid="ignore"):
+        return after.astype(np.float32)

@@ -62,23 +62,25 @@ class LocalState:
         return rule_of(local, trainer.split, start, control, self.own)
 
     def keep_layers(self, order: Order, trainer: LocalTrainer, total: Vector) -> None:
-        """Store the personal layers after a round whose steps sum to ``total``.
-
-        Layers that diverged, which only steps without a bound can do, stay as they were.
-        """
+        """Store the personal layers after a round whose steps sum to ``total``."""
         if not len(self.layers):
             return
         rate = trainer.plan.federation.learning_rate
         moved = self.layers - rate * trainer.split.personal(total).astype(np.float64)
-        fresh = moved.astype(np.float32)
-        self.kept_layers.keep(order.round, fresh if np.isfinite(fresh).all() else self.layers)
+        self.kept_layers.keep(order.round, _finite(moved.astype(np.float32), self.layers))
 
     def keep_variate(
         self, order: Order, plan: Plan, control: Vector, sent: NDArray[np.floating]
     ) -> None:
         """Store the control variate after a round in which the server reads ``sent``."""
         steps = plan.federation.steps_per_round
-        self.kept_own.keep(order.round, variate_after(self.own, control, sent, steps))
+        fresh = variate_after(self.own, control, sent, steps)
+        self.kept_own.keep(order.round, _finite(fresh, self.own))
+
+
+def _finite(fresh: Vector, before: Vector) -> Vector:
+    """Return ``fresh``, or ``before`` if it diverged, which only steps without a bound can do."""
+    return fresh if np.isfinite(fresh).all() else before
 
 
 def kept(what: str, order: Order, environment: Environment) -> Kept:

@@ -32,8 +32,8 @@ def require_rehearsal(plan: Plan) -> None:
     """Check that rounds of ``plan`` can be rehearsed.
 
     Raises:
-        PlanError: If its unit is a client, whose updates depend on how data are dealt to clients, or
-            its devices do more than follow the gradient, which one rehearsing client cannot show.
+        PlanError: If its unit is a client, whose updates depend on how data are dealt to clients,
+            or its devices do more than follow the gradient, which one client cannot show.
     """
     if plan.federation.local != Local():
         raise PlanError(

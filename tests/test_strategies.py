@@ -387,12 +387,22 @@ def test_what_has_no_effect_or_no_proof_is_refused(overrides: list[str], message
         parse_plan("", [*SMALL, *overrides])
 
 
-@pytest.mark.parametrize("codec", ["topk:0.1", "sign", "lowrank:2"])
-def test_codecs_that_leave_something_out_are_refused_with_control_variates(codec: str) -> None:
+@pytest.mark.parametrize("codec", ["topk:0.1", "randk", "sign", "drive", "lowrank:2", "int4"])
+def test_codecs_whose_error_grows_with_the_update_are_refused_with_control_variates(
+    codec: str,
+) -> None:
     chosen = [*SMALL, *LOCAL, f'updates.codec=["{codec}"]']
     check_codecs(parse_plan("", chosen))
-    with pytest.raises(PlanError, match=r"scaffold=true.*missing from the control variates"):
+    with pytest.raises(PlanError, match=r"scaffold=true.*its error grows with the update"):
         check_codecs(parse_plan("", [*chosen, SCAFFOLD]))
+
+
+def test_a_dither_needs_a_public_step_or_eight_bits_with_control_variates() -> None:
+    four, eight = 'updates.codec=["dither4"]', 'updates.codec=["dither8","ans"]'
+    with pytest.raises(PlanError, match="which diverges; use identity or 8 bits$"):
+        check_codecs(parse_plan("", [*OFF, SCAFFOLD, four]))
+    for given in ([*OFF, eight], [*SMALL, *CLIENT, four], [*SMALL, *LOCAL, eight]):
+        check_codecs(parse_plan("", [*given, SCAFFOLD]))
 
 
 @pytest.mark.parametrize(

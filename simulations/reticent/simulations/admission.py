@@ -6,6 +6,9 @@ from reticent.compression.codec import build_codec
 from reticent.core.errors import PlanError
 from reticent.core.plan import Plan
 
+_FINE = {"identity", "int8", "int8:shared", "dither8", "dither8:blocks"}
+"""Quantizers whose error is a small share of the update, whatever scale they take from it."""
+
 
 def check_codecs(plan: Plan) -> None:
     """Refuse codecs that would break the plan's guarantee.
@@ -32,13 +35,15 @@ def check_codecs(plan: Plan) -> None:
             f"{list(plan.updates.codec)}: only a codec whose error is shorter than the update "
             "converges with it: topk, sign or lowrank; an unbiased codec needs no feedback"
         )
-    if plan.federation.local.scaffold and codec.contracts:
+    privacy = plan.private
+    fixed = privacy is not None and codec.error == "independent"
+    if plan.federation.local.scaffold and not (fixed or _FINE & set(codec.names)):
         raise PlanError(
             f"federation.local.scaffold=true: must be false with updates.codec="
-            f"{list(plan.updates.codec)}: what a biased codec leaves out of an update would be "
-            "missing from the control variates for good; use a dither, an int codec or identity"
+            f"{list(plan.updates.codec)}: its error grows with the update, and control variates "
+            "add it to the next one, which diverges; use identity or 8 bits"
+            + (" or, with one public step, dither2 to dither8" if privacy else "")
         )
-    privacy = plan.private
     if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":
         return
     if privacy.unit == "client":

@@ -60,7 +60,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     steps = messages * federation.steps_per_round
     return {
         "plan": plan.digest,
-        "parameters": trainer.layout.size,
+        "parameters": trainer.split.travels.size,
         "privacy": _privacy(plan, schedule),
         "bytes": {
             "up": up,

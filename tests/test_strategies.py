@@ -184,6 +184,9 @@ def test_control_variates_are_scaffold(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, own[client], atol=2e-5)
     plain = simulate(parse_plan("", OFF), tmp_path / "plain")
     assert np.linalg.norm(state_of(plain).weights - x) > 1e-2
+    for with_it, without in zip(run.read_metrics(), plain.read_metrics(), strict=True):
+        assert with_it["bytes_up"] == without["bytes_up"]
+        assert with_it["bytes_down"] == 2 * without["bytes_down"]
 
 
 def test_the_first_round_of_scaffold_is_federated_averaging_exactly(tmp_path: Path) -> None:
@@ -399,7 +402,7 @@ def test_codecs_whose_error_grows_with_the_update_are_refused_with_control_varia
 
 def test_a_dither_needs_a_public_step_or_eight_bits_with_control_variates() -> None:
     four, eight = 'updates.codec=["dither4"]', 'updates.codec=["dither8","ans"]'
-    with pytest.raises(PlanError, match="which diverges; use identity or 8 bits$"):
+    with pytest.raises(PlanError, match=r"which diverges; use identity or 8 bits$"):
         check_codecs(parse_plan("", [*OFF, SCAFFOLD, four]))
     for given in ([*OFF, eight], [*SMALL, *CLIENT, four], [*SMALL, *LOCAL, eight]):
         check_codecs(parse_plan("", [*given, SCAFFOLD]))

@@ -58,12 +58,13 @@ PROMISES = {
         "privacy.unit=client",
         "privacy.epsilon=8",
         "privacy.clip=3.0",
-        "task.clients=400",
+        "task.clients=200",
         "task.partition.examples_per_client=60",
-        "federation.clients_per_round=100",
+        "federation.clients_per_round=50",
+        "federation.rounds=10",
     ],
 }
-RATES = {"sgd": 0.1, "sgd x 3": 0.3, "momentum": 0.03, "adam": 0.01, "yogi": 0.01, "adagrad": 0.03}
+RATES = {"sgd": 0.1, "sgd x 3": 0.3, "momentum": 0.1, "adam": 0.01, "yogi": 0.01, "adagrad": 0.1}
 SCAN = {
     "sgd": (0.03, 0.1, 0.3),
     "momentum": (0.01, 0.03, 0.1),

@@ -402,7 +402,7 @@ def test_codecs_whose_error_grows_with_the_update_are_refused_with_control_varia
 
 def test_a_dither_needs_a_public_step_or_eight_bits_with_control_variates() -> None:
     four, eight = 'updates.codec=["dither4"]', 'updates.codec=["dither8","ans"]'
-    with pytest.raises(PlanError, match=r"which diverges; use identity or 8 bits$"):
+    with pytest.raises(PlanError, match=r"into the next one; use identity or 8 bits$"):
         check_codecs(parse_plan("", [*OFF, SCAFFOLD, four]))
     for given in ([*OFF, eight], [*SMALL, *CLIENT, four], [*SMALL, *LOCAL, eight]):
         check_codecs(parse_plan("", [*given, SCAFFOLD]))

@@ -41,7 +41,7 @@ def check_codecs(plan: Plan) -> None:
         raise PlanError(
             f"federation.local.scaffold=true: must be false with updates.codec="
             f"{list(plan.updates.codec)}: its error grows with the update, and control variates "
-            "add it to the next one, which diverges; use identity or 8 bits"
+            "feed it back into the next one; use identity or 8 bits"
             + (" or, with one public step, dither2 to dither8" if privacy else "")
         )
     if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from reticent.client.residuals import Residuals
+from reticent.client.kept import Kept
 from reticent.compression.codec import build_codec
 from reticent.core.errors import DataError, PlanError
 from reticent.core.plan import parse_plan
@@ -20,35 +20,36 @@ from reticent.simulations.admission import check_codecs
 from reticent.simulations.simulate import simulate
 
 SIZE = 40
+ZEROS = np.zeros(SIZE, dtype=np.float32)
 
 
-def residuals(folder: Path, run: str = "run", device: str = "device/../x") -> Residuals:
-    return Residuals(folder, device, run)
+def residuals(folder: Path, run: str = "run", device: str = "device/../x") -> Kept:
+    return Kept(folder, device, run)
 
 
 def test_a_round_finds_what_the_latest_earlier_one_left(tmp_path: Path) -> None:
     kept = residuals(tmp_path)
-    assert not kept.before(1, SIZE).any()
+    assert not kept.before(1, ZEROS).any()
     for number in (1, 2, 5):
         kept.keep(number, np.full(SIZE, number, dtype=np.float32))
-    assert kept.before(7, SIZE)[0] == 5
-    assert kept.before(5, SIZE)[0] == 2  # the same round again
-    assert not kept.before(2, SIZE).any()  # older ones are gone
+    assert kept.before(7, ZEROS)[0] == 5
+    assert kept.before(5, ZEROS)[0] == 2  # the same round again
+    assert not kept.before(2, ZEROS).any()  # older ones are gone
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    assert not residuals(tmp_path, run="other").before(9, SIZE).any()
-    assert not residuals(tmp_path, device="other").before(9, SIZE).any()
+    assert not residuals(tmp_path, run="other").before(9, ZEROS).any()
+    assert not residuals(tmp_path, device="other").before(9, ZEROS).any()
     assert all(tmp_path in path.parents for path in tmp_path.rglob("*"))
 
 
 def test_a_restart_finds_it_too(tmp_path: Path) -> None:
     script = (
-        "import numpy as np, pathlib; from reticent.client.residuals import Residuals;"
-        f"Residuals(pathlib.Path({str(tmp_path)!r}), 'device/../x', 'run')"
+        "import numpy as np, pathlib; from reticent.client.kept import Kept;"
+        f"Kept(pathlib.Path({str(tmp_path)!r}), 'device/../x', 'run')"
         f".keep(3, np.arange({SIZE}, dtype=np.float32)); import os; os._exit(9)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == 9
-    assert np.array_equal(residuals(tmp_path).before(4, SIZE), np.arange(SIZE))
+    assert np.array_equal(residuals(tmp_path).before(4, ZEROS), np.arange(SIZE))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,9 @@ def test_a_restart_finds_it_too(tmp_path: Path) -> None:
         b"",
         b"no tensors",
         save({"other": np.zeros(SIZE, np.float32)}),
-        save({"residual": np.zeros(SIZE)}),
-        save({"residual": np.zeros(SIZE + 1, np.float32)}),
-        save({"residual": np.full(SIZE, np.nan, np.float32)}),
+        save({"vector": np.zeros(SIZE)}),
+        save({"vector": np.zeros(SIZE + 1, np.float32)}),
+        save({"vector": np.full(SIZE, np.nan, np.float32)}),
     ],
 )
 def test_a_damaged_file_is_named_and_not_used(data: bytes, tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_damaged_file_is_named_and_not_used(data: bytes, tmp_path: Path) -> No
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(data)
     with pytest.raises(DataError, match="delete it"):
-        kept.before(2, SIZE)
+        kept.before(2, ZEROS)
 
 
 @pytest.mark.parametrize("name", ["topk:0.1", "sign", "lowrank:1"])

@@ -27,6 +27,14 @@ from reticent.server.optimizer import Accumulator, ServerState, apply_round
             Optimizer(kind="adam", learning_rate=0.01, momentum=0.9),
             lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.99), eps=1e-8),
         ),
+        (
+            Optimizer(kind="adam", momentum=0.5, second_momentum=0.9, adaptivity=0.1),
+            lambda p: torch.optim.Adam(p, lr=0.004, betas=(0.5, 0.9), eps=0.1),
+        ),
+        (
+            Optimizer(kind="adagrad", learning_rate=0.1, momentum=0.0, adaptivity=0.01),
+            lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=1e-4, eps=0.01),
+        ),
     ],
 )
 def test_steps_are_those_of_torch(section: Optimizer, make: object) -> None:
@@ -43,6 +51,32 @@ def test_steps_are_those_of_torch(section: Optimizer, make: object) -> None:
     np.testing.assert_allclose(state.weights, parameter.detach().numpy(), atol=2e-5)
     assert state.round == 20
     assert (state.average == state.weights).all()
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "yogi"])
+def test_steps_are_those_of_reddi_et_al(kind: str) -> None:
+    """Algorithm 2 of the paper, written out; its x moves by +delta, ours by -gradient."""
+    rate, beta, beta2, tau = 0.03, 0.8, 0.95, 1e-3
+    given = {} if kind == "adagrad" else {"second_momentum": beta2}
+    section = Optimizer(kind=kind, learning_rate=rate, momentum=beta, adaptivity=tau, **given)
+    generator = np.random.default_rng(3)
+    x = generator.standard_normal(50)
+    state = ServerState.begin(x.astype(np.float32))
+    m, v, scale = np.zeros(50), np.full(50, tau**2), 10.0 ** generator.integers(-4, 2, 50)
+    for _ in range(30):
+        delta = scale * generator.standard_normal(50)
+        m = beta * m + (1 - beta) * delta
+        v = (
+            v + delta**2
+            if kind == "adagrad"
+            else v - (1 - beta2) * delta**2 * np.sign(v - delta**2)
+        )
+        x = x + rate * m / (np.sqrt(v) + tau)
+        state = apply_round(state, -delta, section, decay=0.0)
+    np.testing.assert_allclose(state.weights, x, atol=1e-5)
+    np.testing.assert_allclose(state.second, v, rtol=1e-12)
+    other = apply_round(ServerState.begin(state.weights), delta, section, decay=0.0)
+    assert abs(other.second - tau**2).max() > 0, "the second moment starts at tau squared and moves"
 
 
 def test_the_average_follows_the_models() -> None:

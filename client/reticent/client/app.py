@@ -67,13 +67,14 @@ def build_client_app(
             order = Order.from_config(dict(content.config_records["order"]))
             payload = unpack(content, "broadcast")
             marks = unpack(content, "change") if "change" in content else b""
+            control = unpack(content, "control") if "control" in content else b""
         except (PayloadError, KeyError) as error:
             raise Refused(Refusal.BAD_ORDER) from error
         constants = _constants(content, context, order)
         environment = environment_of(context)
         _check_anchor(environment, content)
         released = run_round(
-            order, plan_of(context), constants, payload, environment, marks, context.state
+            order, plan_of(context), constants, payload, environment, marks, context.state, control
         )
         return egress(message, released, _statement(environment, order, released))
 

@@ -14,7 +14,7 @@ from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyErro
 from reticent.core.plan import Plan, plan_from_json
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
-from reticent.core.update import Vector
+from reticent.core.update import Layout, Vector
 from reticent.privacy.client_level import ClipRule, clipped, finite, is_within, with_bit
 from reticent.privacy.events import Event, NonPrivate
 from reticent.privacy.ledger import BudgetExceeded
@@ -23,7 +23,7 @@ from reticent.privacy.schedule import schedule_with
 
 from .downlink import ModelMissing, changed, remember
 from .environment import Environment
-from .residuals import Residuals
+from .local_state import LocalState, kept
 from .training import LocalTrainer
 from .wire import Wire, noisy_step, wire_of
 
@@ -46,6 +46,12 @@ class Site:
     codec: Codec
     broadcast: Codec
     delta: Codec | None
+    control: Codec
+
+    @property
+    def travels(self) -> Layout:
+        """Layout of what is broadcast and sent."""
+        return self.trainer.split.travels
 
 
 @lru_cache(maxsize=4)
@@ -58,10 +64,10 @@ def _site(plan_text: str, constants: bytes) -> Site:
     plan = _plan(plan_text)
     task = load_task(plan.task, plan.seed)
     trainer = LocalTrainer(plan, task, Constants.decode(constants))
-    updates, layout = plan.updates, trainer.layout
+    updates, layout = plan.updates, trainer.split.travels
     up, down = build_codec(updates.codec, layout), build_codec(updates.whole, layout)
     delta = build_codec(updates.delta, layout) if updates.delta else None
-    return Site(plan, task, trainer, up, down, delta)
+    return Site(plan, task, trainer, up, down, delta, build_codec(updates.broadcast, layout))
 
 
 @lru_cache(maxsize=2)
@@ -98,7 +104,7 @@ def allows_clip(plan: Plan, clip: float) -> bool:
 
 def _model(site: Site, payload: bytes, marks: bytes, state: RecordDict) -> Vector:
     """Return the model to train on; where the plan sends changes, keep it for the next one."""
-    blocks = site.trainer.layout.blocks
+    blocks = site.travels.blocks
     if site.delta is None:
         return _broadcast(site.broadcast, payload, blocks)
     if marks:
@@ -109,6 +115,13 @@ def _model(site: Site, payload: bytes, marks: bytes, state: RecordDict) -> Vecto
     return model
 
 
+def _control(site: Site, payload: bytes) -> Vector:
+    """Return the server's control variate, float32 ``(travels.size,)``; empty without them."""
+    if not site.plan.federation.local.scaffold:
+        return np.zeros(0, dtype=np.float32)
+    return _broadcast(site.control, payload, site.travels.blocks)
+
+
 def run_round(
     order: Order,
     plan_text: str,
@@ -117,11 +130,12 @@ def run_round(
     environment: Environment,
     marks: bytes = b"",
     state: RecordDict | None = None,
+    control: bytes = b"",
 ) -> Released[bytes]:
     """Run one round and return what is released.
 
     ``payload`` is a whole model, or with ``marks`` a change of the one in ``state``
-    (:mod:`.downlink`).
+    (:mod:`.downlink`). ``control`` is the server's control variate, where the plan has them.
 
     Order of events: the whole round is charged and on disk before an example is touched; the
     encoded update is on disk (on a real device) before it is handed on.
@@ -139,6 +153,7 @@ def run_round(
     try:
         site = _site(plan_text, constants)
         start = _model(site, payload, marks, RecordDict() if state is None else state)
+        common = _control(site, control)
     except ModelMissing as error:
         raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
@@ -147,7 +162,7 @@ def run_round(
         event = _charge(order, plan, environment)
         if stored := _stored(order, environment):
             return Released(stored, event)
-        encoded = _train(order, site, start, environment)
+        encoded = _train(order, site, start, common, environment)
         _store(order, environment, encoded)
     except BudgetExceeded as error:
         raise Refused(Refusal.BUDGET) from error
@@ -188,29 +203,38 @@ def _store(order: Order, environment: Environment, encoded: bytes) -> None:
         environment.ledger.store_release(environment.device, order.run, order.round, encoded)
 
 
-def _train(order: Order, site: Site, start: Vector, environment: Environment) -> bytes:
+def _train(
+    order: Order, site: Site, start: Vector, control: Vector, environment: Environment
+) -> bytes:
+    trainer, privacy = site.trainer, site.plan.private
     try:
         examples = site.task.client(environment.client)
     except DataError as error:
         raise Refused(Refusal.NO_DATA) from error
     path = (order.run, environment.client, order.round)
     step = noisy_step(site.plan, order)
+    own = LocalState.before(order, trainer, environment)
+    whole = trainer.split.whole(start, own.layers)
+    rule = own.rule(trainer, whole, control)
     # Where single gradients are not clipped, training may diverge: the update is then neutralised.
     with np.errstate(over="ignore", invalid="ignore"):
-        update = site.trainer.pseudo_gradient(start, examples, step, environment.randomness, path)
+        total = trainer.pseudo_gradient(whole, examples, step, environment.randomness, path, rule)
+        own.keep_layers(order, trainer, total)
+    update = trainer.split.shared(total)
     # The seed of the dither comes from the same source as the noise: on a device nobody can guess
     # it, and only the server reads it from the payload.
     key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
     generator = np.random.Generator(np.random.Philox(key=key))
-    privacy, wire = site.plan.private, wire_of(site.plan, step, order.clip, len(update))
-    blocks = site.trainer.layout.blocks
+    wire, blocks = wire_of(site.plan, step, order.clip, len(update)), site.travels.blocks
     if site.plan.updates.error_feedback:
         return _with_feedback(order, site, wire, update, generator, environment)
-    if privacy is None or privacy.unit == "example":
-        return wire.encode(site.codec, update, blocks, generator)
-    bounded = clipped(update, order.clip).astype(np.float32)
+    bounds = privacy is not None and privacy.unit == "client"
+    bounded = clipped(update, order.clip).astype(np.float32) if bounds else update
     encoded = wire.encode(site.codec, bounded, blocks, generator)
-    if privacy.clip_quantile is None:
+    if site.plan.federation.local.scaffold:
+        sent = site.codec.decode(encoded, blocks)
+        own.keep_variate(order, site.plan, control, clipped(sent, order.clip) if bounds else sent)
+    if privacy is None or privacy.clip_quantile is None:
         return encoded
     return with_bit(encoded, inside=is_within(finite(update), order.clip))
 
@@ -225,11 +249,13 @@ def _with_feedback(
 ) -> bytes:
     """Encode ``update`` and what was left out before it, and keep what is left out now.
 
-    ``update`` holds its noise already (the plan refuses anything else), so this is post-processing.
+    Error feedback (Seide et al. 2014; Karimireddy et al. 2019, algorithm 2): a device encodes its
+    update plus what the codec left out of the ones before. ``update`` holds its noise already (the
+    plan refuses anything else), so this is post-processing.
     """
-    blocks = site.trainer.layout.blocks
-    kept = Residuals(environment.ledger.folder / "residuals", environment.device, order.run)
-    wanted = update + kept.before(order.round, len(update))
+    blocks = site.travels.blocks
+    residuals = kept("residuals", order, environment)
+    wanted = update + residuals.before(order.round, np.zeros_like(update))
     payload = wire.encode(site.codec, wanted, blocks, generator)
-    kept.keep(order.round, wanted - site.codec.decode(payload, blocks))
+    residuals.keep(order.round, wanted - site.codec.decode(payload, blocks))
     return payload

@@ -16,12 +16,15 @@ from torch.nn import functional as F
 from reticent.compression.quantize import training_swap
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError, PayloadError
+from reticent.core.personal import split_of
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
 from reticent.privacy.clipping import ClippedGradients, Loss
 from reticent.privacy.randomness import Randomness
+
+from .local_rules import PLAIN, LocalRule
 
 
 def student_model(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
@@ -64,14 +67,18 @@ class LocalTrainer:
         Raises:
             DataError: If the mask does not fit the student, or the student mixes examples.
             PayloadError: If the soft labels are not those of the task's classes (a table that lacks
-                a label would make training fail on the batches that hold it, and no others), or
-                the structure is not one that the plan and the task allow.
+                a label would make training fail on the batches that hold it, and no others), the
+                structure is not one that the plan and the task allow, or the personal layers have
+                another size.
+            PlanError: If the plan's personal layers are no layers of the student, or all of them.
         """
         _check_soft_labels(constants, task)
-        self._plan = plan
+        self.plan = plan
         self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
+        self.split = split_of(self.layout, plan.federation.local.personal)
+        self.layers: Vector = self.split.kept(constants.personal)
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
         self._swap = training_swap(plan.student.quantize)
         if plan.private is not None and plan.private.unit == "example":
@@ -80,11 +87,11 @@ class LocalTrainer:
     @property
     def steps(self) -> int:
         """Local steps of a round."""
-        return self._plan.federation.steps_per_round
+        return self.plan.federation.steps_per_round
 
     @cached_property
     def _clipped(self) -> ClippedGradients:
-        private = self._plan.private
+        private = self.plan.private
         clipping = private.clipping if private else "flat"
         return ClippedGradients(self._model, self.layout, clipping=clipping)
 
@@ -95,13 +102,14 @@ class LocalTrainer:
         step: NoisyStep,
         randomness: Randomness,
         path: tuple[str | int, ...],
+        rule: LocalRule = PLAIN,
     ) -> Vector:
         """Run the plan's local steps from ``start`` and return the sum of the noised steps.
 
         Each step draws a Poisson batch at the plan's rate, sums the clipped gradients, adds
-        N(0, noise^2) to every coordinate (on empty batches too), divides by the public denominator
-        and moves along it. Neither the scale, nor the size, nor the number of steps depends on how
-        many examples the client holds.
+        N(0, noise^2) to every coordinate (on empty batches too), divides by the public
+        denominator, adds what the rule adds and moves along it. Neither the scale, nor the size,
+        nor the number of steps depends on how many examples the client holds.
 
         Args:
             start: The broadcast parameters, float32 ``(size,)``.
@@ -109,11 +117,12 @@ class LocalTrainer:
             step: Public constants.
             randomness: Source of batches and noise.
             path: Names the streams: run, round and client.
+            rule: What is added to each noised gradient.
 
         Returns:
-            float32 ``(size,)``: with one step, the noised mean gradient at ``start``.
+            float32 ``(size,)``: with one plain step, the noised mean gradient at ``start``.
         """
-        federation = self._plan.federation
+        federation = self.plan.federation
         weights, total = start, np.zeros(self.layout.size, dtype=np.float64)
         for index in range(federation.steps_per_round):
             self.layout.write(self._model, weights)
@@ -124,6 +133,7 @@ class LocalTrainer:
                 noise = randomness.stream("noise", *path, index).normal(self.layout.size)
                 gradient += step.noise * noise
             gradient /= step.denominator
+            gradient = rule.corrected(gradient, weights)
             total += gradient
             weights = (weights - federation.learning_rate * gradient).astype(np.float32)
         return total.astype(np.float32)
@@ -144,7 +154,7 @@ class LocalTrainer:
 
     @property
     def _loss(self) -> Loss:
-        distill = self._plan.student.distill
+        distill = self.plan.student.distill
         if self._soft is None or distill.local_weight == 0:
             return _cross_entropy
         soft, weight, heat = self._soft, distill.local_weight, distill.temperature

@@ -82,8 +82,8 @@ def wire_of(plan: Plan, noisy: NoisyStep, clip: float, size: int) -> Wire:
     """Return the constants of ``plan`` for updates of ``size`` numbers, under an order's bound.
 
     With unit ``example`` a payload has room for the noise and for gradients of the length of one
-    expected batch whose clipped gradients all point the same way; with unit ``client`` for an
-    update at its bound.
+    expected batch whose clipped gradients all point the same way (with control variates, which are
+    such updates themselves, for three of each); with unit ``client`` for an update at its bound.
     """
     privacy, steps = plan.private, plan.federation.steps_per_round
     if privacy is None:
@@ -94,7 +94,9 @@ def wire_of(plan: Plan, noisy: NoisyStep, clip: float, size: int) -> Wire:
     else:
         step = quantization_step(noisy, plan.updates.step)
         noise = noisy.noise / noisy.denominator
-        deviation = math.hypot(math.sqrt(steps) * noise, steps * clip / max(1, size) ** 0.5)
+        terms = plan.federation.local.terms
+        signal = terms * steps * clip / max(1, size) ** 0.5
+        deviation = math.hypot(math.sqrt(terms * steps) * noise, signal)
     return Wire(step, deviation if plan.updates.pad else None)
 
 

@@ -423,11 +423,66 @@ class Privacy(Section):
 
 
 class Optimizer(Section):
-    """The server's optimizer over the averaged pseudo-gradient (Reddi et al. 2021)."""
+    """The server's optimizer over the averaged pseudo-gradient (Reddi et al. 2021).
 
-    kind: Literal["sgd", "adam"] = "adam"
+    Attributes:
+        kind: ``sgd`` with heavy-ball momentum, ``adam``, ``yogi`` or ``adagrad``.
+        learning_rate: Step size.
+        momentum: Of ``sgd``; beta1 of the others.
+        second_momentum: beta2 of ``adam`` and ``yogi``.
+        adaptivity: tau, what is added to the root of the second moment; not of ``sgd``.
+    """
+
+    kind: Literal["sgd", "adam", "yogi", "adagrad"] = "adam"
     learning_rate: Positive = 0.004
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Share = 0.9
+    second_momentum: Share = 0.99
+    adaptivity: Positive = 1e-8
+
+    @model_validator(mode="after")
+    def _moments_have_effect(self) -> Self:
+        if self.kind in ("sgd", "adagrad") and self.second_momentum != 0.99:
+            raise ValueError(
+                f"second_momentum={self.second_momentum}: must be left out when kind is "
+                f'"{self.kind}": only "adam" and "yogi" forget squared gradients'
+            )
+        if self.kind == "sgd" and self.adaptivity != 1e-8:
+            raise ValueError(
+                f'adaptivity={self.adaptivity}: must be left out when kind is "sgd", which divides '
+                "by no second moment"
+            )
+        return self
+
+
+class Local(Section):
+    """What local steps do besides following the gradient, and which layers stay on the device.
+
+    Attributes:
+        proximal: mu of FedProx (Li et al. 2020): every local step adds ``mu * (w - w0)``, a pull
+            back to the broadcast model.
+        scaffold: Control variates (Karimireddy et al. 2020): every local step adds ``c - c_i``, the
+            federation's mean gradient less the device's own, each as of its last round.
+        personal: Layers, or parameters, that every device keeps and trains for itself and that
+            never leave it (Arivazhagan et al. 2019).
+    """
+
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    scaffold: bool = False
+    personal: tuple[str, ...] = ()
+
+    @property
+    def terms(self) -> int:
+        """How many terms as long as a gradient a local step can have."""
+        return 3 if self.scaffold else 1
+
+    @model_validator(mode="after")
+    def _one_remedy(self) -> Self:
+        if self.proximal and self.scaffold:
+            raise ValueError(
+                f"proximal={self.proximal}: must be 0 when scaffold is true: the pull would be "
+                "taken for the device's gradient in its control variate"
+            )
+        return self
 
 
 class Federation(Section):
@@ -446,6 +501,7 @@ class Federation(Section):
         timeout: Seconds to wait for the replies of a round.
         eval_every: The server tests the model after every so many rounds, and after the last.
         server: The server's optimizer.
+        local: What local steps do besides following the gradient.
         average: Decay of an exponential moving average of the models (a function of released
             models, so it costs no privacy); the average is what is deployed. 0 deploys the last
             model.
@@ -461,12 +517,28 @@ class Federation(Section):
     timeout: Positive = 600.0
     eval_every: Count = 5
     server: Optimizer = Optimizer()
+    local: Local = Local()
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     @property
     def quorum(self) -> int:
         """Fewest valid replies for a round to be applied."""
         return self.min_replies or -(-9 * self.clients_per_round // 10)
+
+    @model_validator(mode="after")
+    def _proximal_term_has_effect(self) -> Self:
+        pull, rate = self.local.proximal, self.learning_rate
+        if pull and self.steps_per_round == 1:
+            raise ValueError(
+                f"local.proximal={pull}: must be 0 when steps_per_round is 1: the only step starts "
+                "at the broadcast model, where the proximal term is zero"
+            )
+        if pull * rate > 1:
+            raise ValueError(
+                f"local.proximal={pull}: must be at most 1 / learning_rate = {1 / rate:g}: a step "
+                "would leap over the broadcast model"
+            )
+        return self
 
 
 class Updates(Section):
@@ -567,6 +639,8 @@ class Plan(Section):
                 '"aggregator", because a noise share protects only a gradient sum taken at the '
                 'broadcast model; use privacy.trust="local" for several local steps'
             )
+        if shares:
+            _only_the_broadcast_model(f.local)
         return self
 
     def _teachers_fit(self) -> None:
@@ -614,6 +688,28 @@ class Plan(Section):
     def private(self) -> Privacy | None:
         """The privacy section, or None when privacy is off."""
         return None if self.privacy == "off" else self.privacy
+
+
+def _only_the_broadcast_model(local: Local) -> None:
+    """Refuse what a device keeps between rounds where its updates hold a noise share only.
+
+    Raises:
+        ValueError: Naming the key and the reason.
+    """
+    if local.scaffold:
+        raise ValueError(
+            "federation.local.scaffold=true: must be false when privacy.trust is "
+            '"aggregator" and privacy.unit is "example": a control variate is an update with a '
+            "noise share, and cohorts that differ would add different sums of the same shares to "
+            'the models; use privacy.trust="local" or privacy.unit="client"'
+        )
+    if local.personal:
+        raise ValueError(
+            f"federation.local.personal={list(local.personal)}: must be empty when privacy.trust "
+            'is "aggregator" and privacy.unit is "example": a noise share protects only a gradient '
+            "sum taken at the broadcast model, and a personal layer is not broadcast; use "
+            'privacy.trust="local" or privacy.unit="client"'
+        )
 
 
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:

@@ -131,12 +131,15 @@ class Constants:
             they are those of the task's own student.
         held: float32 ``(n,)``: parameters that are not trained, of a student with adapters; empty
             otherwise.
+        personal: float32 ``(p,)``: first values of the parameters that stay on the devices, masked
+            ones included; empty when all travel.
     """
 
     kept: bytes
     soft_labels: NDArray[np.float32]
     structure: str = ""
     held: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    personal: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def encode(self) -> bytes:
         """Return the constants as safetensors bytes; empty parts that are rare are left out."""
@@ -146,6 +149,8 @@ class Constants:
             arrays["structure"] = np.frombuffer(self.structure.encode("ascii"), dtype=np.uint8)
         if self.held.size:
             arrays["held"] = self.held
+        if self.personal.size:
+            arrays["personal"] = self.personal
         return save(arrays)
 
     @staticmethod
@@ -162,19 +167,20 @@ class Constants:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PayloadError(f"constants are not safetensors: {error}") from error
         kept, soft = arrays.get("kept"), arrays.get("soft_labels")
-        known = {"kept", "soft_labels", "structure", "held"}
+        known = {"kept", "soft_labels", "structure", "held", "personal"}
         if kept is None or soft is None or set(arrays) - known:
             raise PayloadError(
                 f"constants hold {sorted(arrays)}: must hold kept, soft_labels, and at most "
-                "structure and held besides"
+                "structure, held and personal besides"
             )
         square = soft.ndim == 2 and soft.shape[0] == soft.shape[1]
         if kept.dtype != np.uint8 or kept.ndim != 1 or soft.dtype != np.float32 or not square:
             raise PayloadError("constants have arrays of another type or shape")
         if not np.isfinite(soft).all():
             raise PayloadError("constants.soft_labels holds non-finite values")
-        structure, held = _text(arrays.get("structure")), _held(arrays.get("held"))
-        return Constants(kept.tobytes(), soft, structure, held)
+        structure = _text(arrays.get("structure"))
+        held, personal = (_values(arrays.get(name), name) for name in ("held", "personal"))
+        return Constants(kept.tobytes(), soft, structure, held, personal)
 
 
 def _text(codes: NDArray[np.uint8] | None) -> str:
@@ -190,8 +196,8 @@ def _text(codes: NDArray[np.uint8] | None) -> str:
     return codes.tobytes().decode("ascii")
 
 
-def _held(values: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Return the held parameters.
+def _values(values: NDArray[np.float32] | None, name: str) -> NDArray[np.float32]:
+    """Return the parameters that stand under ``name``.
 
     Raises:
         PayloadError: If they are not float32 numbers, or present and none.
@@ -199,7 +205,7 @@ def _held(values: NDArray[np.float32] | None) -> NDArray[np.float32]:
     if values is None:
         return np.zeros(0, dtype=np.float32)
     if values.dtype != np.float32 or values.ndim != 1 or not values.size:
-        raise PayloadError("constants.held has another type or shape")
+        raise PayloadError(f"constants.{name} has another type or shape")
     if not np.isfinite(values).all():
-        raise PayloadError("constants.held holds non-finite values")
+        raise PayloadError(f"constants.{name} holds non-finite values")
     return values

@@ -10,6 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from reticent.core.errors import DataError, LedgerError, RunError
+from reticent.core.personal import split_of
 from reticent.core.run import Run
 from reticent.core.tasks import load_task
 from reticent.privacy.accounting import epsilon
@@ -131,15 +132,18 @@ def _round_plan(settings: Settings, job: Job) -> RoundPlan:
     denominator = job.plan.federation.sampling_rate * job.task.nominal_examples
     if denominator <= 0:
         raise DataError(f"task {job.task.name}: nominal_examples must be at least 1")
-    start = job.start
+    start, local = job.start, job.plan.federation.local
+    split = split_of(start.layout, local.personal)
     return RoundPlan(
         known or settings.identity,
         job.schedule,
         denominator,
-        start.layout,
+        split.travels,
         start.constants,
         start.constants_digest,
         settings.randomness,
+        split if local.personal else None,
+        local.terms,
     )
 
 

@@ -12,8 +12,6 @@ from reticent.core.update import Vector
 
 Floats = NDArray[np.float64]
 
-_ADAM_SECOND, _ADAM_EPSILON = 0.99, 1e-8
-
 
 @dataclass(frozen=True)
 class ServerState:
@@ -24,10 +22,12 @@ class ServerState:
         weights: The model, float32 ``(size,)``.
         average: Exponential moving average of the models, float32 ``(size,)``.
         first: First moment (momentum), float64.
-        second: Second moment (Adam only; zeros otherwise), float64.
+        second: Second moment, float64; zeros with ``sgd``, and before the first round.
         clip: With unit ``client`` the bound of the next round's updates; None otherwise.
         held: Where the plan sends changes, the model that devices trained on last, float32
             ``(size,)``; None otherwise, and before the first round.
+        control: With control variates the federation's, float64 ``(size,)``; None otherwise, and
+            before the first round, when it is zero.
     """
 
     round: int
@@ -37,6 +37,7 @@ class ServerState:
     second: Floats
     clip: float | None = None
     held: Vector | None = None
+    control: Floats | None = None
 
     @staticmethod
     def begin(weights: Vector, clip: float | None = None) -> ServerState:
@@ -51,7 +52,8 @@ def apply_round(
     """Return the state after one step along the averaged pseudo-gradient.
 
     SGD with heavy-ball momentum as in torch.optim.SGD; Adam with bias correction (Kingma and Ba
-    2015; beta2 = 0.99 as in Reddi et al. 2021). The average starts as the plain mean of the first
+    2015); Yogi and Adagrad without, from a second moment of tau**2 (Reddi et al. 2021, algorithm 2,
+    whose Adam has no bias correction either). The average starts as the plain mean of the first
     models, ``min(decay, (1 + t) / (10 + t))``, so that the starting point is soon forgotten.
     """
     step = state.round + 1
@@ -70,9 +72,22 @@ def _direction(
         first = beta * state.first + gradient
         return first, state.second, first
     first = beta * state.first + (1 - beta) * gradient
-    second = _ADAM_SECOND * state.second + (1 - _ADAM_SECOND) * gradient**2
-    corrected = np.sqrt(second / (1 - _ADAM_SECOND**step)) + _ADAM_EPSILON
+    second = _second(state, gradient, optimizer)
+    if optimizer.kind != "adam":
+        return first, second, first / (np.sqrt(second) + optimizer.adaptivity)
+    corrected = np.sqrt(second / (1 - optimizer.second_momentum**step)) + optimizer.adaptivity
     return first, second, first / (1 - beta**step) / corrected
+
+
+def _second(state: ServerState, gradient: Floats, optimizer: Optimizer) -> Floats:
+    """Return the second moment after ``gradient``; its first value is tau**2, Adam's zero."""
+    beta, square = optimizer.second_momentum, gradient**2
+    if optimizer.kind == "adam":
+        return beta * state.second + (1 - beta) * square
+    second = state.second if state.round else state.second + optimizer.adaptivity**2
+    if optimizer.kind == "adagrad":
+        return second + square
+    return second - (1 - beta) * square * np.sign(second - square)
 
 
 class Accumulator:

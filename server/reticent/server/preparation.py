@@ -104,6 +104,7 @@ def _stored(plan: Plan, task: Task, journal: Journal, say: Say, prepared: Prepar
     else:
         # How weights are quantized, which is after all of this, decides nothing.
         key = _deciding(plan, set(Student.model_fields) - {"quantize"})
+        key += f" {plan.federation.local.personal}"
         if key not in prepared.starts:
             prepared.starts[key] = _made(plan, task, say, prepared)
         start = deepcopy(prepared.starts[key])  # the rounds write into its student

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reticent.core.errors import NetworkError
+from reticent.core.personal import Split
 from reticent.core.update import Layout, Vector
 from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
 
 from .client_level import Noised
-from .optimizer import Accumulator
+from .optimizer import Accumulator, Floats
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class RoundPlan:
         run: Identity of the run.
         schedule: The mechanism; None when privacy is off.
         denominator: Expected number of examples in one client's batch.
-        layout: Layout of the student.
+        layout: Layout of what travels.
         constants: Encoded public constants, sent once to each client.
         constants_digest: Their SHA-256.
         randomness: Where the server's own noise comes from (unit ``client``); dithering of the
             broadcast and the cohorts are public and seeded by the plan.
+        split: Which of the model's coordinates travel; None for all of them.
+        terms: How many terms as long as a gradient a local step can have.
     """
 
     run: str
@@ -38,19 +41,30 @@ class RoundPlan:
     constants: bytes
     constants_digest: str
     randomness: Randomness = field(default_factory=SystemRandomness)
+    split: Split | None = None
+    terms: int = 1
+
+    def shared(self, weights: Vector) -> Vector:
+        """Return the part of a model that travels."""
+        return weights if self.split is None else self.split.shared(weights)
+
+    def spread(self, gradient: Floats) -> Floats:
+        """Return a gradient of what travels as one of the whole model: zero for what does not."""
+        return gradient if self.split is None else self.split.spread(gradient)
 
     @property
     def bound(self) -> float:
         """Largest L2 norm of an update that is accepted; with unit ``client`` all are bounded.
 
         So far above what an honest client can send (100 times the expected batch, all gradients
-        aligned, plus four times the noise) that applying it does not depend on honest data.
+        aligned, plus four times the noise, in each term of a step) that applying it does not depend
+        on honest data.
         """
         if self.schedule is None or self.schedule.unit == "client":
             return math.inf
         s = self.schedule
         noise = s.share_multiplier * s.clip / self.denominator * math.sqrt(self.layout.size)
-        return s.steps * (100 * s.clip + 4 * noise)
+        return self.terms * s.steps * (100 * s.clip + 4 * noise)
 
 
 @dataclass

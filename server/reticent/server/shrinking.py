@@ -14,6 +14,7 @@ from reticent.compression.factorize import factorized
 from reticent.compression.fold import folded
 from reticent.compression.structure import describe, student_of
 from reticent.compression.thin import CRITERIA, thinned
+from reticent.core.personal import personal_values
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator, torch_generator
@@ -90,9 +91,10 @@ def constants_of(
         PlanError: If a layer has no description.
         PayloadError: If the devices would refuse the description.
     """
+    personal = personal_values(student, plan.federation.local.personal)
     if not plan.student.reshaped:
-        return Constants(kept, soft_labels)
-    constants = Constants(kept, soft_labels, describe(student), held_values(student))
+        return Constants(kept, soft_labels, personal=personal)
+    constants = Constants(kept, soft_labels, describe(student), held_values(student), personal)
     student_of(task, plan, constants)
     return constants
 

@@ -22,9 +22,10 @@ from reticent.privacy.client_level import split_bit
 from reticent.privacy.schedule import participations
 
 from .client_level import client_level_for
+from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
-from .optimizer import Accumulator, ServerState, apply_round
+from .optimizer import Accumulator, Floats, ServerState, apply_round
 from .rounds import BudgetsSpent, Reading, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
@@ -70,6 +71,7 @@ class PrivateAveraging(Strategy):
         self._committed = committed
         self._codec: Codec = build_codec(plan.updates.codec, constants.layout)
         self._downlink = Downlink(plan, constants.layout)
+        self._variates = ControlVariates(plan, constants.layout)
         self._sent = Broadcast(b"")
         self._holds: dict[int, int] = {}
         self._mechanism = client_level_for(
@@ -140,14 +142,20 @@ class PrivateAveraging(Strategy):
         """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
         tally, federation = self._tally, self._plan.federation
         if self._mechanism is None:
-            gradient = tally.sum.mean()
-            return apply_round(self.state, gradient, federation.server, federation.average)
+            return self._stepped(tally.sum.mean(), tally.sum.count)
         noised = self._mechanism.release(
             tally.sum.total(), tally.sum.count, tally.inside, self._clip, number
         )
         tally.noised = noised
-        state = apply_round(self.state, noised.mean, federation.server, federation.average)
+        state = self._stepped(noised.mean, federation.clients_per_round)
         return replace(state, clip=noised.next_clip)
+
+    def _stepped(self, gradient: Floats, clients: int) -> ServerState:
+        """Return the state after a step along ``gradient``, the mean of ``clients`` updates."""
+        federation, whole = self._plan.federation, self._constants.spread(gradient)
+        control = self._variates.moved(self.state, gradient, clients)
+        state = apply_round(self.state, whole, federation.server, federation.average)
+        return replace(state, control=control)
 
     @property
     def _clip(self) -> float:
@@ -174,7 +182,8 @@ class PrivateAveraging(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Yield one message for each client of the round that has not replied yet."""
-        self._sent = self._downlink.broadcast(self.state.weights, self.state.held, server_round)
+        shared = self._constants.shared(self.state.weights)
+        self._sent = self._downlink.broadcast(shared, self.state.held, server_round)
         order = ConfigRecord({**self._order(server_round).to_config()})
         cohort = [n for n in self._cohort if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
@@ -189,6 +198,9 @@ class PrivateAveraging(Strategy):
             "broadcast": ArrayRecord({"payload": _packed(sent.change or b"")}),
             "change": ArrayRecord({"payload": _packed(sent.marks)}),
         }
+        if (control := self._variates.payload(self.state)) is not None:
+            record = ArrayRecord({"payload": _packed(control)})
+            whole["control"] = change["control"] = record
         for node in cohort:
             # Who was accepted in the last round holds its model; a device that lost it says so.
             latest = sent.change is not None and self._holds.get(node) == number - 1

@@ -6,6 +6,9 @@ from reticent.compression.codec import build_codec
 from reticent.core.errors import PlanError
 from reticent.core.plan import Plan
 
+_FINE = {"identity", "int8", "int8:shared", "dither8", "dither8:blocks"}
+"""Quantizers whose error is a small share of the update, whatever scale they take from it."""
+
 
 def check_codecs(plan: Plan) -> None:
     """Refuse codecs that would break the plan's guarantee.
@@ -20,7 +23,7 @@ def check_codecs(plan: Plan) -> None:
 
     Raises:
         PlanError: If a codec is unknown, or not admitted under the plan's trust or with the plan's
-            error feedback.
+            error feedback or control variates.
     """
     codec = build_codec(plan.updates.codec)
     build_codec(plan.updates.broadcast)
@@ -33,6 +36,14 @@ def check_codecs(plan: Plan) -> None:
             "converges with it: topk, sign or lowrank; an unbiased codec needs no feedback"
         )
     privacy = plan.private
+    fixed = privacy is not None and codec.error == "independent"
+    if plan.federation.local.scaffold and not (fixed or _FINE & set(codec.names)):
+        raise PlanError(
+            f"federation.local.scaffold=true: must be false with updates.codec="
+            f"{list(plan.updates.codec)}: its error grows with the update, and control variates "
+            "feed it back into the next one; use identity or 8 bits"
+            + (" or, with one public step, dither2 to dither8" if privacy else "")
+        )
     if privacy is None or privacy.trust != "aggregator" or codec.error != "dependent":
         return
     if privacy.unit == "client":

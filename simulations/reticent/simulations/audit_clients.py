@@ -13,7 +13,7 @@ from reticent.client.app import pack
 from reticent.client.round import round_event
 from reticent.client.wire import update_step
 from reticent.compression.codec import Codec, build_codec
-from reticent.core.plan import Plan
+from reticent.core.plan import Local, Plan
 from reticent.core.protocol import Constants, Order
 from reticent.core.seeds import derive_key, numpy_generator
 from reticent.core.tasks import Task
@@ -85,6 +85,7 @@ def _plan(plan: Plan, schedule: Schedule, count: int, rounds: int, seed: int) ->
     """Return the plan with the audit's clients and rounds, and the noise that it had before."""
     own = int.from_bytes(derive_key(seed, "audit", plan.digest, count)[:7], "big")
     sizes = {"clients_per_round": count, "min_replies": 1, "rounds": rounds, "retries": 0}
+    sizes |= {"local": Local()}  # what canary clients send does not depend on it
     noise = {"epsilon": None, "noise_multiplier": schedule.noise_multiplier}
     return plan.model_copy(
         update={

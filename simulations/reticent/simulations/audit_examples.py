@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from reticent.client.round import run_round
 from reticent.compression.codec import Codec, build_codec
-from reticent.core.plan import Plan
+from reticent.core.plan import Local, Plan
 from reticent.core.protocol import PROTOCOL, Constants, Order
 from reticent.core.seeds import derive_key, numpy_generator
 from reticent.core.tasks import Task
@@ -76,6 +76,8 @@ def observe_examples(
         update={
             "task": plan.task.model_copy(update={"name": TASK}),
             "student": plan.student.unshaped,
+            # What it adds comes after the noise, and personal layers are noised like the others.
+            "federation": plan.federation.model_copy(update={"local": Local()}),
             "seed": own,
         }
     )

@@ -62,7 +62,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     steps = messages * federation.steps_per_round
     return {
         "plan": plan.digest,
-        "parameters": trainer.layout.size,
+        "parameters": trainer.split.travels.size,
         "privacy": _privacy(plan, schedule),
         "bytes": {
             "up": up,
@@ -113,7 +113,7 @@ def encoded_bytes(
     plan: Plan, trainer: LocalTrainer, step: NoisyStep, schedule: Schedule | None
 ) -> tuple[int, int]:
     """Return the bytes of one update up and one model down, of noise of the real size."""
-    layout = trainer.layout
+    layout = trainer.split.travels
     generator = numpy_generator(plan.seed, "explain", "bytes")
     noise = generator.standard_normal(layout.size).astype(np.float32)
     wire = wire_of(plan, step, schedule.clip if schedule else 0.0, layout.size)
@@ -125,10 +125,11 @@ def encoded_bytes(
     up = wire.encode(
         build_codec(plan.updates.codec, layout), noise * np.float32(scale), layout.blocks, generator
     )
-    down = build_codec(plan.updates.delta or plan.updates.broadcast, layout).encode(
-        noise, layout.blocks, generator
-    )
-    return len(up) + bit, len(down)
+    stages = [plan.updates.delta or plan.updates.broadcast]
+    if plan.federation.local.scaffold:
+        stages.append(plan.updates.broadcast)
+    down = sum(len(build_codec(s, layout).encode(noise, layout.blocks, generator)) for s in stages)
+    return len(up) + bit, down
 
 
 def _step_seconds(trainer: LocalTrainer, task: Task, step: NoisyStep) -> float:

@@ -16,7 +16,7 @@ import torch
 
 from reticent.client.training import LocalTrainer, NoisyStep
 from reticent.core.errors import PlanError
-from reticent.core.plan import Plan
+from reticent.core.plan import Local, Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Vector
@@ -32,8 +32,14 @@ def require_rehearsal(plan: Plan) -> None:
     """Check that rounds of ``plan`` can be rehearsed.
 
     Raises:
-        PlanError: If its unit is a client, whose updates depend on how data are dealt to clients.
+        PlanError: If its unit is a client, whose updates depend on how data are dealt to clients,
+            or its devices do more than follow the gradient, which one client cannot show.
     """
+    if plan.federation.local != Local():
+        raise PlanError(
+            "federation.local: a search rehearses rounds as one client, to which it means nothing: "
+            "leave it out, and simulate the winner with it"
+        )
     if plan.private is not None and plan.private.unit == "client":
         raise PlanError(
             'privacy.unit="client": a search rehearses rounds on public examples, which are dealt '

@@ -1,12 +1,7 @@
-"""What a biased codec left out of a device's updates, kept on the device for the next one.
+"""Vectors that a device keeps for the next round: what a codec left out, its own layers.
 
-Error feedback (Seide et al. 2014; Karimireddy et al. 2019, algorithm 2): a device encodes its
-update plus what the codec left out of the ones before, and keeps what is left out this time.
-Updates are noised before they come here, so under ``local`` trust a residual is made of private
-values only; without privacy it is made of raw ones, and stays on the device.
-
-A residual is stored under its round, and the one before it stays until the next round: training a
-round again, after a crash or a lost message, then starts from the same residual as the first time.
+A vector is stored under its round, and the one before it stays until the next round: training a
+round again, after a crash or a lost message, then starts from the same vector as the first time.
 """
 
 from __future__ import annotations
@@ -28,37 +23,43 @@ _NAME = re.compile(r"([0-9a-f]{16})-(\d{1,10})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Residuals:
-    """The residuals of one device in one run, as files in ``folder``."""
+class Kept:
+    """Vectors of one kind of one device in one run, as files in ``folder``, which no other has."""
 
     folder: Path
     device: str
     run: str
 
-    def before(self, round: int, size: int) -> Vector:
-        """Return what is left from the latest round before ``round``, float32 ``(size,)``.
+    def before(self, round: int, first: Vector) -> Vector:
+        """Return what the latest round before ``round`` left, float32 of the shape of ``first``.
 
-        Zeros when there is none: the first round, or a device that lost its files.
+        ``first`` when there is none: the first round, or a device that lost its files.
 
         Raises:
-            DataError: If the file is not one that :meth:`keep` wrote for updates of this size.
+            DataError: If the file is not one that :meth:`keep` wrote for vectors of this size.
         """
         rounds = [number for number in self._rounds() if number < round]
         if not rounds:
-            return np.zeros(size, dtype=np.float32)
+            return first
         path = self._path(max(rounds))
         try:
-            vector = load(path.read_bytes())["residual"]
+            vector = load(path.read_bytes())["vector"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise DataError(f"{path}: not a residual; delete it to go on without one") from error
-        if vector.dtype != np.float32 or vector.shape != (size,) or not np.isfinite(vector).all():
             raise DataError(
-                f"{path}: holds {vector.dtype} {vector.shape}: must be finite float32 ({size},); "
-                "delete it to go on without one"
+                f"{path}: not a vector that was kept here; delete it to go on without"
+            ) from error
+        if (
+            vector.dtype != np.float32
+            or vector.shape != first.shape
+            or not np.isfinite(vector).all()
+        ):
+            raise DataError(
+                f"{path}: holds {vector.dtype} {vector.shape}: must be finite float32 "
+                f"{first.shape}; delete it to go on without"
             )
         return vector
 
-    def keep(self, round: int, residual: Vector) -> None:
+    def keep(self, round: int, vector: Vector) -> None:
         """Store what ``round`` left; durable and whole on return, or not there at all.
 
         Raises:
@@ -69,7 +70,7 @@ class Residuals:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_suffix(".new")
             with fresh.open("wb") as file:
-                file.write(save({"residual": residual.astype(np.float32)}))
+                file.write(save({"vector": vector.astype(np.float32)}))
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(path)

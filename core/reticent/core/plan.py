@@ -515,10 +515,28 @@ class Updates(Section):
 
 
 class Engine(Section):
-    """Where the clients of a simulation run."""
+    """Where the clients of a simulation run; no choice changes a result.
 
-    kind: Literal["inprocess", "ray"] = "inprocess"
-    workers: Count = 2
+    Attributes:
+        kind: ``inprocess``: processes of this machine. ``ray``: actors of ours on Ray.
+            ``flower-ray``: Flower's own engine.
+        workers: How many processes or actors, of one thread each; ``auto`` is one a core.
+        address: The Ray cluster to connect to; by default that of the environment
+            (``RAY_ADDRESS``, as ``ray job submit`` sets it), else one is started on this machine.
+    """
+
+    kind: Literal["inprocess", "ray", "flower-ray"] = "inprocess"
+    workers: Count | Literal["auto"] = "auto"
+    address: str | None = None
+
+    @model_validator(mode="after")
+    def _address_is_of_ray(self) -> Self:
+        if self.address is not None and self.kind != "ray":
+            raise ValueError(
+                f'engine.address="{self.address}": must be absent unless engine.kind is "ray"; '
+                f'it is "{self.kind}"'
+            )
+        return self
 
 
 class Plan(Section):

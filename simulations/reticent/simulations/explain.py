@@ -26,6 +26,7 @@ from reticent.server.finish import problem_of
 from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs
+from .teams import usable_cores, worker_count
 
 _TRIALS = 5
 
@@ -72,7 +73,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         "work": {
             "step_seconds": seconds,
             "steps": steps,
-            "seconds": steps * seconds / plan.engine.workers,
+            "seconds": steps * seconds / worker_count(plan, usable_cores()),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }

@@ -15,11 +15,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from .errors import PlanError
 
@@ -514,6 +516,15 @@ class Updates(Section):
         return (f"dither{next(fits, 8)}", "ans")
 
 
+def _workers(value: object) -> object:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise PydanticCustomError("workers", 'must be "auto", or an integer of at least 1')
+    return value
+
+
+Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
+
+
 class Engine(Section):
     """Where the clients of a simulation run; no choice changes a result.
 
@@ -526,7 +537,7 @@ class Engine(Section):
     """
 
     kind: Literal["inprocess", "ray", "flower-ray"] = "inprocess"
-    workers: Count | Literal["auto"] = "auto"
+    workers: Workers = "auto"
     address: str | None = None
 
     @model_validator(mode="after")

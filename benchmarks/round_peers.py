@@ -161,7 +161,7 @@ def as_written(kind: str, state: Any, data: work.Examples) -> Any:
 
     model = work.model_of(kind)
     model.load_state_dict(state)
-    engine = PrivacyEngine()
+    engine: Any = PrivacyEngine()
     module, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=work.LEARNING_RATE),

@@ -17,7 +17,6 @@ from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
-from pfl.internal.ops.pytorch_ops import set_pytorch_default_device
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from pfl.privacy.gaussian_mechanism import GaussianMechanism
@@ -60,7 +59,6 @@ def run(
     kind: str, population: int, cohort: int, rounds: int, private: bool, began: float
 ) -> tuple[float, list[float], float]:
     """Return seconds until the first round began, seconds of each round, and final accuracy."""
-    set_pytorch_default_device(torch.device("cpu"))
     module, rng = _Model(kind), np.random.default_rng(0)
     model = PyTorchModel(
         model=module,

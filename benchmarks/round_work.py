@@ -15,6 +15,7 @@ CLASSES, SIDE, TESTED = 10, 28, 2000
 STEPS, BATCH, NOMINAL = 4, 10, 35
 """Local steps of a round, and expected and nominal numbers of examples: about one epoch."""
 
+PATTERNS = 0.3 * np.random.default_rng(0).standard_normal((CLASSES, 1, SIDE, SIDE), np.float32)
 RATE, CLIP, SIGMA, LEARNING_RATE = BATCH / NOMINAL, 1.0, 1.0, 0.1
 
 
@@ -27,11 +28,11 @@ class Examples(NamedTuple):
 
 def drawn(count: int, key: int) -> Examples:
     """Return noisy copies of ten fixed patterns."""
-    patterns = np.random.default_rng(0).standard_normal((CLASSES, 1, SIDE, SIDE))
     rng = np.random.default_rng(key + 1)
     labels = rng.integers(CLASSES, size=count)
-    inputs = 0.3 * patterns[labels] + rng.standard_normal((count, 1, SIDE, SIDE))
-    return Examples(torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels))
+    inputs = rng.standard_normal((count, 1, SIDE, SIDE), dtype=np.float32)
+    inputs += PATTERNS[labels]
+    return Examples(torch.from_numpy(inputs), torch.from_numpy(labels))
 
 
 def client(index: int) -> Examples:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from reticent.core.errors import NetworkError, RunError
+from reticent.core.errors import NetworkError, PlanError, RunError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
+from reticent.simulations.admission import check_engine
 from reticent.simulations.devices import Devices
 from reticent.simulations.player import Player
 from reticent.simulations.processes import Processes
@@ -184,6 +185,13 @@ def test_lost_tasks_are_done_before_new_ones_are_begun() -> None:
     first = backlog.next()
     backlog.lost(first, "in a test")
     assert [backlog.next(), backlog.next(), backlog.next()] == [first, (b"w", b"2"), None]
+
+
+def test_files_that_clients_keep_are_not_looked_for_on_another_machine() -> None:
+    kept = plan_of(*VARIANTS["feedback"])
+    check_engine(kept)
+    with pytest.raises(PlanError, match=r'engine.kind="ray": must be "inprocess"'):
+        check_engine(plan_of(*VARIANTS["feedback"], "engine.kind=ray"))
 
 
 def test_auto_is_one_worker_a_core_and_none_without_a_block() -> None:

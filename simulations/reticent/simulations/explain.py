@@ -25,7 +25,7 @@ from reticent.privacy.schedule import Schedule, schedule_for
 from reticent.server.finish import problem_of
 from reticent.server.shrinking import constants_of, sketch
 
-from .admission import check_codecs
+from .admission import check_codecs, check_engine
 from .teams import usable_cores, worker_count
 
 _TRIALS = 5
@@ -38,6 +38,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
         ReticentError: Naming the part that does not fit.
     """
     check_codecs(plan)
+    check_engine(plan)
     task = load_task(plan.task, plan.seed)
     constants = sketched_constants(plan, task)
     LocalTrainer(plan, task, constants)

@@ -5,8 +5,7 @@ Contenders (``round_peers.py``) take turns, each in a process of its own with on
 worker on the cores given. A round's time is the median over all rounds but the first of each turn;
 memory is the largest resident sum of the process and its descendants. pfl-research is run by the
 Python that ``--pfl-python`` names, in two processes, and left out without; ``requirements.txt``
-beside this file makes its environment. The full run takes about an hour on two cores; ``--quick``
-has one turn of 20 clients of 40.
+beside this file makes its environment. ``--quick`` has one turn of 20 clients of 40.
 """
 
 from __future__ import annotations

@@ -29,12 +29,13 @@ BEGAN = time.perf_counter()
 
 @dataclass(frozen=True)
 class Job:
-    """What to run."""
+    """What to run; ``workers`` is about our own engines."""
 
     model: str
     population: int
     cohort: int
     rounds: int
+    workers: int | str = "auto"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def ours(job: Job, engine: str) -> Outcome:
             'updates.codec=["identity"]',
             'updates.broadcast=["identity"]',
             f"engine.kind={engine}",
+            f"engine.workers={job.workers}",
         ],
     )
     times: list[float] = []

@@ -46,12 +46,17 @@ def test() -> Examples:
 
 
 def model_of(kind: str) -> nn.Module:
-    """Return ``mlp`` (101,770 parameters) or ``cnn`` (105,962), the same each time."""
+    """Return ``mlp`` (101,770 parameters) or ``cnn`` (105,962), the same each time.
+
+    ``mlp-W`` has W instead of 128 hidden units, and 795 W + 10 parameters.
+    """
+    name, _, width = kind.partition("-")
+    hidden = int(width or 128)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if kind == "mlp":
+        if name == "mlp":
             return nn.Sequential(
-                nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, CLASSES)
+                nn.Flatten(), nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
             )
         return nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1),

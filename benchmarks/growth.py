@@ -22,7 +22,14 @@ from round import turn
 
 from reticent.privacy.report.svg import Chart, line_chart
 
-BASE: dict[str, object] = {"model": "mlp-13", "population": 10_000, "cohort": 100, "rounds": 4}
+CORES = len(os.sched_getaffinity(0))
+BASE: dict[str, object] = {
+    "model": "mlp-13",
+    "population": 10_000,
+    "cohort": 100,
+    "rounds": 4,
+    "workers": CORES,
+}
 WIDTHS = {10_345: 13, 100_180: 126, 1_000_120: 1_258, 10_000_315: 12_579}
 STYLE = (
     "body{font-family:sans-serif}svg{width:30em}text{font-size:11px}.grid{stroke:#ddd}"
@@ -43,7 +50,6 @@ class Point:
 def points(quick: bool) -> dict[str, dict[int, dict[str, object]]]:
     """Return, for each axis, what each of its values changes in the base."""
     top = 2 if quick else 4
-    cores = len(os.sched_getaffinity(0))
     small = {"population": 1_000, "cohort": 20} if quick else {}
     return {
         "cohort": {10**k: {"cohort": 10**k} for k in range(1, top + 1)},
@@ -52,7 +58,7 @@ def points(quick: bool) -> dict[str, dict[int, dict[str, object]]]:
             size: {**small, "model": f"mlp-{width}"}
             for size, width in list(WIDTHS.items())[: top if quick else None]
         },
-        "workers": {count: {**small, "workers": count} for count in range(1, cores + 1)},
+        "workers": {count: {**small, "workers": count} for count in range(1, CORES + 1)},
     }
 
 

@@ -1,7 +1,10 @@
-"""Flower's own Ray engine runs the same apps to the same model."""
+"""Both Ray engines, ours and Flower's, run the same apps to the same model."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,16 +33,43 @@ SMALL = [
 ]
 
 
-def test_the_ray_engine_gives_the_model_of_the_in_process_engine(tmp_path: Path) -> None:
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("kind", ["ray", "flower-ray"])
+def test_a_ray_engine_gives_the_model_of_the_in_process_engine(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     here = simulate(parse_plan("", SMALL), tmp_path / "inprocess")
-    there = simulate(parse_plan("", [*SMALL, "engine.kind=ray"]), tmp_path / "ray")
+    there = simulate(parse_plan("", [*SMALL, f"engine.kind={kind}"]), tmp_path / "ray")
     assert there.read_summary()["model"] == here.read_summary()["model"]
     assert len(there.read_metrics()) == 2
 
 
-def test_an_error_in_the_ray_engine_is_the_same_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ray", "flower-ray"])
+def test_an_error_in_a_ray_engine_is_the_same_error(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    plan = parse_plan("", [*SMALL, "engine.kind=ray", "privacy.budget=0.5", "federation.retries=0"])
+    plan = parse_plan(
+        "", [*SMALL, f"engine.kind={kind}", "privacy.budget=0.5", "federation.retries=0"]
+    )
     with pytest.raises(NetworkError, match="privacy budget"):
+        simulate(plan, tmp_path / "run")
+
+
+def test_a_cluster_that_loses_an_actor_and_a_node_gives_the_same_model() -> None:
+    """Two nodes on loopback; an actor's process and then a whole node are killed mid-round."""
+    pytest.importorskip("ray")
+    script = BENCHMARKS / "ray_cluster.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout[done.stdout.index("[\n") :])
+    assert [row["event"] for row in rows] == ["none", "none", "an actor killed", "a node killed"]
+    assert len({row["model"] for row in rows}) == 1
+
+
+def test_an_address_where_no_cluster_answers_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    plan = parse_plan("", [*SMALL, "engine.kind=ray", "engine.address=127.0.0.1:1"])
+    with pytest.raises(NetworkError, match="no Ray cluster answers"):
         simulate(plan, tmp_path / "run")

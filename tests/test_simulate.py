@@ -146,7 +146,10 @@ def test_a_used_run_directory_is_refused(finished: Run) -> None:
         simulate(plan_of(), finished.folder)
 
 
-@pytest.mark.parametrize(("first", "then"), [("ray", "inprocess"), ("inprocess", "ray")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("flower-ray", "inprocess"), ("inprocess", "flower-ray"), ("ray", "flower-ray")],
+)
 def test_a_run_is_not_resumed_where_nodes_have_other_names(
     first: str, then: str, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from reticent.core.tasks import load_task
 from reticent.core.update import Layout
 from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
+from reticent.server.folding import Folder
 from reticent.server.journal import Journal
 from reticent.server.optimizer import ServerState
 from reticent.server.preparation import Prepared
@@ -322,7 +323,7 @@ def test_with_unit_client_the_servers_variate_is_a_function_of_the_released_mode
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "commit", remember(Journal.commit))
-        patch.setattr(PrivateAveraging, "_read", refuse_some(PrivateAveraging._read), raising=True)
+        patch.setattr(Folder, "read", refuse_one_a_round(Folder.read))
         run = simulate(plan, tmp_path / "run")
     _, x = start_of(run)
     c = np.zeros(len(x))
@@ -335,11 +336,14 @@ def test_with_unit_client_the_servers_variate_is_a_function_of_the_released_mode
     assert [m["replies"] for m in run.read_metrics()] == [2, 2, 2, 2]
 
 
-def refuse_some(read: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_one_a_round(read: Callable[..., Any]) -> Callable[..., Any]:
     from reticent.core.errors import PayloadError
 
-    def reading(self: PrivateAveraging, reply: Any) -> Any:
-        if reply.metadata.src_node_id == self._cohort[0]:
+    refused: set[str] = set()
+
+    def reading(self: Folder, reply: Any) -> Any:
+        if reply.metadata.group_id not in refused:
+            refused.add(reply.metadata.group_id)
             raise PayloadError("stands for a reply that was lost")
         return read(self, reply)
 

@@ -149,7 +149,7 @@ def _check_anchor(environment: Environment, content: RecordDict) -> None:
         return
     try:
         anchor = unpack(content, "anchor") if "anchor" in content else b""
-        environment.identity.check(environment.ledger, anchor)
+        environment.identity.check(environment.own_ledger, anchor)
     except RolledBack as error:
         raise Refused(Refusal.ROLLED_BACK) from error
     except PayloadError as error:
@@ -165,7 +165,7 @@ def _statement(
         return None
     try:
         return environment.identity.statement(
-            environment.ledger, order.run, order.round, released.value
+            environment.own_ledger, order.run, order.round, released.value
         )
     except LedgerError as error:
         raise Refused(Refusal.LEDGER) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reticent.privacy.ledger import Budget, Ledger
+from reticent.core.errors import LedgerError
+from reticent.privacy.ledger import Budget, Grants, Ledger
 from reticent.privacy.randomness import Randomness
 
 from .identity import Identity
@@ -17,7 +18,7 @@ class Environment:
     Attributes:
         client: Index of the client's data in the task.
         device: The device's name in its ledger.
-        ledger: The device's ledger.
+        ledger: The device's ledger; in the workers of a simulation, what was charged to it.
         budget: The hard stop.
         randomness: Where noise and batches come from.
         keeps_releases: Whether encoded updates are stored before they are sent, so that a retry
@@ -29,8 +30,19 @@ class Environment:
 
     client: int
     device: str
-    ledger: Ledger
+    ledger: Ledger | Grants
     budget: Budget
     randomness: Randomness
     keeps_releases: bool
     identity: Identity | None = None
+
+    @property
+    def own_ledger(self) -> Ledger:
+        """The device's ledger itself.
+
+        Raises:
+            LedgerError: If it is elsewhere.
+        """
+        if isinstance(self.ledger, Grants):
+            raise LedgerError(f"device {self.device}: its ledger is kept elsewhere")
+        return self.ledger

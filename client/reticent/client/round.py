@@ -195,12 +195,12 @@ def _stored(order: Order, environment: Environment) -> bytes | None:
     """Return the bytes that were released for this round before, if they are kept."""
     if not environment.keeps_releases:
         return None
-    return environment.ledger.stored_release(environment.device, order.run, order.round)
+    return environment.own_ledger.stored_release(environment.device, order.run, order.round)
 
 
 def _store(order: Order, environment: Environment, encoded: bytes) -> None:
     if environment.keeps_releases:
-        environment.ledger.store_release(environment.device, order.run, order.round, encoded)
+        environment.own_ledger.store_release(environment.device, order.run, order.round, encoded)
 
 
 def _train(

@@ -19,8 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reticent.core.plan import Plan
-from reticent.core.update import Vector
-from reticent.privacy.client_level import ClipRule, Floats, clipped, noised_fraction, noised_sum
+from reticent.privacy.client_level import ClipRule, Floats, noised_fraction, noised_sum
 from reticent.privacy.randomness import Randomness
 from reticent.privacy.schedule import Schedule
 
@@ -62,19 +61,11 @@ class ClientLevel:
     randomness: Randomness
     run: str
 
-    def bounded(self, update: Vector, clip: float) -> Floats:
-        """Return a decoded update with an L2 norm of at most ``clip``.
-
-        Devices bound their updates themselves; a codec's error, or a device that does not, is
-        bounded here, so that the promise to one client does not rest on another.
-        """
-        return clipped(update, clip)
-
     def release(self, total: Floats, replies: int, inside: int, clip: float, number: int) -> Noised:
         """Return the noised mean of round ``number`` and the next bound.
 
         Args:
-            total: Sum of updates that :meth:`bounded` returned, float64 ``(size,)``.
+            total: Sum of updates that a :class:`.folding.Folder` bounded, float64 ``(size,)``.
             replies: How many were added.
             inside: How many said that they were within the bound.
             clip: The bound in force.

@@ -112,6 +112,24 @@ class Accumulator:
         self._high = total
         self.count += 1
 
+    def merge(self, other: Accumulator) -> None:
+        """Add everything that ``other`` holds: the same sum as if it had been added here."""
+        self.add(other._high)
+        self._low += other._low
+        self.count += other.count - 1
+
+    @property
+    def parts(self) -> tuple[Floats, Floats]:
+        """The sum unevaluated, float64 ``(size,)`` each: rounded, and what rounding left out."""
+        return self._high, self._low
+
+    @staticmethod
+    def of(high: Floats, low: Floats, count: int) -> Accumulator:
+        """Return the accumulator of ``count`` vectors that had these :attr:`parts`."""
+        made = Accumulator(len(high))
+        made._high, made._low, made.count = high.copy(), low.copy(), count
+        return made
+
     def total(self) -> Floats:
         """Return the sum of what was added, float64 ``(size,)``; zeros when nothing was."""
         return self._high + self._low

@@ -74,6 +74,7 @@ class Tally:
     Attributes:
         sum: The sum of the accepted updates.
         accepted: The nodes they came from.
+        failed: Nodes of which no reply was used; disjoint from ``accepted``.
         dropped: Replies that were not used, by reason.
         nodes: The nodes that were asked, also before the round failed and was run again.
         asked: Messages sent, repetitions included.
@@ -87,6 +88,7 @@ class Tally:
 
     sum: Accumulator
     accepted: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     nodes: tuple[int, ...] = ()
     asked: int = 0
@@ -95,6 +97,31 @@ class Tally:
     first_bytes_down: int = 0
     inside: int = 0
     noised: Noised | None = None
+
+    def add(self, node: int, reading: Reading) -> None:
+        """Count an update, and the bits it came with, as accepted from ``node``."""
+        self.sum.add(reading.vector)
+        self.accepted.add(node)
+        self.failed.discard(node)
+        self.bytes_up += reading.size
+        self.inside += reading.inside
+
+    def drop(self, node: int, reason: str) -> None:
+        """Count a reply of ``node`` that was not used."""
+        self.dropped[reason] += 1
+        self.failed.add(node)
+
+    def merge(self, part: Tally) -> None:
+        """Add what arrived elsewhere, from other nodes: the same tally as if it had arrived here.
+
+        Only what :meth:`add` and :meth:`drop` count is taken over.
+        """
+        self.sum.merge(part.sum)
+        self.accepted |= part.accepted
+        self.failed = (self.failed | part.failed) - self.accepted
+        self.dropped += part.dropped
+        self.bytes_up += part.bytes_up
+        self.inside += part.inside
 
 
 def figures(round: int, tally: Tally) -> dict[str, Any]:
@@ -126,8 +153,8 @@ class BudgetsSpent(NetworkError):
 
 @dataclass(frozen=True)
 class Reading:
-    """One reply: the decoded update, its encoded size, and the bit of an adaptive bound."""
+    """One reply: the decoded update (bounded, with unit ``client``), its encoded size, its bit."""
 
-    vector: Vector
+    vector: Vector | Floats
     size: int
     inside: bool

@@ -18,15 +18,15 @@ from reticent.core.errors import NetworkError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order, Refusal
 from reticent.core.seeds import numpy_generator
-from reticent.privacy.client_level import split_bit
 from reticent.privacy.schedule import participations
 
 from .client_level import client_level_for
 from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
+from .folding import Folder, FoldingGrid, Kept, Rules, payload_of
 from .optimizer import Accumulator, Floats, ServerState, apply_round
-from .rounds import BudgetsSpent, Reading, RoundPlan, Tally
+from .rounds import BudgetsSpent, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
 Opened = Callable[[list[int]], Iterable[int]]
@@ -38,8 +38,9 @@ class PrivateAveraging(Strategy):
     With unit ``client`` each decoded update is bounded before it is added, and the sum is noised
     and divided by the public number of clients (:mod:`.client_level`) instead of being averaged.
 
-    Replies are folded one by one, so memory does not depend on the cohort. Nothing about a client
-    but its encoded update is used: no example counts, no local metrics.
+    Replies are folded one by one (:mod:`.folding`), or come folded from a simulation's workers, so
+    memory does not depend on the cohort. Nothing about a client but its encoded update is used: no
+    example counts, no local metrics.
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class PrivateAveraging(Strategy):
             self._countersigner.begin()
         for _ in range(federation.retries + 1):
             messages = self.configure_train(number, arrays, config, grid)
-            replies = grid.send_and_receive(messages, timeout=federation.timeout)
-            self.aggregate_train(number, replies)
+            self._gather(number, messages, grid)
+            self._remember_holders(number)
             if self._tally.sum.count >= federation.quorum:
                 break
         else:
@@ -137,6 +138,19 @@ class PrivateAveraging(Strategy):
         # Everyone asked: a device charges the round when it trains, not when its reply arrives.
         self._taken_part.update(self._tally.nodes)
         self.state = state
+
+    def _gather(self, number: int, messages: Iterable[Message], grid: Grid) -> None:
+        """Send ``messages`` and fold what comes back, here or, where the grid can, in its workers.
+
+        A countersigner judges replies one by one, and its devices are not simulated.
+        """
+        if isinstance(grid, FoldingGrid) and self._countersigner is None:
+            kept = Kept(self._constants.constants, self.state.held)
+            for part in grid.fold(messages, self._rules(number), kept):
+                self._tally.merge(part)
+            return
+        timeout = self._plan.federation.timeout
+        self.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))
 
     def _applied(self, number: int) -> ServerState:
         """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
@@ -187,8 +201,9 @@ class PrivateAveraging(Strategy):
         order = ConfigRecord({**self._order(server_round).to_config()})
         cohort = [n for n in self._cohort if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
-        # A list, because Flower's own grid goes through the messages twice; they share records.
-        return list(self._messages(cohort, order, server_round))
+        messages = self._messages(cohort, order, server_round)
+        # Flower's own grids go through the messages twice, so they get a list; records are shared.
+        return messages if isinstance(grid, FoldingGrid) else list(messages)
 
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent
@@ -273,31 +288,18 @@ class PrivateAveraging(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold each reply as it arrives; what is broken is dropped and counted by reason."""
+        folder = Folder(self._codec, self._rules(server_round))
         for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.metadata.group_id != str(server_round) or node in self._tally.accepted:
-                continue  # a late or repeated reply
-            try:
-                reading = self._read(reply)
-                self._judge(node, reply, server_round)
-            except PayloadError as error:
-                self._drop(node, str(error))
-                continue
-            self._fold(reading)
-            self._tally.accepted.add(node)
-            self._tally.bytes_up += reading.size
-            self._informed.add(node)
-            self._holds[node] = server_round
+            folder.take(reply, self._tally, self._judge)
         return None, None
 
-    def _fold(self, reading: Reading) -> None:
-        if self._mechanism is None:
-            self._tally.sum.add(reading.vector)
-            return
-        self._tally.sum.add(self._mechanism.bounded(reading.vector, self._clip))
-        self._tally.inside += reading.inside
+    def _rules(self, number: int) -> Rules:
+        constants, mechanism = self._constants, self._mechanism
+        clip = None if mechanism is None else self._clip
+        bit = mechanism is not None and mechanism.count_noise is not None
+        return Rules(number, constants.layout, constants.bound, clip, bit)
 
-    def _judge(self, node: int, reply: Message, number: int) -> None:
+    def _judge(self, node: int, reply: Message) -> None:
         """Check the ledger statement of a reply whose update is otherwise good.
 
         Raises:
@@ -307,41 +309,18 @@ class PrivateAveraging(Strategy):
             return
         if "statement" not in reply.content:
             raise PayloadError("the reply holds no ledger statement")
-        statement = _payload_of(reply.content, "statement")
-        payload = _payload_of(reply.content, "update")
+        statement = payload_of(reply.content, "statement")
+        payload = payload_of(reply.content, "update")
+        number = int(reply.metadata.group_id)
         self._countersigner.accept(node, statement, self._constants.run, number, payload)
 
-    def _drop(self, node: int, reason: str) -> None:
-        self._tally.dropped[reason] += 1
-        self._informed.discard(node)
-        self._holds.pop(node, None)
-
-    def _read(self, reply: Message) -> Reading:
-        """Return the decoded update, its encoded size and its bit.
-
-        Raises:
-            PayloadError: With a reason that is counted, not the client's words.
-        """
-        if reply.has_error():
-            raise PayloadError(_refusal_text(reply.error.code))
-        if "update" not in reply.content or not set(reply.content) <= {"update", "statement"}:
-            raise PayloadError("the reply is not one encoded update")
-        payload = _payload_of(reply.content, "update")
-        size, inside = len(payload), False
-        limit = 64 + 8 * self._constants.layout.size
-        if size > limit:
-            raise PayloadError("the payload is larger than any update of this plan")
-        if self._mechanism is not None and self._mechanism.count_noise is not None:
-            inside, payload = split_bit(payload)
-        try:
-            vector = self._codec.decode(payload, self._constants.layout.blocks)
-        except PayloadError as error:
-            raise PayloadError("the payload cannot be decoded") from error
-        if not np.isfinite(vector).all():
-            raise PayloadError("the update holds non-finite values")
-        if float(np.linalg.norm(vector.astype(np.float64))) > self._constants.bound:
-            raise PayloadError("the update is larger than the plan's bound")
-        return Reading(vector, size, inside)
+    def _remember_holders(self, number: int) -> None:
+        """Note who holds the constants and the round's model: those of whom a reply was used."""
+        self._informed |= self._tally.accepted
+        self._informed -= self._tally.failed
+        self._holds.update(dict.fromkeys(self._tally.accepted, number))
+        for node in self._tally.failed:
+            self._holds.pop(node, None)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -358,17 +337,3 @@ class PrivateAveraging(Strategy):
 
 def _packed(data: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype="custom", data=data)
-
-
-def _payload_of(content: RecordDict, name: str) -> bytes:
-    record = content.get(name)
-    if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
-        raise PayloadError("the reply is not one encoded update")
-    return record["payload"].data
-
-
-def _refusal_text(code: int) -> str:
-    try:
-        return Refusal(code).text
-    except ValueError:
-        return f"the client gave no reply (Flower error {code})"

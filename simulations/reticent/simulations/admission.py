@@ -1,4 +1,4 @@
-"""Which codecs a plan may use under which trust."""
+"""Which codecs a plan may use under which trust, and on which engine."""
 
 from __future__ import annotations
 
@@ -55,3 +55,16 @@ def check_codecs(plan: Plan) -> None:
         'it; use a subtractive dither such as ["dither4", "ans"] or ["identity"], or '
         'privacy.trust="local"'
     )
+
+
+def check_engine(plan: Plan) -> None:
+    """Refuse an engine on which a client would not find what it kept.
+
+    Raises:
+        PlanError: If clients keep files and may be played on another machine next time.
+    """
+    if plan.engine.kind == "ray" and plan.updates.error_feedback:
+        raise PlanError(
+            'engine.kind="ray": must be "inprocess" with updates.error_feedback=true: what a codec '
+            "leaves out is kept in files, and a client may be played on another node next time"
+        )

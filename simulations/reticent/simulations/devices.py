@@ -11,7 +11,7 @@ from flwr.app import Context
 
 from reticent.client.environment import Environment
 from reticent.core.plan import Plan
-from reticent.privacy.ledger import Budget, Ledger
+from reticent.privacy.ledger import Budget, Grants, Ledger
 from reticent.privacy.randomness import SeededRandomness
 
 
@@ -23,7 +23,7 @@ class Devices:
     ledger: Path
     budget: Budget
 
-    def environment(self, client: int, ledger: Ledger) -> Environment:
+    def environment(self, client: int, ledger: Ledger | Grants) -> Environment:
         """Return the environment of the device that holds client ``client``'s data."""
         return Environment(
             client=client,

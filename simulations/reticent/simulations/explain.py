@@ -26,7 +26,8 @@ from reticent.server.finish import problem_of
 from reticent.server.possible import require_possible
 from reticent.server.shrinking import constants_of, sketch
 
-from .admission import check_codecs
+from .admission import check_codecs, check_engine
+from .teams import usable_cores, worker_count
 
 _TRIALS = 5
 
@@ -38,6 +39,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
         ReticentError: Naming the part that does not fit.
     """
     check_codecs(plan)
+    check_engine(plan)
     task = load_task(plan.task, plan.seed)
     require_possible(plan, task)
     constants = sketched_constants(plan, task)
@@ -74,7 +76,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         "work": {
             "step_seconds": seconds,
             "steps": steps,
-            "seconds": steps * seconds / plan.engine.workers,
+            "seconds": steps * seconds / worker_count(plan, usable_cores()),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }

@@ -46,6 +46,12 @@ def from_bytes(data: bytes) -> Message:
     return message_from_proto(ProtoMessage.FromString(data))
 
 
+def numbered(message: Message, number: int) -> Message:
+    """Give a message the id that Flower's links would give it, so that it can be replied to."""
+    message.metadata.__dict__["_message_id"] = str(number)
+    return message
+
+
 class Backend(Protocol):
     """Runs the ClientApp for messages that are ready to be sent."""
 
@@ -120,8 +126,7 @@ class InProcessGrid(Grid):
 
     def _stamped(self, message: Message) -> Message:
         self._sent += 1
-        message.metadata.__dict__["_message_id"] = str(self._sent)
-        return message
+        return numbered(message, self._sent)
 
 
 def serve(app: ServerApp, grid: Grid) -> None:

@@ -1,39 +1,188 @@
-"""Flower's own Ray engine, as it is: for comparison, and to show that the apps are portable."""
+"""A team of Ray actors, on this machine or on a cluster: our own engine on Ray.
+
+One long-lived actor a core. The work of a round (model, order, constants) is put into the object
+store once; an actor gets a share of client numbers and returns one partial sum. The ledger stays
+with the driver, which charges before it hands out, so nodes need no file system in common.
+
+Ray serialises arguments by its own means (pickle), between machines of one cluster that its owner
+trusts; what we hand to it are bytes and numbers, and what comes back is parsed as from a worker
+process.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
-from flwr.serverapp import ServerApp
+import numpy as np
 
-from reticent.client.app import build_client_app
-from reticent.core.errors import DependencyError
+from reticent.core.errors import NetworkError, RunError
 from reticent.core.plan import Plan
 
 from .devices import Devices
+from .player import Player
+from .teams import Backlog, Task, require_ray, usable_cores, worker_count
+
+_PATIENCE = 300.0  # seconds until some actor must have found a place on the cluster
 
 
-def serve_with_ray(app: ServerApp, plan: Plan, devices: Devices) -> None:
-    """Run the apps through ``flwr.simulation.run_simulation``.
+class _Actor:
+    """What runs in an actor's process."""
 
-    Flower gives nodes random ids, so which clients a round samples differs from run to run unless
-    every client takes part in every round; then the result is that of the in-process engine.
+    def __init__(self, devices: Devices, plan_json: str) -> None:
+        self._player = Player(devices, plan_json)
+        self._number = 0
+
+    def ready(self) -> bool:
+        """Tell that the actor has found a place and has imported everything."""
+        return True
+
+    def play(self, number: int, work: Any, share: bytes) -> bytes:
+        """Play a share of work ``number``; ``work`` lies in the node's object store."""
+        if number != self._number:
+            self._player.begin(work.tobytes())
+            self._number = number
+        return self._player.play(share)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that has not returned: of an actor, playing a task or, with None, starting."""
+
+    actor: Any
+    task: Task | None
+
+
+class RayTeam:
+    """A :class:`.Team` of Ray actors.
+
+    An actor that is lost, alone or with its node, is replaced where there is room, and what it was
+    playing is played by whichever actor is free next.
+    """
+
+    def __init__(self, devices: Devices, plan_json: str, plan: Plan) -> None:
+        """Connect to Ray, or start it here, and begin to start the actors.
+
+        Raises:
+            DependencyError: If Ray is not installed.
+            NetworkError: If no cluster answers at the address.
+        """
+        require_ray(plan)
+        self._owns = _connect(plan)
+        import ray
+
+        self.size = worker_count(plan, int(ray.cluster_resources().get("CPU", 1)))
+        self.where = f"{sum(node['Alive'] for node in ray.nodes())} Ray node(s)"
+        self._about = devices, plan_json
+        self._backlog = Backlog()
+        self._works = 0
+        self._idle: list[Any] = []
+        self._calls: dict[Any, _Call] = {}
+        for _ in range(self.size):
+            self._start()
+
+    def __enter__(self) -> RayTeam:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        import ray
+
+        for actor in {*self._idle, *(call.actor for call in self._calls.values())}:
+            ray.kill(actor)
+        if self._owns:
+            ray.shutdown()
+
+    def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
+        """Yield the partial sum of each task, in the order in which they are done.
+
+        Raises:
+            RunError: If actors were lost too often, or none finds a place.
+        """
+        self._backlog.begin(tasks)
+        latest: Task | None = None
+        stored: Any = None
+        while True:
+            while self._idle and (task := self._backlog.next()):
+                if latest is None or latest[0] is not task[0]:
+                    latest, stored = task, self._put(task[0])
+                self._hand(self._idle.pop(), task, stored)
+            if all(call.task is None for call in self._calls.values()) and self._idle:
+                return  # whoever still starts is for the next round
+            yield from self._next_part()
+
+    def _put(self, work: bytes) -> Any:
+        import ray
+
+        self._works += 1
+        return ray.put(np.frombuffer(work, dtype=np.uint8))  # an array is not copied by readers
+
+    def _hand(self, actor: Any, task: Task, stored: Any) -> None:
+        reference = actor.play.remote(self._works, stored, task[1])
+        self._calls[reference] = _Call(actor, task)
+
+    def _next_part(self) -> Iterator[bytes]:
+        """Wait for a call to return; yield what it gave, unless it was lost or only started."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=_PATIENCE)
+        if not done and all(call.task is None for call in self._calls.values()):
+            raise RunError(
+                f"no actor found a free core on the Ray cluster within {_PATIENCE:g} s; committed "
+                "rounds are kept, continue with --resume"
+            )
+        for reference in done:
+            call = self._calls.pop(reference)
+            try:
+                part = ray.get(reference)
+            except RayTaskError:
+                raise
+            except RayError as error:
+                self._backlog.lost(call.task, f"as {type(error).__name__}")
+                self._start()
+                continue
+            self._idle.append(call.actor)
+            if call.task is not None:
+                yield part
+
+    def _start(self) -> None:
+        import ray
+
+        actor = ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(*self._about)
+        self._calls[actor.ready.remote()] = _Call(actor, None)
+
+
+def _connect(plan: Plan) -> bool:
+    """Connect to Ray and return whether this process started it or connected itself.
 
     Raises:
-        DependencyError: If Ray is not installed.
+        NetworkError: If no cluster answers at the address.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise DependencyError("engine.kind=\"ray\" needs Ray: pip install 'reticent[simulation]'")
-    from flwr.simulation import run_simulation
+    import ray
 
-    text = plan.canonical()
-    client = build_client_app(devices.of_context, lambda _: text)
-    run_simulation(
-        app,
-        client,
-        num_supernodes=plan.task.clients,
-        backend_config={
-            "init_args": {"num_cpus": plan.engine.workers, "include_dashboard": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+    if ray.is_initialized():
+        return False
+    address = plan.engine.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {}
+    if address == "local":
+        cores = worker_count(plan, usable_cores())
+        options = {"num_cpus": cores, "include_dashboard": False}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NetworkError(
+            f"engine.address={address!r}: no Ray cluster answers: {error}"
+        ) from error
+    return True

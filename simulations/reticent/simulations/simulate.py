@@ -1,10 +1,10 @@
-"""``simulate(plan) -> Run``: a whole federation on one machine."""
+"""``simulate(plan) -> Run``: a whole federation on one machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from reticent.privacy.randomness import SeededRandomness
 from reticent.server.app import Settings, build_server_app
 from reticent.server.preparation import Prepared
 
+from .charging import Clerk
 from .devices import Devices, devices_for
 from .explain import check_plan
 from .grid import InProcessGrid, serve
-from .workers import Inline, Processes
+from .processes import Processes
+from .teams import Team, TeamGrid, usable_cores, worker_count
+from .workers import Inline
 
 
 def simulate(
@@ -53,7 +56,7 @@ def simulate(
             Ledger.open(run.ledger).close()  # walks the whole chain, once for all that open it now
         # Made in the thread that the engine runs the ServerApp in: SQLite asks for that.
         app = build_server_app(lambda _: _settings(run, plan, say, progress, prepared))
-        _serve(app, plan, devices)
+        _serve(app, plan, devices, say)
     return run
 
 
@@ -61,14 +64,14 @@ def _resumable(folder: Path, plan: Plan) -> Run:
     """Open a run that is to go on.
 
     Raises:
-        RunError: If it is another plan's, or Ray ran it or is to run it.
+        RunError: If it is another plan's, or Flower's Ray engine ran it or is to run it.
     """
     run = open_run(folder, plan)
-    if "ray" in (plan.engine.kind, run.plan().engine.kind):
+    if "flower-ray" in (plan.engine.kind, run.plan().engine.kind):
         raise RunError(
-            f'{folder}: engine.kind="ray" cannot be resumed: Flower gives every node a new id each '
-            "time, so the rounds that a client took part in before would not be counted; start a "
-            'new run, or use engine.kind="inprocess" from the beginning'
+            f'{folder}: engine.kind="flower-ray" cannot be resumed: Flower gives every node a new '
+            "id each time, so the rounds that a client took part in before would not be counted; "
+            'start a new run, or use engine.kind="inprocess" or "ray" from the beginning'
         )
     return run
 
@@ -94,22 +97,35 @@ def _settings(
     )
 
 
-def _serve(app: ServerApp, plan: Plan, devices: Devices) -> None:
-    if plan.engine.kind == "ray":
-        from .ray_engine import serve_with_ray
+def _serve(app: ServerApp, plan: Plan, devices: Devices, say: Callable[[str], None]) -> None:
+    if plan.engine.kind == "flower-ray":
+        from .flower_ray import serve_with_flower_ray
 
-        serve_with_ray(app, plan, devices)
+        serve_with_flower_ray(app, plan, devices)
         return
-    with _backend(plan, devices) as backend:
-        grid = InProcessGrid(plan.task.clients, backend)
+    text = plan.canonical()
+    with Inline(devices, text) as here, _team(plan, devices, text, say) as team:
+        if team is None:
+            grid = InProcessGrid(plan.task.clients, here)
+        else:
+            clerk = Clerk(here.ledger, devices.budget, plan)
+            grid = TeamGrid(plan.task.clients, here, team, clerk)
         serve(app, grid)
 
 
-def _backend(plan: Plan, devices: Devices) -> AbstractContextManager[Inline | Processes]:
-    text = plan.canonical()
-    if plan.engine.workers == 1:
-        return Inline(devices, text)
-    return Processes(devices, text, plan.engine.workers)
+def _team(
+    plan: Plan, devices: Devices, text: str, say: Callable[[str], None]
+) -> AbstractContextManager[Team | None]:
+    if plan.engine.kind == "ray":
+        from .ray_engine import RayTeam
+
+        team = RayTeam(devices, text, plan)
+        say(f"{team.size} Ray actors of one thread each on {team.where}")
+        return team
+    workers = worker_count(plan, usable_cores())
+    if plan.engine.workers == "auto":
+        say(f"{workers} worker process{'es' if workers > 1 else ''} of one thread each")
+    return nullcontext() if workers == 1 else Processes(devices, text, workers)
 
 
 def _quiet_flower() -> None:

@@ -27,7 +27,8 @@ disk that acknowledges writes it did not make          noticed unless it loses t
 =====================================================  ==========================================
 """
 
+from .grants import Grants
 from .ledger import Ledger
 from .records import Budget, BudgetExceeded, Charge, Head, Overview, Spent
 
-__all__ = ["Budget", "BudgetExceeded", "Charge", "Head", "Ledger", "Overview", "Spent"]
+__all__ = ["Budget", "BudgetExceeded", "Charge", "Grants", "Head", "Ledger", "Overview", "Spent"]

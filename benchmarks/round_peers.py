@@ -1,0 +1,273 @@
+"""The contenders of ``round.py``; one process runs one of them and prints a line of JSON.
+
+Every contender trains the same clients' data for the same expected number of steps and batch. Those
+that are private clip each example to 1 and add noise of multiplier 1 at every step, except pfl,
+which clips and noises whole updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import round_work as work
+import torch
+from torch.nn import functional as F
+
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+BEGAN = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run; ``workers`` is about our own engines."""
+
+    model: str
+    population: int
+    cohort: int
+    rounds: int
+    workers: int | str = "auto"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Seconds until the first round began, seconds of each round, and the final accuracy."""
+
+    start: float
+    rounds: list[float]
+    accuracy: float
+
+
+def bare(job: Job) -> Outcome:
+    """Plain SGD on one thread: no privacy, no messages, no ledger."""
+    model, rng = work.model_of(job.model), np.random.default_rng(0)
+    parameters, times, start = list(model.parameters()), [], time.perf_counter() - BEGAN
+    for cohort in work.cohorts(job.population, job.cohort, job.rounds):
+        began = time.perf_counter()
+        before = [p.detach().clone() for p in parameters]
+        total = [torch.zeros_like(p) for p in parameters]
+        for index in cohort:
+            plain_steps(model, work.client(index), rng)
+            with torch.no_grad():
+                for p, sum_, first in zip(parameters, total, before, strict=True):
+                    sum_ += p - first
+                    p.copy_(first)
+        with torch.no_grad():
+            for p, sum_ in zip(parameters, total, strict=True):
+                p += sum_ / len(cohort)
+        times.append(time.perf_counter() - began)
+    return Outcome(start, times, work.accuracy(model))
+
+
+def plain_steps(model: torch.nn.Module, data: work.Examples, rng: np.random.Generator) -> None:
+    """Run one client's local steps on Poisson batches."""
+    for _ in range(work.STEPS):
+        batch = torch.from_numpy(np.flatnonzero(rng.random(len(data.labels)) < work.RATE))
+        loss = F.cross_entropy(model(data.inputs[batch]), data.labels[batch], reduction="sum")
+        gradients = torch.autograd.grad(loss / work.BATCH, list(model.parameters()))
+        with torch.no_grad():
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p -= work.LEARNING_RATE * gradient
+
+
+def ours(job: Job, engine: str) -> Outcome:
+    """Run a plan of ours, ledger and gate included."""
+    from reticent.core.plan import parse_plan
+    from reticent.simulations.simulate import simulate
+
+    plan = parse_plan(
+        "",
+        [
+            "task.name=round_work:task",
+            f"task.clients={job.population}",
+            "task.public_examples=20",
+            "teacher.epochs=1",
+            f"student.model={job.model}",
+            "student.epochs=1",
+            "student.distill.kind=none",
+            "student.prune.kind=none",
+            "student.quantize.kind=none",
+            "privacy.trust=local",
+            f"privacy.noise_multiplier={work.SIGMA}",
+            f"privacy.clip={work.CLIP}",
+            f"federation.rounds={job.rounds}",
+            f"federation.clients_per_round={job.cohort}",
+            f"federation.steps_per_round={work.STEPS}",
+            f"federation.sampling_rate={work.RATE}",
+            f"federation.learning_rate={work.LEARNING_RATE}",
+            "federation.server.kind=sgd",
+            "federation.server.momentum=0.0",
+            f"federation.server.learning_rate={work.LEARNING_RATE}",
+            "federation.average=0.0",
+            f"federation.eval_every={job.rounds}",
+            'updates.codec=["identity"]',
+            'updates.broadcast=["identity"]',
+            f"engine.kind={engine}",
+            f"engine.workers={job.workers}",
+        ],
+    )
+    times: list[float] = []
+    starts: list[float] = []
+
+    def progress(metrics: dict[str, Any]) -> None:
+        times.append(metrics["seconds"])
+        starts.append(time.perf_counter() - BEGAN - metrics["seconds"])
+
+    with TemporaryDirectory() as folder:
+        summary = simulate(plan, Path(folder) / "run", progress=progress).read_summary()
+    return Outcome(starts[0], times, summary["accuracy"]["fp32"])
+
+
+@lru_cache(maxsize=1)
+def wrapped(kind: str) -> Any:
+    """Return Opacus' wrapper and optimizer, made once a process."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    module = GradSampleModule(work.model_of(kind))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(module.parameters(), lr=work.LEARNING_RATE),
+        noise_multiplier=work.SIGMA,
+        max_grad_norm=work.CLIP,
+        expected_batch_size=work.BATCH,
+    )
+    return module, optimizer
+
+
+def reused(kind: str, state: Any, data: work.Examples) -> Any:
+    """Train one client with a wrapper that is made once."""
+    module, optimizer = wrapped(kind)
+    module._module.load_state_dict(state)
+    for _ in range(work.STEPS):
+        batch = torch.nonzero(torch.rand(len(data.labels)) < work.RATE).flatten()
+        if len(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(module(data.inputs[batch]), data.labels[batch]).backward()
+            optimizer.step()
+    return module._module.state_dict()
+
+
+def as_written(kind: str, state: Any, data: work.Examples) -> Any:
+    """Train one client as the tutorials do: a PrivacyEngine each, and its epsilon."""
+    from opacus import PrivacyEngine
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model = work.model_of(kind)
+    model.load_state_dict(state)
+    engine: Any = PrivacyEngine()
+    module, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=work.LEARNING_RATE),
+        data_loader=DataLoader(TensorDataset(*data), batch_size=work.BATCH),
+        noise_multiplier=work.SIGMA,
+        max_grad_norm=work.CLIP,
+    )
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        if len(labels):
+            F.cross_entropy(module(inputs), labels).backward()
+            optimizer.step()
+    engine.get_epsilon(1e-5)
+    return module._module.state_dict()
+
+
+def flower(job: Job, train: Callable[[str, Any, work.Examples], Any]) -> Outcome:
+    """Run Flower's own simulation with FedAvg."""
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    marks: list[float] = []
+    final: list[Any] = []
+    kind = job.model
+
+    class Timed(FedAvg):
+        def configure_train(self, *args: Any, **kwargs: Any) -> Any:
+            marks.append(time.perf_counter())
+            return super().configure_train(*args, **kwargs)
+
+        def aggregate_train(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().aggregate_train(*args, **kwargs)
+            marks.append(time.perf_counter())
+            return found
+
+    server, app = ServerApp(), ClientApp()
+
+    @app.train()
+    def local(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        state = message.content["arrays"].to_torch_state_dict()  # type: ignore[union-attr]
+        data = work.client(int(context.node_config["partition-id"]))
+        arrays, count = ArrayRecord(train(kind, state, data)), MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": arrays, "metrics": count}), reply_to=message)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Timed(
+            fraction_train=job.cohort / job.population,
+            fraction_evaluate=0.0,
+            min_train_nodes=job.cohort,
+            min_available_nodes=job.population,
+        )
+        first = ArrayRecord(work.model_of(kind).state_dict())
+        final.append(strategy.start(grid, first, num_rounds=job.rounds).arrays)
+
+    cores = len(os.sched_getaffinity(0))
+    run_simulation(
+        server,
+        app,
+        num_supernodes=job.population,
+        backend_config={
+            "init_args": {"num_cpus": cores, "include_dashboard": False},
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        },
+    )
+    model = work.model_of(kind)
+    model.load_state_dict(final[0].to_torch_state_dict())
+    times = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+    return Outcome(marks[0] - BEGAN, times, work.accuracy(model))
+
+
+def pfl(job: Job, private: bool) -> Outcome:
+    """Run pfl-research: whole updates clipped and noised centrally, or no privacy."""
+    from round_pfl import run
+
+    start, times, accuracy = run(job.model, job.population, job.cohort, job.rounds, private, BEGAN)
+    return Outcome(start, times, accuracy)
+
+
+CONTENDERS: dict[str, Callable[[Job], Outcome]] = {
+    "bare": bare,
+    "ours": lambda job: ours(job, "inprocess"),
+    "ours-ray": lambda job: ours(job, "ray"),
+    "flower-reused": lambda job: flower(job, reused),
+    "flower-as-written": lambda job: flower(job, as_written),
+    "pfl": lambda job: pfl(job, private=False),
+    "pfl-central-dp": lambda job: pfl(job, private=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("contender", choices=sorted(CONTENDERS))
+    parser.add_argument("job", help="a Job as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    outcome = CONTENDERS[args.contender](Job(**json.loads(args.job)))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(asdict(outcome)))
+
+
+if __name__ == "__main__":
+    main()

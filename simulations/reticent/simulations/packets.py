@@ -1,0 +1,146 @@
+"""What goes to the workers of a simulation: the work of a round once, then shares of its clients.
+
+A message to a client is made of records that it shares with most others: the order, the model, the
+constants. A worker gets each of them once, and for a client its number and which of them are its
+message. Both are safetensors and JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from reticent.client.app import pack
+from reticent.core.errors import PayloadError
+from reticent.core.update import Layout
+from reticent.privacy.ledger import Grants
+from reticent.server.folding import Kept, Rules
+
+from .devices import device_name
+from .grid import client_of, numbered
+
+Record = ArrayRecord | ConfigRecord
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all shares of a round need.
+
+    Attributes:
+        records: The distinct records of its messages.
+        rules: How replies are folded.
+        kept: What clients hold of earlier rounds.
+    """
+
+    records: tuple[Record, ...]
+    rules: Rules
+    kept: Kept
+
+    def encode(self) -> bytes:
+        """Return the work as safetensors bytes."""
+        rules, layout, model = self.rules, self.rules.layout, self.kept.model
+        arrays: dict[str, NDArray[Any]] = {
+            "constants": _bytes(self.kept.constants),
+            "mask": _bytes(layout.kept),
+        }
+        if model is not None:
+            arrays["model"] = model
+        heads: list[Any] = []
+        for index, record in enumerate(self.records):
+            if isinstance(record, ConfigRecord):
+                heads.append(dict(record))
+            else:
+                heads.append(None)
+                arrays[f"record:{index}"] = _bytes(_payload(record))
+        shape = [layout.names, layout.shapes]
+        head = [heads, rules.round, shape, rules.bound, rules.clip, rules.bit]
+        return save(arrays | {"head": _bytes(json.dumps(head).encode())})
+
+    @staticmethod
+    def decode(data: bytes) -> Work:
+        """Return what :meth:`encode` made ``data`` of."""
+        arrays = load(data)
+        head = json.loads(arrays["head"].tobytes())
+        heads, number, (names, shapes), bound, clip, bit = head
+        records: list[Record] = [
+            pack(arrays[f"record:{i}"].tobytes()) if config is None else ConfigRecord(config)
+            for i, config in enumerate(heads)
+        ]
+        mask = arrays["mask"].tobytes()
+        layout = Layout(tuple(names), tuple(tuple(shape) for shape in shapes), mask)
+        kept = Kept(arrays["constants"].tobytes(), arrays.get("model"))
+        return Work(tuple(records), Rules(number, layout, bound, clip, bit), kept)
+
+
+class Packer:
+    """Finds the distinct records of a round's messages, window by window."""
+
+    def __init__(self, rules: Rules, kept: Kept) -> None:
+        """Pack the messages of one round."""
+        self._rules, self._kept = rules, kept
+        self._index: dict[int, int] = {}
+        self._records: list[Record] = []
+        self._work = b""
+
+    def work(self, messages: Iterable[Message]) -> bytes:
+        """Return the work that these messages need; the same object while nothing new comes."""
+        known = len(self._records)
+        for message in messages:
+            for record in message.content.values():
+                if id(record) not in self._index:
+                    self._index[id(record)] = len(self._records)
+                    self._records.append(cast(Record, record))  # kept, so its id stays its own
+        if len(self._records) > known:
+            self._work = Work(tuple(self._records), self._rules, self._kept).encode()
+        return self._work
+
+    def share(self, messages: Sequence[Message], grants: Grants) -> bytes:
+        """Return one worker's share: the clients, their messages' records, and their charges."""
+        kinds: dict[tuple[tuple[str, int], ...], int] = {}
+        chosen = [
+            kinds.setdefault(
+                tuple((name, self._index[id(r)]) for name, r in m.content.items()), len(kinds)
+            )
+            for m in messages
+        ]
+        about = messages[0].metadata
+        nodes = [m.metadata.dst_node_id for m in messages]
+        own = grants.of([device_name(client_of(node)) for node in nodes])
+        head = [about.message_type, about.group_id, list(kinds), nodes, chosen, own.to_json()]
+        return json.dumps(head).encode()
+
+
+def messages_in(share: bytes, work: Work, folder: Path) -> tuple[list[Message], Grants]:
+    """Return the messages that :meth:`Packer.share` packed, and the charges of their clients."""
+    kind, group, contents, nodes, chosen, grants = json.loads(share)
+    messages = [
+        numbered(
+            Message(
+                RecordDict({name: work.records[i] for name, i in contents[which]}),
+                dst_node_id=node,
+                message_type=kind,
+                group_id=group,
+            ),
+            number,
+        )
+        for number, (node, which) in enumerate(zip(nodes, chosen, strict=True), 1)
+    ]
+    return messages, Grants.from_json(folder, grants)
+
+
+def _payload(record: Record) -> bytes:
+    if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
+        raise PayloadError("a message to a worker holds a record that is not one payload")
+    return record["payload"].data
+
+
+def _bytes(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8)

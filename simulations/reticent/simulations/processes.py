@@ -1,0 +1,143 @@
+"""A team of worker processes on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+
+from .devices import Devices
+from .player import Player
+from .teams import Backlog, Task
+
+_GRACE = 10.0  # seconds
+
+
+@dataclass
+class _Worker:
+    """A process, our end of its pipe, and the work that it has."""
+
+    process: BaseProcess
+    pipe: Connection
+    work: bytes = field(default=b"")
+
+    def give(self, task: Task) -> None:
+        """Send a task, and its work unless the worker has that; OSError if it is gone."""
+        work, share = task
+        if self.work is not work:
+            self.pipe.send_bytes(b"")
+            self.pipe.send_bytes(work)
+            self.work = work
+        self.pipe.send_bytes(share)
+
+    def bury(self) -> str:
+        """End the process for good, and say how it ended."""
+        self.pipe.close()
+        self.process.join(timeout=1.0)
+        self.process.kill()
+        self.process.join()
+        return f"with exit code {self.process.exitcode}"
+
+
+class Processes:
+    """A :class:`.Team` of processes with one thread each.
+
+    One that is killed is started anew, and what it was playing is played again.
+    """
+
+    def __init__(self, devices: Devices, plan_json: str, size: int) -> None:
+        """Start ``size`` processes; they import while the server prepares."""
+        self._about = devices, plan_json
+        self._context = multiprocessing.get_context("spawn")
+        self._backlog = Backlog()
+        self._workers = [_start(self._context, devices, plan_json) for _ in range(size)]
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.pipe.close()
+            if error is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(timeout=_GRACE)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return len(self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        """Their process ids."""
+        return [worker.process.pid or 0 for worker in self._workers]
+
+    def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
+        """Yield the partial sum of each task, in the order in which they are done.
+
+        Raises:
+            RunError: If processes ended too often.
+        """
+        self._backlog.begin(tasks)
+        busy: dict[Connection, tuple[int, Task]] = {}
+        idle = list(range(self.size))
+        while True:
+            while idle and (task := self._backlog.next()):
+                index = idle.pop()
+                try:
+                    self._workers[index].give(task)
+                except OSError:
+                    self._replace(index, task)
+                    idle.append(index)
+                else:
+                    busy[self._workers[index].pipe] = index, task
+            if not busy:
+                return
+            for pipe in wait(list(busy)):
+                index, task = busy.pop(pipe)  # type: ignore[arg-type]
+                idle.append(index)
+                try:
+                    part = pipe.recv_bytes()  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    self._replace(index, task)
+                else:
+                    yield part
+
+    def _replace(self, index: int, task: Task) -> None:
+        self._backlog.lost(task, self._workers[index].bury())
+        self._workers[index] = _start(self._context, *self._about)
+
+
+def _start(context: SpawnContext, devices: Devices, plan_json: str) -> _Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, devices, plan_json), daemon=True)
+    # Ctrl-C is for the process that the user started, which then ends the workers. They inherit the
+    # mask, so that it holds from their first instruction on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _work(pipe: Connection, devices: Devices, plan_json: str) -> None:
+    player = Player(devices, plan_json)
+    try:
+        while True:
+            share = pipe.recv_bytes()
+            if share:
+                pipe.send_bytes(player.play(share))
+            else:
+                player.begin(pipe.recv_bytes())
+    except (EOFError, OSError):
+        return  # the run ended, or was killed: nobody is listening

@@ -1,0 +1,137 @@
+"""A cohort dealt to a team of workers: charged first, in whole blocks, played again if lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+from flwr.app import Message
+
+from reticent.core.errors import DependencyError, RunError
+from reticent.core.plan import Plan
+from reticent.server.folding import Kept, Rules
+from reticent.server.partial import decode_tally
+from reticent.server.rounds import Tally
+
+from .charging import Clerk
+from .grid import InProcessGrid
+from .packets import Packer
+from .workers import BLOCK, WINDOW, Inline
+
+Task = tuple[bytes, bytes]
+"""The work of a round, one object for all of its shares, and one share."""
+
+LOSSES = 10
+"""How many workers may be lost in a run before it is given up."""
+
+
+class Team(Protocol):
+    """Workers that play shares, in any order; a share whose worker is lost is played again."""
+
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
+        ...
+
+    def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
+        """Yield the partial sum of each task as it is done, taking tasks only as workers are free.
+
+        Raises:
+            RunError: If workers were lost more often than :data:`LOSSES` times.
+        """
+        ...
+
+
+class TeamGrid(InProcessGrid):
+    """A grid that folds replies in the workers that make them (:class:`.FoldingGrid`).
+
+    Guarantee: what is folded does not depend on the team's size, on which worker plays which share,
+    or on how often one is lost. Each window of clients is charged, durably, before any of it is
+    handed out; asking again finds the same charge, and the same noise, and so the same update.
+    """
+
+    def __init__(self, clients: int, here: Inline, team: Team, clerk: Clerk) -> None:
+        """Serve ``clients`` nodes; single messages are answered ``here``."""
+        super().__init__(clients, here)
+        self._team, self._clerk = team, clerk
+
+    def fold(self, messages: Iterable[Message], rules: Rules, kept: Kept) -> Iterator[Tally]:
+        """Yield partial sums as workers finish them; a window of clients is out at a time."""
+        for part in self._team.play(self._tasks(messages, Packer(rules, kept))):
+            yield decode_tally(part, rules.layout.size)
+
+    def _tasks(self, messages: Iterable[Message], packer: Packer) -> Iterator[Task]:
+        pending = iter(messages)
+        while window := list(islice(pending, WINDOW * self._team.size)):
+            grants, work = self._clerk.charge(window), packer.work(window)
+            for share in shares(window, self._team.size):
+                yield work, packer.share(share, grants)
+
+
+def shares(window: Sequence[Message], workers: int) -> Iterator[Sequence[Message]]:
+    """Yield runs of whole blocks, as equal as can be and at most one for each worker."""
+    blocks = -(-len(window) // BLOCK)
+    parts = min(workers, blocks)
+    for part in range(parts):
+        first, last = part * blocks // parts, (part + 1) * blocks // parts
+        yield window[first * BLOCK : last * BLOCK]
+
+
+class Backlog:
+    """Tasks that no worker has finished, and how many workers were lost over them in a run."""
+
+    def __init__(self) -> None:
+        """Begin a run."""
+        self._tasks: Iterator[Task] = iter(())
+        self._again: list[Task] = []
+        self._losses = 0
+
+    def begin(self, tasks: Iterable[Task]) -> None:
+        """Take the tasks of a round."""
+        self._tasks, self._again = iter(tasks), []
+
+    def next(self) -> Task | None:
+        """Return a task to be done, lost ones first; None when there is none."""
+        return self._again.pop() if self._again else next(self._tasks, None)
+
+    def lost(self, task: Task | None, how: str) -> None:
+        """Count a lost worker, and take back what it was playing.
+
+        Raises:
+            RunError: If it is one too many.
+        """
+        self._losses += 1
+        if self._losses > LOSSES:
+            raise RunError(
+                f"{self._losses} workers ended before their work was done, the last one {how}; "
+                "committed rounds are kept, continue with --resume"
+            )
+        if task is not None:
+            self._again.append(task)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def worker_count(plan: Plan, cores: int) -> int:
+    """Return how many workers a plan asks for; ``auto`` is one a core, and none without a block."""
+    if plan.engine.workers != "auto":
+        return plan.engine.workers
+    return max(1, min(cores, -(-plan.federation.clients_per_round // BLOCK)))
+
+
+def require_ray(plan: Plan) -> None:
+    """Check that Ray is installed.
+
+    Raises:
+        DependencyError: If it is not.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise DependencyError(
+            f"engine.kind=\"{plan.engine.kind}\" needs Ray: pip install 'reticent[simulation]'"
+        )

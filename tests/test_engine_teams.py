@@ -1,0 +1,200 @@
+"""Runs on a team of workers: the model, figures and charges of a run in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.core.plan import Plan, parse_plan
+from reticent.core.run import Run
+from reticent.privacy.ledger import Ledger
+from reticent.simulations.admission import check_engine
+from reticent.simulations.devices import Devices
+from reticent.simulations.player import Player
+from reticent.simulations.processes import Processes
+from reticent.simulations.simulate import simulate
+from reticent.simulations.teams import LOSSES, Backlog, Task, worker_count
+
+SMALL = [
+    "task.name=digits",
+    "task.clients=42",
+    "task.public_examples=200",
+    "teacher.epochs=1",
+    "student.epochs=1",
+    "federation.clients_per_round=32",
+    "federation.rounds=3",
+    "federation.eval_every=1",
+    "federation.sampling_rate=0.3",
+]
+VARIANTS = {
+    "default": [],
+    "changes": ['updates.delta=["int8", "ans"]'],
+    "client": ["privacy.unit=client", "privacy.clip_quantile=0.5"],
+    "feedback": [
+        "privacy.trust=local",
+        'updates.codec=["topk:0.05", "ans"]',
+        "updates.error_feedback=true",
+    ],
+    "off": ["privacy=off"],
+}
+
+
+class Here:
+    """A team in this process whose workers forget everything whenever ``loses`` says so."""
+
+    def __init__(
+        self, devices: Devices, text: str, size: int, loses: Callable[[int], bool]
+    ) -> None:
+        self.size, self._loses, self._count = size, loses, 0
+        self._new = lambda: Player(devices, text)
+
+    def __enter__(self) -> Here:
+        self._players: list[tuple[Player, bytes]] = [(self._new(), b"") for _ in range(self.size)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
+        backlog = Backlog()
+        backlog.begin(tasks)
+        while task := backlog.next():
+            self._count += 1
+            index = self._count % self.size
+            player, has = self._players[index]
+            if has is not task[0]:
+                player.begin(task[0])
+            self._players[index] = player, task[0]
+            part = player.play(task[1])
+            if self._loses(self._count):  # after all the work was done, and before it was told
+                self._players[index] = self._new(), b""
+                backlog.lost(task, "in a test")
+            else:
+                yield part
+
+
+@pytest.fixture
+def team_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def use(size: int, loses: Callable[[int], bool] = lambda count: False) -> None:
+        def team(plan: Plan, devices: Devices, text: str, say: object) -> Here:
+            return Here(devices, text, size, loses)
+
+        monkeypatch.setattr("reticent.simulations.simulate._team", team)
+
+    return use
+
+
+def plan_of(*overrides: str) -> Plan:
+    return parse_plan("", [*SMALL, "engine.workers=1", *overrides])
+
+
+def figures(run: Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in run.read_metrics()]
+
+
+def spending(run: Run) -> list[tuple[tuple[str, ...], float]]:
+    with Ledger.open(run.ledger) as ledger:
+        ledger.verify()
+        return [(row.devices, row.epsilon) for row in ledger.summary(1e-5)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_team_gives_the_model_figures_and_charges_of_one_process(
+    variant: str, tmp_path: Path, team_of: Callable[..., None]
+) -> None:
+    plan = plan_of(*VARIANTS[variant])
+    one = simulate(plan, tmp_path / "one")
+    team_of(3, lambda count: count in (2, 5))
+    many = simulate(plan, tmp_path / "many")
+    assert many.read_summary()["model"] == one.read_summary()["model"]
+    assert figures(many) == figures(one)
+    assert spending(many) == spending(one)
+
+
+def test_refusals_reach_the_round_from_a_team_as_from_one_process(
+    tmp_path: Path, team_of: Callable[..., None]
+) -> None:
+    plan = plan_of("privacy.budget=7.0", "federation.retries=1", "federation.min_replies=32")
+    found = []
+    for name in ("one", "many"):
+        with pytest.raises(NetworkError, match="the privacy budget of the device") as caught:
+            simulate(plan, tmp_path / name)
+        found.append((str(caught.value), figures(Run(tmp_path / name))))
+        team_of(2)
+    assert found[0] == found[1] and found[0][1]
+    assert spending(Run(tmp_path / "one")) == spending(Run(tmp_path / "many"))
+
+
+def test_a_run_that_was_stopped_goes_on_with_a_team_to_the_same_model(
+    tmp_path: Path, team_of: Callable[..., None]
+) -> None:
+    plan = plan_of()
+    whole = simulate(plan, tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        simulate(plan, tmp_path / "run", progress=_stop)
+    team_of(2)
+    run = simulate(plan, tmp_path / "run", resume=True)
+    assert run.read_summary()["model"] == whole.read_summary()["model"]
+    assert spending(run) == spending(whole)
+
+
+def _stop(metrics: dict[str, Any]) -> None:
+    raise InterruptedError
+
+
+def test_killed_worker_processes_are_replaced_and_the_model_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed while it holds a share that it cannot finish, one when it has none."""
+    one = simulate(plan_of(), tmp_path / "one")
+    teams: list[Processes] = []
+    start = Processes.__enter__
+    monkeypatch.setattr(Processes, "__enter__", lambda team: teams.append(team) or start(team))
+
+    def strike(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 1:
+            first, second = teams[0].pids
+            os.kill(first, signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (first, signal.SIGKILL)).start()
+            os.kill(second, signal.SIGKILL)
+
+    run = simulate(plan_of("engine.workers=2"), tmp_path / "two", progress=strike)
+    assert run.read_summary()["model"] == one.read_summary()["model"]
+    assert figures(run) == figures(one)
+    assert spending(run) == spending(one), "a share that was played again was charged again"
+
+
+def test_a_run_whose_workers_keep_dying_ends_with_the_reason() -> None:
+    backlog = Backlog()
+    for _ in range(LOSSES):
+        backlog.lost((b"", b""), "with exit code -9")
+    with pytest.raises(RunError, match=r"11 workers ended .* exit code -9; committed rounds"):
+        backlog.lost(None, "with exit code -9")
+
+
+def test_lost_tasks_are_done_before_new_ones_are_begun() -> None:
+    backlog = Backlog()
+    backlog.begin([(b"w", b"1"), (b"w", b"2")])
+    first = backlog.next()
+    backlog.lost(first, "in a test")
+    assert [backlog.next(), backlog.next(), backlog.next()] == [first, (b"w", b"2"), None]
+
+
+def test_files_that_clients_keep_are_not_looked_for_on_another_machine() -> None:
+    kept = plan_of(*VARIANTS["feedback"])
+    check_engine(kept)
+    with pytest.raises(PlanError, match=r'engine.kind="ray": must be "inprocess"'):
+        check_engine(plan_of(*VARIANTS["feedback"], "engine.kind=ray"))
+
+
+def test_auto_is_one_worker_a_core_and_none_without_a_block() -> None:
+    auto = plan_of("engine.workers=auto")
+    assert [worker_count(auto, cores) for cores in (1, 2, 64)] == [1, 2, 4]
+    assert worker_count(plan_of("engine.workers=7"), 2) == 7

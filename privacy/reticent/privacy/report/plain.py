@@ -17,11 +17,12 @@ from typing import Any
 
 from .words import as_float, certainty_text, chance_text, count_text, epsilon_text, odds_text
 
+_CHOICE = ("Choice of settings", "runs made to choose them are not counted here")
 UNPROTECTED = (
     ("What is true of people in general", "a model learns it, also about someone who took no part"),
     ("Public examples", "teacher, start, mask, calibration: open to anyone by the plan"),
     ("The test set", "read for every accuracy shown here; it belongs to no client"),
-    ("Choice of settings", "runs made to choose them are not counted here"),
+    _CHOICE,
     ("Who took part, and when", "the server and the network see it"),
     (
         "Timing and dropouts",
@@ -54,15 +55,27 @@ _SIMULATED = (
 )
 
 
-def not_covered(promise: dict[str, Any], simulated: bool) -> list[dict[str, str]]:
+def not_covered(
+    promise: dict[str, Any], simulated: bool, tuning: dict[str, Any] | None = None
+) -> list[dict[str, str]]:
     """Return what no number of the report covers, each with a remark."""
     noised = promise["trust"] != "off" and promise["unit"] == "example"
     rows = [*UNPROTECTED, _SIZE if noised else _EXPOSED]
+    if tuning is not None and tuning["runs"] > 1:
+        rows[rows.index(_CHOICE)] = (_CHOICE[0], _chosen(tuning))
     if noised:
         rows.insert(1, _PERSON)
     if simulated:
         rows.append(_SIMULATED)
     return [{"what": what, "remark": remark} for what, remark in rows]
+
+
+def _chosen(tuning: dict[str, Any]) -> str:
+    return (
+        f"the numbers of the promise are of this run by itself, which is one of {tuning['runs']:,} "
+        "on the same private data: whoever picks the best of them spends up to ε = "
+        f"{epsilon_text(tuning['epsilon'])} against readers of the models"
+    )
 
 
 def plain(data: dict[str, Any]) -> dict[str, Any]:

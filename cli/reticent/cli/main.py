@@ -17,8 +17,10 @@ from .data import data
 from .devices import device
 from .plans import plan
 from .reports import report
+from .runs import runs
 from .servers import server
 from .simulations import simulate
+from .sweeps import sweep
 
 INTERRUPTED = 130
 
@@ -36,6 +38,8 @@ def cli() -> None:
 
 for command in (
     simulate,
+    sweep,
+    runs,
     plan,
     compress,
     report,

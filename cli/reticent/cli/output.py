@@ -55,6 +55,17 @@ class Progress:
         elif metrics["accuracy"] is not None:
             click.echo(line)
 
+    @property
+    def live(self) -> bool:
+        """Whether a line is rewritten in place."""
+        return self._live
+
+    def erase(self) -> None:
+        """Remove the live line, if there is one."""
+        if self._live and self._first is not None:
+            click.echo("\r\x1b[2K", nl=False)
+            self._first = None
+
     def clear(self) -> None:
         """End the live line, if there is one."""
         if self._live and self._first is not None:

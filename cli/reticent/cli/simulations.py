@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from reticent.core.errors import PlanError
+from reticent.core.errors import PlanError, ReticentError, RunError
 from reticent.core.plan import Plan, load_plan, parse_plan
 from reticent.core.run import Run, open_run
 
+from .dashboard import Dashboard, progress_for
 from .output import Progress, epsilon_text, human_bytes, table
+
+if TYPE_CHECKING:
+    from reticent.simulations.sinks import Feed
 
 overrides_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the plan."
@@ -32,12 +36,20 @@ def read_plan(path: Path | None, overrides: tuple[str, ...]) -> Plan:
 @overrides_option
 @click.option("--run", "folder", type=click.Path(path_type=Path), help="The run directory.")
 @click.option("--resume", is_flag=True, help="Continue the run in --run after its last round.")
+@click.option(
+    "--tensorboard",
+    type=click.Path(path_type=Path),
+    help="Also write rounds to a TensorBoard folder.",
+)
+@click.option("--mlflow", metavar="URI", help="Also log rounds to an MLflow store.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def simulate(
     plan_file: Path | None,
     overrides: tuple[str, ...],
     folder: Path | None,
     resume: bool,
+    tensorboard: Path | None,
+    mlflow: str | None,
     as_json: bool,
 ) -> None:
     """Run a whole federation on this machine: plan in, artifact and privacy report out.
@@ -45,34 +57,66 @@ def simulate(
     Without PLAN the embedded default runs: Fashion-MNIST, 100 clients, epsilon 8.
     """
     from reticent.server.rounds import BudgetsSpent
-    from reticent.simulations.simulate import simulate as run_simulation
+    from reticent.simulations.sinks import Feed
 
     plan = _plan(plan_file, overrides, folder, resume)
-    where = folder or Path("runs") / f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}"
-    show = Progress(plan.federation.rounds, as_json)
+    run = Run(folder or Path("runs") / f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}")
+    show = progress_for(plan, as_json, _committed(run) if resume else ())
+    feed = Feed(run, plan, show.say, tensorboard, mlflow)
     began = time.monotonic()
     show.say(f"plan {plan.digest[:12]}: {_headline(plan)}")
-    show.say(f"run directory {where}")
+    show.say(f"run directory {run.folder}")
     try:
-        run = run_simulation(plan, where, resume=resume, say=show.say, progress=show.round)
+        _run(plan, run, resume, show, feed)
     except KeyboardInterrupt:
         show.clear()
         click.echo(
             f"interrupted: the open round was rolled back, committed rounds are kept; continue "
-            f"with `reticent simulate --run {where} --resume`",
+            f"with `reticent simulate --run {run.folder} --resume`",
             err=True,
         )
         raise SystemExit(130) from None
     except BudgetsSpent:
         show.clear()
-        _report_the_end(Run(where))
+        _report_the_end(run)
         raise
-    show.clear()
+    finally:
+        show.clear()
+        feed.close()
     reports = _write_reports(run)
     if as_json:
         click.echo(json.dumps({"run": str(run.folder), "reports": reports, **run.read_summary()}))
         return
     click.echo(_closing(run, time.monotonic() - began))
+
+
+def _run(plan: Plan, run: Run, resume: bool, show: Progress | Dashboard, feed: Feed) -> None:
+    """Run the federation; why it failed is kept in its folder, for ``reticent runs``."""
+    from reticent.simulations.runs import forget_failure, record_failure
+    from reticent.simulations.simulate import simulate as run_simulation
+
+    def committed(metrics: dict[str, Any]) -> None:
+        feed.round(metrics)
+        show.round(metrics)
+
+    try:
+        run_simulation(plan, run.folder, resume=resume, say=show.say, progress=committed)
+    except RunError:
+        raise  # it is about a folder that is another run's, or that cannot be written
+    except ReticentError as error:
+        if run.plan_file.is_file():
+            record_failure(run, " ".join(str(error).split()))
+        raise
+    forget_failure(run)
+    feed.end(run.read_summary())
+
+
+def _committed(run: Run) -> list[dict[str, Any]]:
+    """Return the rounds that a run to be continued has; what is damaged is said by the run."""
+    try:
+        return run.read_metrics()
+    except RunError:
+        return []
 
 
 def _plan(

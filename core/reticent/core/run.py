@@ -23,7 +23,8 @@ class Run:
 
     ``plan.toml`` (resolved), ``plan.sha256``, ``metrics.jsonl`` (one line a committed round),
     ``summary.json`` (written when the run ends), ``journal.db``, ``checkpoints/``, ``ledger/``,
-    ``keys/``, ``artifact/``, ``report.{html,json,md,sig}``, ``audit.json`` (if it was audited).
+    ``keys/``, ``artifact/``, ``report.{html,json,md,sig}``, ``audit.json`` (if it was audited),
+    ``tuning.json`` (if it is one of a sweep), ``failure.json`` (why it stopped, until it goes on).
     """
 
     folder: Path

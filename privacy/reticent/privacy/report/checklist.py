@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .audited import NOT_DONE
+from .tuning import tuning_text
 from .words import (
     bound_text,
     certainty_text,
@@ -215,9 +216,7 @@ def _records(data: dict[str, Any]) -> dict[str, str]:
             "attacks on the representation (Mironov 2012) are not excluded"
         ),
         "Secure aggregation": "not used: nothing technical keeps the server from single updates",
-        "Charge for tuning": (
-            "not counted: how many runs were made to choose settings is unknown to the tool"
-        ),
+        "Charge for tuning": tuning_text(data.get("tuning")),
         "Charge for the teacher": (
             "none: the teacher is trained on public data only, from random weights or from weights "
             "that the task's own code declares public; the tool cannot check that declaration"

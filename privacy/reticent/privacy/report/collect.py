@@ -23,6 +23,7 @@ from .plain import not_covered, plain
 from .releases import releases
 from .schema import SCHEMA, SCHEMA_ID, load_schema, problems
 from .spending import QUANTILES, Spending, read_spending, used_schedule
+from .tuning import read_tuning
 from .words import as_float, portable
 from .writer import writer
 
@@ -60,7 +61,7 @@ def collect(run: Run) -> dict[str, Any]:
     rounds = _rounds(run, summary) if schedule else 0
     spending = read_spending(run, plan, schedule, rounds)
     private, promise = plan.private, _promise(plan, schedule)
-    shown = _size_rule(promise)
+    shown = size_rule(promise["trust"])
     data: dict[str, Any] = {
         "$schema": SCHEMA_ID,
         "schema": SCHEMA,
@@ -81,6 +82,9 @@ def collect(run: Run) -> dict[str, Any]:
         "models": _models(summary),
         "agreement": summary.get("agreement", {}),
     }
+    tuning = read_tuning(run, plan)
+    if tuning is not None:
+        data["tuning"] = tuning
     data = _jsonable(data)
     _require_whole(run, data)
     artifact = summary.get("bytes", {}).get("int8")
@@ -274,14 +278,14 @@ def coarse(size: float) -> int:
     return -(-whole // unit) * unit
 
 
-def _size_rule(promise: dict[str, Any]) -> Callable[[float], float]:
-    """Return how the size of updates is shown.
+def size_rule(trust: str) -> Callable[[float], float]:
+    """Return how the size of updates is shown under a trust, or with privacy ``off``.
 
     Under aggregator trust a size follows from single updates, whose noise is a share or none: the
     promise to readers of this report does not cover it. It is shown too coarsely to count on, and
     said not to be covered.
     """
-    return coarse if promise["trust"] == "aggregator" else lambda size: size
+    return coarse if trust == "aggregator" else lambda size: size
 
 
 def _round(metrics: dict[str, Any], shown: Callable[[float], float]) -> dict[str, Any]:

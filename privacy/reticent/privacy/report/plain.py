@@ -17,11 +17,12 @@ from typing import Any
 
 from .words import as_float, certainty_text, chance_text, count_text, epsilon_text, odds_text
 
+_CHOICE = ("Choice of settings", "runs made to choose them are not counted here")
 UNPROTECTED = (
     ("What is true of people in general", "a model learns it, also about someone who took no part"),
     ("Public examples", "teacher, start, mask, calibration: open to anyone by the plan"),
     ("The test set", "read for every accuracy shown here; it belongs to no client"),
-    ("Choice of settings", "runs made to choose them are not counted here"),
+    _CHOICE,
     ("Who took part, and when", "the server and the network see it"),
     (
         "Timing and dropouts",
@@ -61,6 +62,9 @@ def not_covered(data: dict[str, Any]) -> list[dict[str, str]]:
     elif promise["trust"] == "aggregator":
         rows.append((_SIZE, _size_remark(data["run"])))
     # Under local trust an update is private by itself, and so is its length.
+    tuning = data.get("tuning")
+    if tuning is not None and tuning["runs"] > 1:
+        rows[rows.index(_CHOICE)] = (_CHOICE[0], _chosen(tuning))
     if noised:
         rows.insert(1, (_PERSON, _person_remark(data["accounting"])))
     if data["run"]["simulated"]:
@@ -87,6 +91,14 @@ def _person_remark(accounting: dict[str, Any]) -> str:
     return (
         f"is protected less than one example is: with at most {level['examples']} examples of one "
         f"client, ε = {epsilon_text(level['epsilon'])}"
+    )
+
+
+def _chosen(tuning: dict[str, Any]) -> str:
+    return (
+        f"the numbers of the promise are of this run by itself, which is one of {tuning['runs']:,} "
+        "on the same private data: whoever picks the best of them spends up to ε = "
+        f"{epsilon_text(tuning['epsilon'])} against readers of the models"
     )
 
 

@@ -17,6 +17,7 @@ from .checklist import audit_text, gdp_text, randomness_text
 from .collect import collect
 from .plain import delta_note
 from .signing import sign
+from .tuning import tuning_note
 
 KINDS = ("html", "json", "md")
 SIGNATURE = "report.sig"
@@ -105,10 +106,10 @@ def render_comparison(comparison: dict[str, Any], names: tuple[str, str], kind: 
         raise RunError(f"report kind {kind!r}: must be one of {', '.join(KINDS)}")
     if kind == "json":
         return render_json({"a": names[0], "b": names[1], **comparison})
-    filled = {**comparison, "names": names}
+    values = {**comparison, "names": names}
     if kind == "md":
-        return _filled("compare.md.j2", filled, escaped=False)
-    return _filled("compare.html.j2", filled, escaped=True)
+        return filled("compare.md.j2", values, escaped=False)
+    return filled("compare.html.j2", values, escaped=True)
 
 
 def _report(template: str, data: dict[str, Any], escaped: bool) -> str:
@@ -121,12 +122,13 @@ def _report(template: str, data: dict[str, Any], escaped: bool) -> str:
         "groups": groups[:MOST_ROWS],
         "groups_cut": len(groups) > MOST_ROWS,
         "audit_text": audit_text(data["audit"]),
+        "tuning_note": tuning_note(data.get("tuning")),
         "charts": charts(data) if escaped else [],
         "measured": thinned(measured),
         "thinned": len(measured) > MOST_ROWS,
         "private": private,
     }
-    return _filled(template, {**data, **extra}, escaped)
+    return filled(template, {**data, **extra}, escaped)
 
 
 def thinned(rows: list[Any], most: int = MOST_ROWS) -> list[Any]:
@@ -136,14 +138,21 @@ def thinned(rows: list[Any], most: int = MOST_ROWS) -> list[Any]:
     return [rows[round(k * (len(rows) - 1) / (most - 1))] for k in range(most)]
 
 
-def _filled(template: str, values: dict[str, Any], escaped: bool) -> str:
+def filled(
+    template: str, values: dict[str, Any], escaped: bool, package: str = __package__ or __name__
+) -> str:
+    """Return a template of ``package``, or else of this one, with values and the report's filters.
+
+    Raises:
+        DependencyError: If Jinja2 is not installed.
+    """
     try:
         from jinja2 import Environment, FunctionLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
         raise DependencyError("Jinja2 is not installed: pip install 'reticent[server]'") from error
     environment = Environment(
-        loader=FunctionLoader(_source),
+        loader=FunctionLoader(lambda name: _source(package, name)),
         autoescape=escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -166,5 +175,7 @@ def _filled(template: str, values: dict[str, Any], escaped: bool) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _source(name: str) -> str:
-    return files(__package__ or __name__).joinpath(name).read_text(encoding="utf-8")
+def _source(package: str, name: str) -> str:
+    own = files(package).joinpath(name)
+    found = own if own.is_file() else files(__package__ or __name__).joinpath(name)
+    return found.read_text(encoding="utf-8")

@@ -1,0 +1,168 @@
+"""``reticent sweep``: one plan over a grid of settings and over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reticent.core.errors import PlanError, RunError
+
+from .output import Progress, emit, epsilon_text, table
+from .simulations import overrides_option
+
+if TYPE_CHECKING:
+    from reticent.simulations.sweep import Manifest, Point, Results
+
+
+@click.command()
+@click.argument("plan_file", required=False, type=click.Path(path_type=Path), metavar="[PLAN]")
+@overrides_option
+@click.option(
+    "--grid",
+    "grids",
+    multiple=True,
+    metavar="KEY=V1,V2,…",
+    help="Values of a key of the plan; may be repeated, and the product is run.",
+)
+@click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True)
+@click.option("--run", "folder", type=click.Path(path_type=Path), help="The sweep's folder.")
+@click.option("--resume", is_flag=True, help="Continue the sweep in --run as it was begun.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def sweep(
+    plan_file: Path | None,
+    overrides: tuple[str, ...],
+    grids: tuple[str, ...],
+    seeds: int,
+    folder: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Run PLAN with every combination of --grid values, with --seeds seeds each.
+
+    Each point is an ordinary run directory in the sweep's folder. The same command, or --resume,
+    continues after what is finished. Ends with tables, plots and a page. Exit status 8 when a point
+    failed; the others are run all the same.
+    """
+    from reticent.simulations.sweep import collect_results, open_sweep, run_sweep, write_results
+    from reticent.simulations.sweep.results import to_json
+
+    manifest = _manifest(plan_file, overrides, grids, seeds, folder, resume)
+    where = folder or Path("runs") / f"sweep-{manifest.digest[:8]}"
+    opened = open_sweep(where, manifest)
+    show = _Show(manifest, as_json)
+    show.say(_headline(manifest, where))
+    try:
+        failures = run_sweep(opened, show.told())
+    except KeyboardInterrupt:
+        show.clear()
+        click.echo(
+            f"interrupted: finished runs and committed rounds are kept; continue with `reticent "
+            f"sweep --run {where} --resume`",
+            err=True,
+        )
+        raise SystemExit(130) from None
+    results = collect_results(opened, failures)
+    written = write_results(results)
+    if as_json:
+        emit(to_json(results))
+    else:
+        click.echo(_closing(results, written[-1]))
+    if failures:
+        reasons = "\n  ".join(f"{name}: {why}" for name, why in failures.items())
+        raise RunError(
+            f"{len(failures)} of {len(manifest.points)} points failed; continue with `reticent "
+            f"sweep --run {where} --resume`:\n  {reasons}"
+        )
+
+
+def _manifest(
+    plan_file: Path | None,
+    overrides: tuple[str, ...],
+    grids: tuple[str, ...],
+    seeds: int,
+    folder: Path | None,
+    resume: bool,
+) -> Manifest:
+    from reticent.simulations.sweep import parse_grid, read_manifest
+    from reticent.simulations.sweep.manifest import manifest_of
+    from reticent.simulations.sweep.points import Base
+
+    if resume and folder is None:
+        raise PlanError("--resume: needs --run, the folder of the sweep to continue")
+    if resume and folder is not None and not (plan_file or overrides or grids or seeds > 1):
+        return read_manifest(folder)
+    if not grids and seeds == 1:
+        raise PlanError(
+            "a sweep needs --grid KEY=V1,V2,… or --seeds: without them it is `reticent simulate`"
+        )
+    base = Base("", overrides, "default plan")
+    if plan_file is not None:
+        base = Base(_text(plan_file), overrides, str(plan_file))
+    return manifest_of(base, parse_grid(grids), seeds)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {error}") from error
+
+
+def _headline(manifest: Manifest, where: Path) -> str:
+    settings = len({point.settings for point in manifest.points})
+    return (
+        f"sweep {manifest.digest[:12]}: {len(manifest.points)} runs ({settings} settings, "
+        f"{manifest.seeds} seeds each)\nsweep folder {where}"
+    )
+
+
+class _Show:
+    """Tells a person, or a machine, how the sweep goes."""
+
+    def __init__(self, manifest: Manifest, as_json: bool) -> None:
+        self._manifest, self._json = manifest, as_json
+        self._progress = Progress(1, as_json)
+
+    def told(self) -> Any:
+        """Return what :func:`run_sweep` calls."""
+        from reticent.simulations.sweep.running import Show
+
+        return Show(self._begins, lambda _: None, self._round, self._ended)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        self._progress.say(line)
+
+    def clear(self) -> None:
+        """End the live line."""
+        self._progress.clear()
+
+    def _begins(self, number: int, point: Point) -> None:
+        self._progress = Progress(point.plan.federation.rounds, self._json)
+        self._progress.say(f"[{number}/{len(self._manifest.points)}] {point.label}")
+
+    def _round(self, metrics: dict[str, Any]) -> None:
+        if self._progress.live:  # a log has one line a run; each run's rounds are in its folder
+            self._progress.round(metrics)
+
+    def _ended(self, point: Point, outcome: dict[str, Any] | str, took: float) -> None:
+        self._progress.erase()
+        if isinstance(outcome, str):
+            self._progress.say(f"    failed: {outcome}")
+            return
+        accuracy, privacy = outcome["accuracy"], outcome["privacy"]
+        deployed = accuracy.get("int8", accuracy["fp32"])
+        self._progress.say(
+            f"    accuracy {deployed:.1%}   ε {epsilon_text(privacy['epsilon'])}   {took:.0f} s"
+        )
+
+
+def _closing(results: Results, page: Path) -> str:
+    from reticent.simulations.sweep.writing import LEGEND, cells, headers, tuning_lines
+
+    rows = [cells(results, row) for row in results.rows]
+    lines = ["", table(headers(results), rows), "", LEGEND]
+    lines += [f"\n{line}" for line in tuning_lines(results) if line]
+    return "\n".join([*lines, "", f"page  {page}"])

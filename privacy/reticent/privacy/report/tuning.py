@@ -1,0 +1,186 @@
+"""What choosing among runs costs: a run of a sweep says so in its own report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reticent.core.errors import PrivacyError, RunError
+from reticent.core.plan import Plan
+from reticent.core.run import Run, write_atomic
+
+from ..accounting import epsilon
+from ..events import Event, NonPrivate, event_from_json
+from ..schedule import Schedule
+from ..selection import in_terms_of, selection_epsilon
+from .words import count_text, delta_text, epsilon_text, portable
+
+TUNING = "tuning.json"
+LARGEST = 64 << 20
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run among those to choose from: its plan, and the most that it may do to one client.
+
+    Attributes:
+        plan: Digest of its plan.
+        readers: Against readers of the models, over all rounds that one client may take part in.
+        server: Ditto, against the server.
+    """
+
+    plan: str
+    readers: Event
+    server: Event
+
+
+def candidate(plan: Plan, schedule: Schedule | None) -> Candidate:
+    """Return the run of ``plan`` as a candidate; without a schedule nothing is promised."""
+    if schedule is None:
+        return Candidate(plan.digest, NonPrivate(), NonPrivate())
+    rounds = schedule.participations
+    return Candidate(
+        plan.digest,
+        schedule.over(schedule.round_event(), rounds),
+        schedule.over(schedule.server_event(), rounds),
+    )
+
+
+def figures(candidates: Sequence[Candidate], own: Plan) -> dict[str, Any]:
+    """Return what choosing among ``candidates`` costs, in the terms of one plan's promise.
+
+    All of them are counted, as if the same people took part in each as often as its schedule
+    allows: a plan's seed decides who holds which example, so nothing less can be ruled out. What
+    is the best of them, and all of them, is a function of all of them, so its epsilon is at most
+    that of their composition; ``selection`` is that of another procedure, which was not run.
+    """
+    private = own.private
+    if private is None:
+        unknown = {"unit": None, "relation": None, "delta": None, "selection": "infinity"}
+        return {**unknown, "epsilon": "infinity", "server_epsilon": "infinity"}
+    terms, delta = (private.unit, private.relation), private.delta
+    readers = [in_terms_of([c.readers], *terms) for c in candidates]
+    server = [in_terms_of([c.server], *terms) for c in candidates]
+    return {
+        "unit": private.unit,
+        "relation": private.relation,
+        "delta": delta,
+        "epsilon": portable(epsilon([e for events in readers for e in events], delta)),
+        "server_epsilon": portable(epsilon([e for events in server for e in events], delta)),
+        "selection": portable(selection_epsilon(readers, delta, len(candidates))),
+    }
+
+
+def sweep_digest(plans: Iterable[str]) -> str:
+    """Return the SHA-256 of the digests of the plans, sorted: which runs they are."""
+    return hashlib.sha256("\n".join(sorted(plans)).encode()).hexdigest()
+
+
+def write_tuning(run: Run, candidates: Sequence[Candidate]) -> bool:
+    """Write ``tuning.json`` of a run among ``candidates``; return whether it said something else.
+
+    Raises:
+        RunError: If it cannot be written.
+    """
+    rows = [
+        {
+            "plan": c.plan,
+            "readers": json.loads(c.readers.to_json()),
+            "server": json.loads(c.server.to_json()),
+        }
+        for c in candidates
+    ]
+    content = json.dumps({"schema": VERSION, "runs": rows}, indent=1).encode() + b"\n"
+    path = run.folder / TUNING
+    try:
+        if path.is_file() and path.read_bytes() == content:
+            return False
+        write_atomic(path, content)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+    return True
+
+
+def read_tuning(run: Run, plan: Plan) -> dict[str, Any] | None:
+    """Return the section ``tuning`` of a run's report; None if it is not known to be one of many.
+
+    Raises:
+        RunError: If the file is damaged, or the run is not among those that it names.
+    """
+    path = run.folder / TUNING
+    if not path.exists():
+        return None
+    candidates = _read(run)
+    if plan.digest not in {c.plan for c in candidates}:
+        raise RunError(
+            f"{path}: does not name the run's own plan {plan.digest[:12]}: it belongs to another "
+            "run; `reticent sweep --resume` writes it again"
+        )
+    which = {"sweep": sweep_digest(c.plan for c in candidates), "runs": len(candidates)}
+    return {**which, **figures(candidates, plan)}
+
+
+def _read(run: Run) -> list[Candidate]:
+    path = run.folder / TUNING
+    try:
+        if path.stat().st_size > LARGEST:
+            raise RunError(f"{path}: is larger than any sweep's: at most {LARGEST} bytes")
+        data = json.loads(path.read_bytes())
+        if data["schema"] != VERSION or not data["runs"]:
+            raise RunError(f"{path}: schema={data['schema']!r}: must be {VERSION}, and name runs")
+        return [_candidate(row) for row in data["runs"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, PrivacyError) as error:
+        raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+
+
+def _candidate(row: dict[str, Any]) -> Candidate:
+    readers, server = (event_from_json(json.dumps(row[key])) for key in ("readers", "server"))
+    if not isinstance(row["plan"], str):
+        raise TypeError("plan must be a string")
+    return Candidate(row["plan"], readers, server)
+
+
+def tuning_text(tuning: dict[str, Any] | None) -> str:
+    """Return the charge for tuning in a sentence or two."""
+    if tuning is None:
+        return "not counted: how many runs were made to choose settings is unknown to the tool"
+    if tuning["runs"] == 1:
+        return "nothing more: the run is the only one of its sweep; runs outside it are unknown"
+    outside = "Runs outside the sweep are unknown to the tool."
+    return " ".join(part for part in (_composed(tuning), _random(tuning), outside) if part)
+
+
+def tuning_note(tuning: dict[str, Any] | None) -> str:
+    """Return what must stand beside the promise of one run among several; else nothing."""
+    if tuning is None or tuning["runs"] < 2:
+        return ""
+    text = tuning_text(tuning)
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _composed(tuning: dict[str, Any]) -> str:
+    at = ""
+    if tuning["delta"] is not None:
+        at = f" (δ = {delta_text(tuning['delta'])}, one {tuning['unit']}, {tuning['relation']})"
+    return (
+        f"{count_text(tuning['runs'], 'run')} were planned on the same private data (sweep "
+        f"{tuning['sweep'][:12]}). Picking one of them by its accuracy is not free: together they "
+        f"spend at most ε = {epsilon_text(tuning['epsilon'])} against readers of the models and "
+        f"{epsilon_text(tuning['server_epsilon'])} against the server{at}, composed over all runs "
+        "as if the same people took part in each."
+    )
+
+
+def _random(tuning: dict[str, Any]) -> str:
+    if tuning["selection"] == "infinity":
+        return ""
+    return (
+        f"Had the number of runs been drawn at random (geometric, {tuning['runs']:,} on average), "
+        "each with settings drawn at random, and only the best been seen, it would have cost ε = "
+        f"{epsilon_text(tuning['selection'])} (Papernot and Steinke 2022, theorem 2); this sweep "
+        "ran a fixed list, so that number does not hold for it."
+    )

@@ -1,0 +1,63 @@
+"""TensorBoard, through torch: an event file in a folder of the run's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from reticent.core.plan import Plan
+
+from .sink import parameters_of
+
+_EVERY_ROUND = "bytes_down"
+
+
+class TensorBoard:
+    """Scalars of rounds; the plan as a text."""
+
+    def __init__(self, folder: Path, plan: Plan, name: str) -> None:
+        """Open ``folder/name`` and find where it ends."""
+        self._folder = folder / name
+        self._last = self._kept()
+        self._writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(
+            str(self._folder)
+        )
+        if self._last == 0:
+            self._writer.add_text("plan", _table(parameters_of(plan)))
+
+    def _kept(self) -> int:
+        if not self._folder.is_dir():
+            return 0
+        module = import_module("tensorboard.backend.event_processing.event_accumulator")
+        events = module.EventAccumulator(str(self._folder), size_guidance={"scalars": 0})
+        events.Reload()
+        if _EVERY_ROUND not in events.Tags()["scalars"]:
+            return 0
+        return max(event.step for event in events.Scalars(_EVERY_ROUND))
+
+    def last(self) -> int:
+        """Return the last round that is kept there."""
+        return self._last
+
+    def log(self, number: int, values: Mapping[str, float]) -> None:
+        """Keep the figures of a round, on disk before the next."""
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, number)
+        self._writer.flush()
+        self._last = number
+
+    def end(self, values: Mapping[str, float]) -> None:
+        """Keep the figures of the finished run as a text: they belong to no round."""
+        self._writer.add_text("summary", _table({k: json.dumps(v) for k, v in values.items()}))
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._writer.close()
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = (f"| {key} | {value} |".replace("\n", " ") for key, value in rows.items())
+    return "\n".join(["| key | value |", "|---|---|", *lines])

@@ -1,0 +1,197 @@
+"""What a sweep found: a row for each setting, over its seeds."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reticent.core.run import Run
+from reticent.privacy.report.adversaries import adversary_rows
+from reticent.privacy.report.spending import used_schedule
+from reticent.privacy.report.tuning import figures, sweep_digest
+from reticent.privacy.report.words import as_float, portable
+
+from ..runs import traffic
+from .points import Point, Settings
+from .running import Sweep, finished
+from .statistics import Estimate, estimate
+
+MEASURED = ("fp32", "int8", "public_only", "up", "down", "total", "seconds")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one finished run.
+
+    Attributes:
+        point: Its point.
+        epsilons: Epsilon against each adversary by name, of the client that took part most often.
+        values: Accuracies (``fp32``, ``int8``, ``public_only``), bytes of one client and round
+            (``up``, ``down``) and of the whole run (``total``), and ``seconds`` of its rounds;
+            None where the run has no such figure.
+    """
+
+    point: Point
+    epsilons: dict[str, float]
+    values: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting over its seeds.
+
+    Attributes:
+        settings: Values of the grid's keys.
+        planned: Seeds that were asked for.
+        seeds: Seeds whose runs are finished.
+        epsilons: The largest epsilon of any seed, by adversary; empty if nothing is finished.
+        estimates: By :data:`MEASURED`; None where no run has that figure.
+    """
+
+    settings: Settings
+    planned: int
+    seeds: tuple[int, ...]
+    epsilons: dict[str, float]
+    estimates: dict[str, Estimate | None]
+
+    @property
+    def label(self) -> str:
+        """The settings in a few words, without the sections of their keys."""
+        short = (f"{key.rpartition('.')[2]} {value}" for key, value in self.settings)
+        return ", ".join(text.replace('"', "") for text in short) or "the plan"
+
+    @property
+    def accuracy(self) -> Estimate | None:
+        """Accuracy of what is deployed: int8, or fp32 where there is no integer form."""
+        return self.estimates["int8"] or self.estimates["fp32"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep's rows, its failures, and what choosing among its runs costs.
+
+    Attributes:
+        sweep: The sweep.
+        rows: One for each setting, in the grid's order.
+        failures: Reason by point's folder, of points that failed.
+        tuning: For each task and distinct promise (unit, relation, delta) among the points, what
+            choosing among *all* points of the task costs in its terms; see
+            :mod:`reticent.privacy.report.tuning`.
+    """
+
+    sweep: Sweep
+    rows: tuple[Row, ...]
+    failures: dict[str, str]
+    tuning: tuple[dict[str, Any], ...]
+
+    @property
+    def adversaries(self) -> list[str]:
+        """Names of every adversary of any row, in order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.epsilons))
+
+    @property
+    def best(self) -> Row | None:
+        """The row of highest mean accuracy; None when nothing is finished."""
+        known = [row for row in self.rows if row.accuracy is not None]
+        return max(known, key=lambda row: row.accuracy.mean if row.accuracy else 0.0, default=None)
+
+    @property
+    def finished(self) -> int:
+        """How many runs are finished."""
+        return sum(len(row.seeds) for row in self.rows)
+
+
+def collect_results(sweep: Sweep, failures: dict[str, str] | None = None) -> Results:
+    """Return the results of what is finished, from the runs' summaries and metrics.
+
+    Raises:
+        RunError: If a finished run is damaged.
+    """
+    groups: dict[Settings, list[Point]] = defaultdict(list)
+    for point in sweep.manifest.points:
+        groups[point.settings].append(point)
+    rows = tuple(_row(sweep, settings, points) for settings, points in groups.items())
+    return Results(sweep, rows, failures or {}, _tuning(sweep))
+
+
+def _row(sweep: Sweep, settings: Settings, points: Sequence[Point]) -> Row:
+    done = [p for p in points if finished(sweep.run_of(p), p)]
+    found = [figures_of(sweep.run_of(point), point) for point in done]
+    names = dict.fromkeys(name for figure in found for name in figure.epsilons)
+    return Row(
+        settings,
+        len(points),
+        tuple(point.seed for point in done),
+        {name: max(f.epsilons.get(name, 0.0) for f in found) for name in names},
+        {key: estimate([f.values[key] for f in found]) for key in MEASURED},
+    )
+
+
+def figures_of(run: Run, point: Point) -> Figures:
+    """Return the figures of a finished run.
+
+    Raises:
+        RunError: If its files are damaged.
+    """
+    summary, metrics, plan = run.read_summary(), run.read_metrics(), point.plan
+    schedule, privacy = used_schedule(plan, summary), summary["privacy"]
+    events = []
+    if schedule is not None and privacy["largest_asked"]:
+        events = [schedule.over(schedule.round_event(), privacy["largest_asked"])]
+    delta = plan.private.delta if plan.private else 0.0
+    views = adversary_rows(schedule, events, delta, plan.updates.pad)
+    accuracy = summary["accuracy"]
+    return Figures(
+        point,
+        {view["name"]: as_float(view["epsilon"]) for view in views},
+        {
+            **{key: _known(accuracy.get(key)) for key in ("fp32", "int8", "public_only")},
+            **traffic(metrics, plan),
+            "seconds": sum(row["seconds"] for row in metrics),
+        },
+    )
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _tuning(sweep: Sweep) -> tuple[dict[str, Any], ...]:
+    """Return the cost of choosing, for each task and in the terms of each promise on it."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point in sweep.manifest.points:
+        private, rivals = point.plan.private, sweep.rivals(point)
+        if private is None:
+            continue
+        terms = (point.plan.task.name, private.unit, private.relation, private.delta)
+        if terms not in found:
+            which = {"sweep": sweep_digest(c.plan for c in rivals), "runs": len(rivals)}
+            found[terms] = {**which, **figures(rivals, point.plan)}
+    return tuple(found.values())
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    """Return the results as JSON-able data; an infinite epsilon is ``"infinity"``."""
+    manifest = results.sweep.manifest
+    return {
+        "schema": 1,
+        "sweep": manifest.digest,
+        "points": len(manifest.points),
+        "finished": results.finished,
+        "confidence": 0.95,
+        "rows": [
+            {
+                "settings": dict(row.settings),
+                "seeds": list(row.seeds),
+                "planned": row.planned,
+                "epsilon": {name: portable(value) for name, value in row.epsilons.items()},
+                **{k: e.to_json() if e else None for k, e in row.estimates.items()},
+            }
+            for row in results.rows
+        ],
+        "tuning": list(results.tuning),
+        "failures": results.failures,
+    }

@@ -1,0 +1,152 @@
+"""Running a sweep: each point an ordinary run, what is finished never repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reticent.core.errors import ReticentError, RunError
+from reticent.core.run import Run, locked, write_atomic
+from reticent.privacy.report import SIGNATURE, write_reports
+from reticent.privacy.report.tuning import Candidate, write_tuning
+from reticent.server.preparation import Prepared
+
+from ..runs import forget_failure, record_failure
+from ..simulate import simulate
+from .manifest import MANIFEST, Manifest, read_manifest, require_grown, write_manifest
+from .points import Point, checked
+
+FAILURES = "failures.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that may begin: its folder, what it is, and what each of its points may spend."""
+
+    folder: Path
+    manifest: Manifest
+    candidates: tuple[Candidate, ...]
+
+    def run_of(self, point: Point) -> Run:
+        """Return the run directory of a point."""
+        return Run(self.folder / point.folder)
+
+    def rivals(self, point: Point) -> tuple[Candidate, ...]:
+        """Return all points on the data of ``point``, itself too: those that it was chosen from."""
+        pairs = zip(self.manifest.points, self.candidates, strict=True)
+        name = point.plan.task.name
+        return tuple(candidate for other, candidate in pairs if other.plan.task.name == name)
+
+
+@dataclass(frozen=True)
+class Show:
+    """Who is told what: a point begins, a line, a committed round, a point ended."""
+
+    begins: Callable[[int, Point], None] = lambda number, point: None
+    say: Say = lambda line: None
+    round: Callable[[dict[str, Any]], None] = lambda metrics: None
+    ended: Callable[[Point, dict[str, Any] | str, float], None] = lambda point, outcome, took: None
+
+
+def open_sweep(folder: Path, manifest: Manifest) -> Sweep:
+    """Check every point and write ``sweep.json``; a sweep that is there must only grow.
+
+    Raises:
+        RunError: If the folder holds something else, or a sweep with other points.
+        ReticentError: Naming every point that cannot be run; nothing is written then.
+    """
+    if (folder / MANIFEST).exists():
+        require_grown(folder, read_manifest(folder), manifest)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: already exists and is no sweep: choose another --run")
+    sweep = Sweep(folder, manifest, tuple(checked(manifest.points)))
+    write_manifest(folder, manifest)
+    return sweep
+
+
+def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
+    """Run what is not finished, and return the reason for each point that failed, by folder.
+
+    A point that fails is recorded and the others go on; the next call tries it again. When the
+    process is stopped, whatever was committed is kept and the next call continues after it. Models
+    that points share are trained on public data once. When this returns, the report of every
+    finished run says what choosing among *all* points of its task costs.
+
+    Raises:
+        RunError: If another process is running the sweep, or the folder cannot be written.
+    """
+    failures: dict[str, str] = {}
+    prepared = Prepared()
+    with locked(Run(sweep.folder)):
+        for number, point in enumerate(sweep.manifest.points, 1):
+            run = sweep.run_of(point)
+            if finished(run, point):
+                continue
+            show.begins(number, point)
+            began = time.monotonic()
+            try:
+                outcome: dict[str, Any] | str = _run(sweep, point, prepared, show)
+            except Exception as error:  # a fault in one point must not cost the others
+                outcome = failures[point.folder] = reason_of(error)
+                if run.folder.is_dir():
+                    record_failure(run, outcome)
+            _write_failures(sweep.folder, failures)
+            show.ended(point, outcome, time.monotonic() - began)
+        _write_failures(sweep.folder, failures)
+        for point in sweep.manifest.points:
+            if finished(sweep.run_of(point), point):
+                _report(sweep.run_of(point), sweep.rivals(point))
+    return failures
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a point failed, in one line."""
+    kind = "" if isinstance(error, ReticentError) else f"unexpected {type(error).__name__}: "
+    return kind + " ".join(str(error).split())
+
+
+def finished(run: Run, point: Point) -> bool:
+    """Return whether the run of a point has its summary."""
+    if not run.summary.is_file():
+        return False
+    try:
+        return run.read_summary().get("plan") == point.plan.digest
+    except RunError:
+        return False
+
+
+def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str, Any]:
+    run = sweep.run_of(point)
+    if run.folder.is_dir() and not run.journal.is_file():
+        shutil.rmtree(run.folder)  # stopped before anything was trained or charged
+    resume = run.folder.is_dir()
+    simulate(
+        point.plan, run.folder, resume=resume, say=show.say, progress=show.round, prepared=prepared
+    )
+    forget_failure(run)
+    _report(run, sweep.rivals(point))
+    return run.read_summary()
+
+
+def _report(run: Run, rivals: Sequence[Candidate]) -> None:
+    """Write the report of a finished run, unless it says all this already."""
+    changed = write_tuning(run, rivals)
+    if changed or not (run.folder / SIGNATURE).is_file():
+        write_reports(run)
+
+
+def _write_failures(folder: Path, failures: dict[str, str]) -> None:
+    path = folder / FAILURES
+    try:
+        if failures:
+            write_atomic(path, json.dumps(failures, indent=2).encode() + b"\n")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,155 @@
+"""Sinks: what goes in, once, whatever stops the run between; with the real packages."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import build
+
+from reticent.core.errors import DependencyError
+from reticent.core.run import Run
+from reticent.simulations.sinks import Feed, values_of
+from reticent.simulations.sinks.sink import final_values, parameters_of
+
+SUMMARY = {
+    "accuracy": {"fp32": 0.8, "public_only": math.nan},
+    "bytes": {"int8": 17_200},
+    "privacy": {"epsilon": 2.0, "server_epsilon": "infinity"},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = build(tmp_path / "run")
+    lines = [json.loads(line) | {"seconds": 0.5} for line in made.metrics.read_text().splitlines()]
+    made.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def rounds(run: Run) -> list[dict[str, Any]]:
+    return run.read_metrics()
+
+
+def test_only_released_and_public_values_go_in(run: Run) -> None:
+    values = values_of(rounds(run)[1], run.plan())
+    assert set(values) == {"accuracy", "epsilon", "bytes_up", "bytes_down", "replies"}
+    assert values["bytes_up"] == 12_000  # 11,102 under aggregator trust: two figures, rounded up
+    assert "seconds" not in values  # how long clients took is not noised
+    assert set(values_of(rounds(run)[0], run.plan())) == {"bytes_up", "bytes_down", "replies"}
+
+
+def test_what_was_not_measured_or_is_infinite_is_left_out() -> None:
+    assert final_values(SUMMARY) == {
+        "final_accuracy_fp32": 0.8,
+        "final_bytes_int8": 17_200,
+        "final_epsilon": 2.0,
+    }
+
+
+def test_every_key_of_the_plan_is_a_parameter(run: Run) -> None:
+    parameters = parameters_of(run.plan())
+    assert parameters["task.name"] == "digits" and parameters["federation.rounds"] == "4"
+
+
+def test_a_missing_extra_names_the_command_that_installs_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reticent.simulations.sinks.sink.find_spec", lambda name: None)
+    for kind, where in (("tensorboard", tmp_path / "t"), ("mlflow", "x")):
+        with pytest.raises(DependencyError, match=rf"pip install 'reticent\[{kind}\]'"):
+            Feed(run, run.plan(), print, **{kind: where})  # type: ignore[arg-type]
+
+
+def test_without_sinks_nothing_is_opened(run: Run) -> None:
+    feed = Feed(run, run.plan(), print)
+    feed.round(rounds(run)[0])
+    feed.end(SUMMARY)
+    feed.close()
+
+
+class Broken:
+    """A sink whose server goes away after the second round."""
+
+    def last(self) -> int:
+        return 4
+
+    def log(self, number: int, values: Mapping[str, float]) -> None:
+        raise ConnectionError("gone")
+
+    def end(self, values: Mapping[str, float]) -> None:
+        raise AssertionError("left out")
+
+    def close(self) -> None:
+        raise AssertionError("left out")
+
+
+def test_a_sink_that_fails_is_left_out_and_costs_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("reticent.simulations.sinks.feed.require", lambda kind: None)
+    monkeypatch.setattr("reticent.simulations.sinks.feed._tensorboard", lambda *_: Broken())
+    feed = Feed(run, run.plan(), said.append, tensorboard=tmp_path)
+    for number in (5, 6):
+        feed.round({**rounds(run)[0], "round": number})
+    feed.end(SUMMARY)
+    feed.close()
+    assert len(said) == 1 and "left out" in said[0] and "gone" in said[0]
+
+
+def stopped_then_resumed(run: Run, **where: Any) -> None:
+    """Feed two rounds, lose the third between commit and sink, go on with the fourth."""
+    whole = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(whole[:1]))
+    first = Feed(run, run.plan(), pytest.fail, **where)
+    first.round(json.loads(whole[0]))
+    run.metrics.write_text("".join(whole[:2]))
+    first.round(json.loads(whole[1]))
+    first.close()
+    run.metrics.write_text("".join(whole))
+    second = Feed(run, run.plan(), pytest.fail, **where)
+    second.round(json.loads(whole[3]))
+    second.round(json.loads(whole[3]))  # given twice, kept once
+    second.end(SUMMARY)
+    second.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_has_every_round_once(run: Run, tmp_path: Path) -> None:
+    module = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra tensorboard is not installed",
+    )
+    stopped_then_resumed(run, tensorboard=tmp_path / "boards")
+    events = module.EventAccumulator(str(tmp_path / "boards" / "run"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("bytes_down")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("accuracy")] == [2, 4]
+    assert events.Scalars("accuracy")[1].value == pytest.approx(0.8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sqlite", "file"])
+def test_mlflow_goes_on_with_one_run(run: Run, tmp_path: Path, kind: str) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    uri = f"sqlite:///{tmp_path}/ml.db" if kind == "sqlite" else (tmp_path / "ml").as_uri()
+    disabled = logging.root.manager.disable
+    try:
+        stopped_then_resumed(run, mlflow=uri)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        (experiment,) = [e for e in client.search_experiments() if e.name == "reticent"]
+        (kept,) = client.search_runs([experiment.experiment_id])
+        history = client.get_metric_history(kept.info.run_id, "bytes_down")
+    finally:
+        logging.disable(disabled)
+    assert [m.step for m in history] == [1, 2, 3, 4]
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params["task.name"] == "digits"
+    assert kept.data.metrics["final_accuracy_fp32"] == 0.8
+    assert kept.data.tags["reticent.plan"] == run.plan().digest

@@ -1,0 +1,268 @@
+"""Sweeps: what is run, what is refused before anything starts, what a stop leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import t
+
+from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.core.run import Run
+from reticent.core.signing import read_public_key
+from reticent.privacy.report import verify_report
+from reticent.simulations.simulate import simulate
+from reticent.simulations.sweep import (
+    collect_results,
+    open_sweep,
+    parse_grid,
+    read_manifest,
+    run_sweep,
+    write_results,
+)
+from reticent.simulations.sweep.manifest import Manifest, manifest_of
+from reticent.simulations.sweep.points import Base, checked, points_of
+from reticent.simulations.sweep.results import to_json
+from reticent.simulations.sweep.running import Show
+from reticent.simulations.sweep.statistics import estimate
+
+SETTINGS = (
+    "task.name=digits",
+    "task.clients=10",
+    "task.public_examples=200",
+    "teacher.epochs=2",
+    "student.epochs=2",
+    "federation.rounds=2",
+    "federation.clients_per_round=10",
+    "federation.eval_every=1",
+    "engine.workers=1",
+)
+BASE = Base("", SETTINGS)
+GRID = {"privacy.epsilon": ("2", "8")}
+
+
+def manifest(grid: dict[str, tuple[str, ...]] = GRID, seeds: int = 2) -> Manifest:
+    return manifest_of(BASE, grid, seeds)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps") / "sweep"
+    sweep = open_sweep(folder, manifest())
+    assert run_sweep(sweep, Show()) == {}
+    write_results(collect_results(sweep))
+    return folder
+
+
+def test_points_are_the_product_of_the_grid_and_of_the_seeds() -> None:
+    grid = parse_grid(["privacy.epsilon=1,2", 'updates.codec=["dither4","ans"],["dither4"]'])
+    points = points_of(BASE, grid, 3)
+    assert len(points) == 2 * 2 * 3
+    assert [p.seed for p in points[:3]] == [0, 1, 2]
+    assert len({p.folder for p in points}) == len({p.plan.digest for p in points}) == 12
+    letters = set("abcdefghijklmnopqrstuvwxyz0123456789-_.+")
+    assert all(set(p.folder) <= letters for p in points)
+
+
+def test_every_invalid_or_repeated_point_is_named_at_once() -> None:
+    grid = {"privacy.epsilon": ("1", "-1", "1.0", "x"), "engine.workers": ("1",)}
+    with pytest.raises(PlanError) as caught:
+        points_of(BASE, grid, 2)
+    message = str(caught.value)
+    assert "4 problems" in message and "nothing was started" in message
+    assert "privacy.epsilon=-1" in message and "privacy.epsilon=x" in message
+    assert "seed=0" in message and "are the same plan" in message
+
+
+def test_points_that_cannot_be_run_are_all_named(tmp_path: Path) -> None:
+    grid = {"task.public_examples": ("200", "5000", "6000")}
+    points = points_of(BASE, grid, 1)
+    with pytest.raises(Exception, match="2 problems") as caught:
+        checked(points)
+    assert caught.value.exit_code == 4  # type: ignore[attr-defined]
+    with pytest.raises(Exception, match="5000"):
+        open_sweep(tmp_path / "none", manifest(grid, 1))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["privacy.epsilon", "=1", "a=", "a=1,,2"])
+def test_a_grid_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="--grid"):
+        parse_grid([text])
+
+
+def test_intervals_are_those_of_student() -> None:
+    values = [0.80, 0.82, 0.85]
+    found = estimate(values)
+    assert found is not None and found.std is not None and found.half is not None
+    low, high = t.interval(0.95, 2, loc=found.mean, scale=found.std / math.sqrt(3))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    normal = 1.96 * found.std / math.sqrt(3)
+    assert found.half > 2 * normal  # the normal distribution would promise far too much
+    one = estimate([0.5, None])
+    assert one is not None and (one.n, one.std, one.half) == (1, None, None)
+    assert estimate([None]) is None
+
+
+def test_each_point_is_the_run_that_simulate_makes(done: Path, tmp_path: Path) -> None:
+    sweep = open_sweep(done, manifest())
+    point = sweep.manifest.points[-1]
+    alone = simulate(point.plan, tmp_path / "alone")
+    assert alone.read_summary()["model"] == sweep.run_of(point).read_summary()["model"]
+
+
+def test_reports_state_what_choosing_costs_and_verify(done: Path) -> None:
+    sweep = open_sweep(done, manifest())
+    results = to_json(collect_results(sweep))
+    for point in sweep.manifest.points:
+        run = sweep.run_of(point)
+        data = json.loads((run.folder / "report.json").read_text())
+        assert data["tuning"]["runs"] == 4
+        assert data["tuning"]["epsilon"] == pytest.approx(results["tuning"][0]["epsilon"])
+        assert data["tuning"]["epsilon"] > 8 >= data["promise"]["epsilon"]
+        verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
+
+
+def test_results_hold_every_figure_with_its_n(done: Path) -> None:
+    data = json.loads((done / "results.json").read_text())
+    assert [row["settings"] for row in data["rows"]] == [
+        {"privacy.epsilon": "2"},
+        {"privacy.epsilon": "8"},
+    ]
+    row = data["rows"][0]
+    runs = [json.loads((p / "summary.json").read_text()) for p in sorted(done.glob("epsilon-2_*"))]
+    values = [r["accuracy"]["int8"] for r in runs]
+    assert row["int8"]["n"] == 2 and row["int8"]["mean"] == pytest.approx(sum(values) / 2)
+    assert row["epsilon"]["Readers of the models"] <= 2 < row["epsilon"]["The server"]
+    assert row["up"]["mean"] > 0 and row["seconds"]["mean"] > 0
+    lines = (done / "results.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("privacy.epsilon,n,epsilon Readers")
+    assert "| epsilon | n |" in (done / "results.md").read_text()
+
+
+def test_the_page_is_self_contained_and_has_the_plots(done: Path) -> None:
+    page = (done / "index.html").read_text()
+    assert "<script" not in page and "src=" not in page and "@import" not in page
+    assert page.count("<svg") == 3 and "Choosing is not free." in page
+    assert page.count('class="error"') >= 4
+    for name in ("accuracy-epsilon", "accuracy-bytes", "accuracy-time"):
+        assert (done / f"{name}.svg").read_text().startswith("<svg")
+
+
+def test_finished_points_are_not_repeated(done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.glob("*/summary.json")}
+    sweep = open_sweep(done, read_manifest(done))
+    assert run_sweep(sweep, Show(begins=lambda *_: pytest.fail("a point was begun again"))) == {}
+    assert {path: path.stat().st_mtime_ns for path in done.glob("*/summary.json")} == before
+
+
+def test_a_sweep_may_grow_but_not_change(tmp_path: Path) -> None:
+    open_sweep(tmp_path / "s", manifest(seeds=1))
+    open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2", "4", "8")}, seeds=2))
+    with pytest.raises(RunError, match=r"--grid privacy.epsilon \(2,4,8 before, 4 now\)"):
+        open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("4",)}, seeds=2))
+    with pytest.raises(RunError, match=r"--seeds \(2 before, 1 now\)"):
+        open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2", "4", "8")}, seeds=1))
+    assert len(read_manifest(tmp_path / "s").points) == 6
+
+
+def test_a_grown_sweep_counts_the_new_runs_in_old_reports(tmp_path: Path) -> None:
+    first = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=1))
+    run_sweep(first, Show())
+    run = first.run_of(first.manifest.points[0])
+    before = json.loads((run.folder / "report.json").read_text())["tuning"]
+    second = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=2))
+    run_sweep(second, Show())
+    after = json.loads((run.folder / "report.json").read_text())["tuning"]
+    assert (before["runs"], after["runs"]) == (1, 2)
+    assert after["epsilon"] > before["epsilon"]
+    verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
+
+
+def test_a_failed_point_is_recorded_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2", "8")}, seeds=1))
+    first = sweep.manifest.points[0]
+
+    def failing(plan: Any, folder: Path, **options: Any) -> Run:
+        if plan.digest == first.plan.digest:
+            raise NetworkError("nobody answered")
+        return simulate(plan, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reticent.simulations.sweep.running.simulate", failing)
+        failures = run_sweep(sweep, Show())
+    assert failures == {first.folder: "nobody answered"}
+    assert json.loads((tmp_path / "s" / "failures.json").read_text()) == failures
+    results = collect_results(sweep, failures)
+    assert [row.planned - len(row.seeds) for row in results.rows] == [1, 0]
+    write_results(results)
+    assert "nobody answered" in (tmp_path / "s" / "index.html").read_text()
+    assert run_sweep(sweep, Show()) == {}
+    assert not (tmp_path / "s" / "failures.json").exists()
+
+
+def test_a_killed_sweep_goes_on_to_the_same_models(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    entry = str(Path(sys.executable).parent / "reticent")
+    arguments = [part for setting in SETTINGS for part in ("--set", setting)]
+    arguments += ["--grid", "privacy.epsilon=2,8", "--seeds", "2", "--run", str(folder)]
+    process = subprocess.Popen(
+        [entry, "sweep", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(folder.glob("*/journal.db"))) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert (folder / "sweep.json").is_file()
+    assert len(list(folder.glob("*/summary.json"))) < 4
+    resumed = subprocess.run(
+        [entry, "sweep", "--run", str(folder), "--resume"], capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    for path in done.glob("*/summary.json"):
+        again = json.loads((folder / path.parent.name / "summary.json").read_text())
+        assert again["model"] == json.loads(path.read_text())["model"]
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    entry = str(Path(sys.executable).parent / "reticent")
+    arguments = [part for setting in SETTINGS for part in ("--set", setting)]
+    process = subprocess.Popen(
+        [entry, "sweep", *arguments, "--seeds", "2", "--run", str(tmp_path / "s")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "s").glob("*/journal.db")):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "--resume" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 9}'])
+def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(RunError, match=r"sweep\.json: damaged"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_that_is_no_sweep_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="is no sweep"):
+        open_sweep(tmp_path, manifest())
+    with pytest.raises(RunError, match="not a sweep"):
+        read_manifest(tmp_path)

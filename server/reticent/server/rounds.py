@@ -11,6 +11,7 @@ from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
 
 from .client_level import Noised
+from .fleet import Virtual
 from .optimizer import Accumulator
 
 
@@ -67,6 +68,7 @@ class Tally:
         inside: With an adaptive bound, how many updates said that they were within it; like the
             sum not to be shown, only its noised fraction is.
         noised: With unit ``client``, what the round releases.
+        virtual: What the round costs on a simulated fleet; None without one.
     """
 
     sum: Accumulator
@@ -79,6 +81,7 @@ class Tally:
     first_bytes_down: int = 0
     inside: int = 0
     noised: Noised | None = None
+    virtual: Virtual | None = None
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Progress:
         line = (
             f"round {number:>4}/{self._rounds}   {self._tested}   "
             f"{metrics['replies']} replies{_dropped(metrics)}   {human_bytes(self._bytes)} sent"
+            f"{_virtual(metrics)}"
         )
         if self._live:
             click.echo(f"\r\x1b[2K{line}{self._eta(number)}", nl=False)
@@ -91,6 +92,37 @@ def _epsilon(value: float | None) -> str:
 def _dropped(metrics: dict[str, Any]) -> str:
     count = sum(metrics["dropped"].values())
     return f", {count} dropped" if count else ""
+
+
+def _virtual(metrics: dict[str, Any]) -> str:
+    return f"   fleet {human_time(metrics['virtual']['time'])}" if "virtual" in metrics else ""
+
+
+def human_time(seconds: float) -> str:
+    """Return a duration in words: seconds, or minutes, hours and days.
+
+    >>> [human_time(t) for t in (0.51, 75, 3 * 3600 + 60, 2 * 86400 + 3600)]
+    ['0.5 s', '1 min 15 s', '3 h 01 min', '2 d 01 h']
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600:02} h"
+
+
+def human_energy(joules: float) -> str:
+    """Return an energy in words.
+
+    >>> [human_energy(e) for e in (12.3, 7200, 3.6e6)]
+    ['12 J', '2.0 Wh', '1.0 kWh']
+    """
+    if joules < 360:
+        return f"{joules:.0f} J"
+    return f"{joules / 3600:.1f} Wh" if joules < 3.6e6 else f"{joules / 3.6e6:.1f} kWh"
 
 
 def human_bytes(count: float) -> str:

@@ -9,7 +9,7 @@ import click
 
 from reticent.core.errors import PlanError
 
-from .output import emit, epsilon_text, human_bytes, table
+from .output import emit, epsilon_text, human_bytes, human_energy, human_time, table
 from .simulations import overrides_option, read_plan
 
 
@@ -66,6 +66,8 @@ def explain(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> Non
     click.echo(table(["what", "value"], _rows(price)))
     if price["no_artifact"]:
         click.echo(f"no int8 artifact: {price['no_artifact']}")
+    if price["fleet"] and price["fleet"]["failed"]:
+        click.echo(f"would fail on this fleet: {price['fleet']['failed']}")
 
 
 def _rows(price: dict[str, Any]) -> list[list[str]]:
@@ -99,6 +101,23 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         ["rounds on this machine, about", f"{work['seconds']:.0f} s"],
         ["memory of this process", human_bytes(work["memory"])],
     ]
+    return rows + _on_fleet(price["fleet"])
+
+
+def _on_fleet(fleet: dict[str, Any] | None) -> list[list[str]]:
+    """Return what the rounds take on the plan's fleet, as its virtual clock says."""
+    if fleet is None:
+        return []
+    rows = [
+        ["rounds on the fleet", f"{fleet['rounds']:,}"],
+        ["time on the fleet", human_time(fleet["seconds"])],
+        ["energy of the fleet, a proxy", human_energy(fleet["energy"])],
+        ["bytes up, those in vain included", human_bytes(fleet["bytes_up"])],
+        ["bytes down, the same", human_bytes(fleet["bytes_down"])],
+        ["memory needed on a device", human_bytes(fleet["memory"])],
+        ["charged in vain", f"{fleet['charged_unused']:,}"],
+    ]
+    rows += [[f"asked in vain: {why}", f"{n:,}"] for why, n in fleet["dropped"].items()]
     return rows
 
 

@@ -14,7 +14,7 @@ from reticent.core.plan import Plan, load_plan, parse_plan
 from reticent.core.run import Run, open_run
 
 from .dashboard import Dashboard, progress_for
-from .output import Progress, epsilon_text, human_bytes, table
+from .output import Progress, epsilon_text, human_bytes, human_energy, human_time, table
 
 if TYPE_CHECKING:
     from reticent.simulations.sinks import Feed
@@ -179,7 +179,7 @@ def _closing(run: Run, seconds: float) -> str:
         "",
         _spent(summary["privacy"]),
     ]
-    lines += _reshaped(summary["parameters"])
+    lines += _reshaped(summary["parameters"]) + _on_fleet(summary.get("fleet"))
     lines.append(f"report    {run.folder / 'report.html'}")
     lines.append(f"artifact  {'none' if 'no_artifact' in summary else run.artifact}")
     lines.append(f"model     {summary['model']}")
@@ -203,6 +203,22 @@ def _reshaped(parameters: dict[str, int]) -> list[str]:
         return []
     sent = f"{parameters['kept']:,} trained and sent"
     return [f"student   {deployed:,} parameters deployed, {before:,} before; {sent}"]
+
+
+def _on_fleet(fleet: dict[str, Any] | None) -> list[str]:
+    """Say what the run would have taken on its fleet."""
+    if fleet is None:
+        return []
+    reached = [
+        f"{level} after {human_time(t)}" for level, t in fleet["seconds_to_accuracy"].items()
+    ]
+    lost = sum(fleet["dropped"].values())
+    return [
+        f"fleet     {human_time(fleet['seconds'])}, {human_energy(fleet['energy'])} (a proxy), "
+        f"{human_bytes(fleet['bytes_up'])} up, {human_bytes(fleet['bytes_down'])} down; "
+        f"{lost:,} asked in vain, {fleet['charged_unused']:,} of them charged",
+        *([f"reached   {', '.join(reached[-4:])}"] if reached else []),
+    ]
 
 
 _RELATIONS = {"add-or-remove-one": "add or remove", "replace-one": "replace"}

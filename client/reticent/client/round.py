@@ -16,7 +16,7 @@ from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
 from reticent.core.update import Layout, Vector
 from reticent.privacy.client_level import ClipRule, clipped, finite, is_within, with_bit
-from reticent.privacy.events import Event, NonPrivate
+from reticent.privacy.events import DeclaredPublic, Event, NonPrivate
 from reticent.privacy.ledger import BudgetExceeded
 from reticent.privacy.release import Released
 from reticent.privacy.schedule import schedule_with
@@ -172,7 +172,7 @@ def run_round(
 
 
 def round_event(plan: Plan, noise_multiplier: float) -> Event:
-    """Return the event that one round of ``plan`` is charged as on every device.
+    """Return the event of one round of ``plan``.
 
     Raises:
         PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
@@ -182,13 +182,34 @@ def round_event(plan: Plan, noise_multiplier: float) -> Event:
     return NonPrivate() if schedule is None else schedule.round_event()
 
 
+def charges(plan: Plan, noise_multiplier: float, round: int) -> list[tuple[int, Event]]:
+    """Return the rounds to charge before ``round`` is trained, in order, each with its event.
+
+    One, the round itself, as :func:`round_event` says; except where the sampling of clients is
+    counted (``privacy.secret_cohort``). A sampled round costs a client what it does whether the
+    client is drawn or not, so charging only rounds in which it is would count too little: the
+    first order charges every round in which the client may be drawn, as round 0, and each round
+    itself is then an entry that spends nothing.
+
+    Raises:
+        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
+        PrivacyError: If no event may have this noise multiplier.
+    """
+    schedule, event = schedule_with(plan, noise_multiplier), round_event(plan, noise_multiplier)
+    if schedule is None or not schedule.secret:
+        return [(round, event)]
+    whole = schedule.over(event, schedule.participations)
+    return [(0, whole), (round, DeclaredPublic("a round of a run that was charged whole, before"))]
+
+
 def _charge(order: Order, plan: Plan, environment: Environment) -> Event:
     try:
-        event = round_event(plan, order.noise_multiplier)
+        due = charges(plan, order.noise_multiplier, order.round)
     except (PlanError, PrivacyError) as error:  # no event has this noise: it is impossible
         raise Refused(Refusal.BAD_ORDER) from error
-    environment.ledger.charge(environment.device, order.run, order.round, event, environment.budget)
-    return event
+    for number, event in due:
+        environment.ledger.charge(environment.device, order.run, number, event, environment.budget)
+    return due[0][1]
 
 
 def _stored(order: Order, environment: Environment) -> bytes | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
@@ -24,6 +24,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from .errors import PlanError
+from .fleet import Buffered, Fleet
+from .population import check_population
+from .section import Count, Positive, Probability, Section, Share
 
 DEFAULT_EPSILON = 8.0
 
@@ -35,20 +38,10 @@ def _not_truth(value: object) -> object:
     return value
 
 
-Probability = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 Backend = Literal["qnnpack", "x86"]
 Bits = Literal[8, 4, 3, 2, 1]
 Granularity = Literal["channel", "tensor"]
 Observer = Literal["min-max", "moving-average", "histogram"]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A frozen, strict part of a plan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Partition(Section):
@@ -375,6 +368,9 @@ class Privacy(Section):
             is known; the report then states a user-level epsilon.
         budget: The hard stop of each simulated device's ledger; ``epsilon`` when absent, and
             unlimited when only ``noise_multiplier`` is given.
+        secret_cohort: Nobody who sees the models learns who takes part: epsilon against them then
+            counts the sampling of clients. Only with ``unit = "client"`` and
+            ``federation.sampling = "poisson"``.
     """
 
     unit: Literal["example", "client"] = "example"
@@ -388,6 +384,7 @@ class Privacy(Section):
     clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     examples_per_user: Count | None = None
     budget: Positive | None = None
+    secret_cohort: bool = False
 
     @model_validator(mode="after")
     def _unit_fits(self) -> Self:
@@ -507,6 +504,12 @@ class Federation(Section):
         average: Decay of an exponential moving average of the models (a function of released
             models, so it costs no privacy); the average is what is deployed. 0 deploys the last
             model.
+        sampling: Who is asked: ``passes``: shuffled passes over all clients; ``fixed``:
+            ``clients_per_round`` clients, drawn anew in each round; ``poisson``: each client by
+            its own coin, ``clients_per_round`` of them on average.
+        limit: With ``fixed`` and ``poisson``, most rounds of one client in any ``window`` rounds.
+        window: The rounds that ``limit`` is about.
+        buffered: Semi-asynchronous aggregation; absent: rounds are synchronous.
     """
 
     rounds: Count = 60
@@ -521,10 +524,16 @@ class Federation(Section):
     server: Optimizer = Optimizer()
     local: Local = Local()
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    sampling: Literal["passes", "fixed", "poisson"] = "passes"
+    limit: Count | None = None
+    window: Count = 1
+    buffered: Buffered | None = None
 
     @property
     def quorum(self) -> int:
-        """Fewest valid replies for a round to be applied."""
+        """Fewest valid replies for a round to be applied; a Poisson cohort may even be empty."""
+        if self.sampling == "poisson":
+            return 0
         return self.min_replies or -(-9 * self.clients_per_round // 10)
 
     @model_validator(mode="after")
@@ -539,6 +548,29 @@ class Federation(Section):
             raise ValueError(
                 f"local.proximal={pull}: must be at most 1 / learning_rate = {1 / rate:g}: a step "
                 "would leap over the broadcast model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_fits(self) -> Self:
+        if self.limit is None and self.window != 1:
+            raise ValueError(f"window={self.window}: has no effect without limit")
+        if self.limit is not None and self.sampling == "passes":
+            raise ValueError(
+                f'limit={self.limit}: must be absent when sampling is "passes", which ask nobody '
+                'twice in a pass; use sampling="fixed" or "poisson"'
+            )
+        if self.limit is not None and self.limit > self.window:
+            raise ValueError(f"limit={self.limit}: must be at most window={self.window}")
+        if self.min_replies is not None and self.sampling == "poisson":
+            raise ValueError(
+                f'min_replies={self.min_replies}: must be absent when sampling is "poisson": '
+                "cohorts have random sizes, and a round is applied whatever came"
+            )
+        if self.buffered is not None and self.sampling != "passes":
+            raise ValueError(
+                f'sampling="{self.sampling}": must be "passes" with buffered: clients are asked '
+                "one by one as others finish"
             )
         return self
 
@@ -633,6 +665,7 @@ class Plan(Section):
     federation: Federation = Federation()
     updates: Updates = Updates()
     engine: Engine = Engine()
+    fleet: Fleet | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -670,7 +703,14 @@ class Plan(Section):
             )
         if shares:
             _only_the_broadcast_model(f.local)
+        check_population(self)
         return self
+
+    @property
+    def asked_per_round(self) -> int:
+        """Clients that a round asks: more than are used where the fleet is over-selected."""
+        factor = 1.0 if self.fleet is None else self.fleet.over_selection
+        return math.ceil(self.federation.clients_per_round * factor)
 
     def _teachers_fit(self) -> None:
         task, teacher, distill = self.task, self.teacher, self.student.distill
@@ -708,8 +748,12 @@ class Plan(Section):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the plan as hex. ``engine`` is left out: it cannot change any result."""
-        data = self.model_dump(mode="json", exclude={"engine"})
+        """SHA-256 of the plan as hex. ``engine`` is left out: it cannot change any result.
+
+        So is what later versions added, where it has its default: a plan keeps its digest, on
+        which a simulation's noise depends.
+        """
+        data = _without_later(self.model_dump(mode="json", exclude={"engine"}))
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -739,6 +783,32 @@ def _only_the_broadcast_model(local: Local) -> None:
             "sum taken at the broadcast model, and a personal layer is not broadcast; use "
             'privacy.trust="local" or privacy.unit="client"'
         )
+
+
+_LATER: dict[str, Any] = {
+    "fleet": None,
+    "federation.sampling": "passes",
+    "federation.limit": None,
+    "federation.window": 1,
+    "federation.buffered": None,
+    "federation.local": Local().model_dump(mode="json"),
+    "federation.server.second_momentum": 0.99,
+    "federation.server.adaptivity": 1e-8,
+    "privacy.secret_cohort": False,
+}
+"""Keys that came later, and what a plan without them means: their defaults, for good."""
+
+
+def _without_later(data: dict[str, Any]) -> dict[str, Any]:
+    """Take from a dumped plan the keys that came later and have their defaults."""
+    for path, default in _LATER.items():
+        *sections, key = path.split(".")
+        section: Any = data
+        for name in sections:
+            section = section[name]
+        if isinstance(section, dict) and section[key] == default:
+            del section[key]
+    return data
 
 
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
@@ -862,7 +932,13 @@ def _suggestion(loc: list[str]) -> str:
 
 def _keys_at(path: list[str]) -> list[str]:
     section: type[BaseModel] = Plan
-    for part in path:
-        kind = section.model_fields[part].annotation
-        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else Privacy
+    for part in (p for p in path if not p.isdecimal()):  # positions in a list of sections
+        section = _section_in(section.model_fields[part].annotation)
     return sorted(section.model_fields)
+
+
+def _section_in(kind: Any) -> type[BaseModel]:
+    """Return the section that an annotation holds, alone, in a union or in a tuple."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next(_section_in(k) for k in get_args(kind) if k not in (type(None), Ellipsis))

@@ -200,9 +200,13 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 def without_none(data: dict[str, Any]) -> dict[str, Any]:
     """Return nested dictionaries without their None values, which TOML cannot hold."""
-    return {
-        k: without_none(v) if isinstance(v, dict) else v for k, v in data.items() if v is not None
-    }
+    return {k: _whole(v) for k, v in data.items() if v is not None}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return without_none(value) if isinstance(value, dict) else value
 
 
 def _differences(a: Any, b: Any, path: str = "") -> list[str]:

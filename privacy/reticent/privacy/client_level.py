@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
 
-from .events import Composed, Event, gaussian
+from .events import Composed, Event, PoissonGaussian, on_one_sample
 from .randomness import Stream
 
 Floats = NDArray[np.float64]
@@ -173,17 +173,24 @@ def sum_multiplier(noise_multiplier: float, count_noise: float | None) -> float:
     return noise_multiplier * left**-0.5
 
 
-def client_event(noise_multiplier: float, relation: str, count_noise: float | None) -> Event:
+def client_event(
+    noise_multiplier: float, relation: str, count_noise: float | None, rate: float = 1.0
+) -> Event:
     """Return the event of one round for one client: a noised sum, and with it a noised count.
 
+    With a ``rate`` below 1 the round is a secret Poisson sample of the clients. Sum and count are
+    taken over the *same* sample, so together they are one event of the whole multiplier
+    (:func:`.on_one_sample`), not two.
+
     Raises:
-        PlanError: If the count alone reveals more than ``noise_multiplier`` allows.
+        PlanError: If an adaptive bound's count alone reveals more than the multiplier allows.
     """
     z = sum_multiplier(noise_multiplier, count_noise)
-    update = gaussian(z, relation=relation, unit="client")
+    update = PoissonGaussian(rate, z, 1, relation, "client")
     if count_noise is None:
         return update
-    return Composed((update, gaussian(2 * count_noise, relation=relation, unit="client")))
+    count = PoissonGaussian(rate, 2 * count_noise, 1, relation, "client")
+    return Composed((update, count)) if rate == 1 else on_one_sample([update, count])
 
 
 @dataclass(frozen=True)

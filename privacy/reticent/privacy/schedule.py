@@ -33,6 +33,12 @@ class Schedule:
     the clear: ``server_event`` is non-private. Sampling is not counted here either, so
     ``sampling_rate`` and ``steps`` are 1, whatever the rate and steps of local training.
 
+    Only where the plan says that who takes part is secret (``privacy.secret_cohort``: unit
+    ``client``, each client in a round by its own coin of :func:`cohort_rate`) is that rate the
+    ``sampling_rate``: one round is then a Poisson-sampled Gaussian over *clients*, against readers
+    of the models, who do not learn the cohort. It is counted for every round in which the client
+    might be drawn, drawn or not. Against the server nothing is claimed, as before.
+
     Attributes:
         sampling_rate: Rate at which one unit joins a step of the mechanism.
         steps: Steps of the mechanism in a round.
@@ -63,6 +69,11 @@ class Schedule:
     count_noise: float | None = None
 
     @property
+    def secret(self) -> bool:
+        """Whether sampling of clients is counted, because nobody learns who takes part."""
+        return self.unit == "client" and self.sampling_rate < 1
+
+    @property
     def share_multiplier(self) -> float:
         """Noise multiplier of what one client adds by itself: 0 when the server adds the noise."""
         return 0.0 if self.unit == "client" else self.noise_multiplier / math.sqrt(self.shares)
@@ -80,7 +91,9 @@ class Schedule:
     def round_event(self) -> Event:
         """Event of one round against readers of the models."""
         if self.unit == "client":
-            return client_event(self.noise_multiplier, self.relation, self.count_noise)
+            return client_event(
+                self.noise_multiplier, self.relation, self.count_noise, self.sampling_rate
+            )
         return self._example(self.noise_multiplier)
 
     def server_event(self) -> Event:
@@ -95,14 +108,39 @@ class Schedule:
         return PoissonGaussian(self.sampling_rate, noise_multiplier, self.steps, self.relation)
 
 
-def participations(plan: Plan) -> int:
-    """Most rounds that one client takes part in.
+def participations(plan: Plan, rounds: int | None = None) -> int:
+    """Most rounds that one client takes part in, or may be drawn for, in the run or so far.
 
-    The server deals clients from shuffled passes of ``clients // clients_per_round`` rounds each,
-    so within a pass nobody is asked twice.
+    In passes the server deals clients from shuffled passes of ``clients // asked`` rounds each, so
+    within a pass nobody is asked twice; with buffered aggregation clients are dealt from the same
+    passes, one by one, and ``fleet.over_selection`` is the allowance for those that are lost.
+    Otherwise a client may come in every round, or in ``limit`` of any ``window`` rounds.
     """
-    per_pass = plan.task.clients // plan.federation.clients_per_round
-    return -(-plan.federation.rounds // per_pass)
+    federation = plan.federation
+    rounds = federation.rounds if rounds is None else rounds
+    if federation.sampling == "passes":
+        return -(-_dealt(plan, rounds) // (plan.task.clients // plan.asked_per_round))
+    if federation.limit is None:
+        return rounds
+    whole, rest = divmod(rounds, federation.window)
+    return whole * federation.limit + min(federation.limit, rest)
+
+
+def _dealt(plan: Plan, rounds: int) -> int:
+    """Return how many cohorts the passes deal: one a round, and what is in flight at the end."""
+    federation = plan.federation
+    if federation.buffered is None:
+        return rounds
+    size = federation.clients_per_round
+    beyond = (federation.buffered.concurrency or size) - size
+    return rounds + -(-max(0, beyond) // size)
+
+
+def cohort_rate(plan: Plan) -> float:
+    """Return the rate of each client's coin in a round in which it may be drawn (``poisson``)."""
+    federation = plan.federation
+    eligible = plan.task.clients * (federation.limit or 1) / federation.window
+    return min(1.0, federation.clients_per_round / eligible)
 
 
 def schedule_for(plan: Plan) -> Schedule | None:
@@ -160,9 +198,9 @@ def schedule_with(plan: Plan, noise_multiplier: float) -> Schedule | None:
 
 
 def _sampling(plan: Plan) -> tuple[float, int]:
-    """Return rate and steps of the mechanism: a round is one full sum of clients' updates."""
+    """Return rate and steps of the mechanism: a round is one sum of clients' updates."""
     if plan.private is not None and plan.private.unit == "client":
-        return 1.0, 1
+        return cohort_rate(plan) if plan.private.secret_cohort else 1.0, 1
     return plan.federation.sampling_rate, plan.federation.steps_per_round
 
 

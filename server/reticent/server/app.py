@@ -9,17 +9,20 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from reticent.core.errors import DataError, LedgerError, RunError
+from reticent.core.errors import DataError, LedgerError, PlanError, RunError
 from reticent.core.personal import split_of
+from reticent.core.plan import Plan
 from reticent.core.run import Run
 from reticent.core.tasks import load_task
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule, participations, schedule_for
 
+from .buffered import BufferedAveraging, kept_models
 from .countersign import Countersigner
 from .evaluation import test_accuracy
 from .finish import finish
+from .fleet import Fleet
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
@@ -44,6 +47,7 @@ class Settings:
             simulation asks for a seeded source.
         countersigner: Judges and countersigns the ledgers of real devices; None in a simulation.
         prepared: What earlier runs of this process made from public data, to be used again.
+        fleet: Makes the simulated fleet of a plan that has one from the run's public constants.
     """
 
     run: Run
@@ -56,6 +60,7 @@ class Settings:
     randomness: Randomness = field(default_factory=SystemRandomness)
     countersigner: Countersigner | None = None
     prepared: Prepared | None = None
+    fleet: Callable[[bytes], Fleet] | None = None
 
 
 def build_server_app(settings_of: Callable[[Context], Settings]) -> ServerApp:
@@ -84,7 +89,9 @@ def run_federation(settings: Settings, grid: Grid) -> None:
     run, plan = settings.run, settings.run.plan()
     task = load_task(plan.task, plan.seed)
     schedule = schedule_for(plan)
-    journal = Journal(run)
+    _require_fleet(settings, plan)
+    buffered = plan.federation.buffered
+    journal = Journal(run, kept_models(buffered))
     try:
         _check_anchor(settings, journal)
         journal.rewrite_metrics()
@@ -96,9 +103,20 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         constants = _round_plan(settings, job)
         clerk = _Clerk(settings, job)
         taken_part = {int(node): rounds for node, rounds in journal.asked().items()}
-        strategy = PrivateAveraging(
-            plan, constants, state, clerk.commit, taken_part, settings.countersigner, clerk.open
+        kind = PrivateAveraging if buffered is None else BufferedAveraging
+        strategy = kind(
+            plan,
+            constants,
+            state,
+            clerk.commit,
+            taken_part,
+            settings.countersigner,
+            clerk.open,
+            _fleet(settings, job),
+            _virtual_time(journal),
         )
+        if isinstance(strategy, BufferedAveraging):
+            strategy.follow(lambda n: journal.after(n).weights if n else start.weights)
         try:
             strategy.start(grid)
         except BudgetsSpent as end:
@@ -109,6 +127,47 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         finish(job, strategy.state, settings.say)
     finally:
         journal.close()
+
+
+def _require_fleet(settings: Settings, plan: Plan) -> None:
+    """Refuse a plan that describes a simulated fleet, or a secret cohort, to real devices.
+
+    Raises:
+        PlanError: Naming the key.
+    """
+    if settings.countersigner is None:
+        return
+    if plan.fleet is not None:
+        raise PlanError("fleet: describes simulated devices; leave it out for real ones")
+    if plan.private is not None and plan.private.secret_cohort:
+        raise PlanError(
+            "privacy.secret_cohort=true: must be false for real devices: which of them are "
+            "connected is not a secret coin of the server's, and the network sees who takes part"
+        )
+
+
+def _fleet(settings: Settings, job: Job) -> Fleet | None:
+    """Return the run's fleet, if its plan has one.
+
+    Raises:
+        RunError: If the run was begun with another: a trace that has changed, or other sizes.
+    """
+    if settings.fleet is None:
+        return None
+    fleet, known = settings.fleet(job.start.constants), job.journal.fact("fleet")
+    if known is None:
+        job.journal.record("fleet", fleet.identity)
+    elif known != fleet.identity:
+        raise RunError(
+            f"{settings.run.folder}: was begun on another fleet ({known} before, {fleet.identity} "
+            "now): the file of availability or the size of messages has changed; begin a new run"
+        )
+    return fleet
+
+
+def _virtual_time(journal: Journal) -> float:
+    metrics = journal.metrics()
+    return float(metrics[-1]["virtual"]["time"]) if metrics and "virtual" in metrics[-1] else 0.0
 
 
 def _check_anchor(settings: Settings, journal: Journal) -> None:
@@ -195,6 +254,8 @@ class _Clerk:
         if tally.noised is not None:
             # Noised, so that they may be shown; the counts behind them may not.
             metrics |= {"clip": tally.noised.clip, "within_clip": tally.noised.fraction}
+        if tally.virtual is not None:
+            metrics["virtual"] = tally.virtual.figures()
         self._job.journal.commit(state, metrics, clients, self._settings.anchor(), asked)
         self._settings.progress(metrics)
 
@@ -211,7 +272,6 @@ class _Clerk:
         plan, s = self._job.plan, self._job.schedule
         if s is None:
             return None
-        federation = plan.federation.model_copy(update={"rounds": rounds})
-        planned = participations(plan.model_copy(update={"federation": federation}))
+        planned = participations(plan, rounds)
         so_far = max([planned, *self._job.journal.charged().values()])
         return epsilon([s.over(s.round_event(), so_far)], s.delta)

@@ -31,6 +31,7 @@ from reticent.core.signing import make_signing_key, read_private_key
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
 
+from .fleet import fleet_summary
 from .float_only import float_summary
 from .job import Job
 from .optimizer import ServerState
@@ -63,6 +64,8 @@ def finish(
         said = f"no int8 artifact: {problem}"
     if stopped is not None:
         summary["stopped"] = stopped
+    if job.plan.fleet is not None:
+        summary["fleet"] = fleet_summary(job.journal.metrics())
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
     say(said)
 
@@ -201,7 +204,9 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
     if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule
-    readers = epsilon([s.over(s.round_event(), rounds)], s.delta) if rounds else 0.0
+    # Where sampling is counted, every round counts in which a client might have been drawn.
+    seen = s.participations if s.secret else rounds
+    readers = epsilon([s.over(s.round_event(), seen)], s.delta) if seen else 0.0
     server = epsilon([s.over(s.server_event(), rounds)], s.delta) if rounds else 0.0
     return {
         "trust": s.trust,

@@ -35,6 +35,7 @@ class Rules:
         bound: Largest L2 norm of an update that is accepted; may be infinite.
         clip: What updates are bounded to before they are added (unit ``client``); None for not.
         bit: Whether a payload starts with the bit of an adaptive bound.
+        weight: What every update is multiplied by before it is added, in (0, 1].
     """
 
     round: int
@@ -42,6 +43,7 @@ class Rules:
     bound: float
     clip: float | None = None
     bit: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,12 @@ class Folder:
             raise PayloadError(_refusal_text(reply.error.code))
         if "update" not in reply.content or not set(reply.content) <= {"update", "statement"}:
             raise PayloadError("the reply is not one encoded update")
-        reading = self._decoded(payload_of(reply.content, "update"))
-        if self._rules.clip is None:
-            return reading
-        # Devices bound their updates themselves; a codec's error, or a device that does not, is
-        # bounded here, so that the promise to one client does not rest on another.
-        return replace(reading, vector=clipped(reading.vector, self._rules.clip))
+        reading, weight = self._decoded(payload_of(reply.content, "update")), self._rules.weight
+        if self._rules.clip is not None:
+            # Devices bound their updates themselves; a codec's error, or a device that does not, is
+            # bounded here, so that the promise to one client does not rest on another.
+            reading = replace(reading, vector=clipped(reading.vector, self._rules.clip))
+        return reading if weight == 1 else replace(reading, vector=weight * reading.vector)
 
     def _decoded(self, payload: bytes) -> Reading:
         rules, size, inside = self._rules, len(payload), False

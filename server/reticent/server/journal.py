@@ -40,13 +40,13 @@ class Journal:
     on resume, files of an unrecorded round are ignored and overwritten.
     """
 
-    def __init__(self, run: Run) -> None:
-        """Open or create the journal of ``run``.
+    def __init__(self, run: Run, kept: int = _KEPT_CHECKPOINTS) -> None:
+        """Open or create the journal of ``run``, which keeps the last ``kept`` checkpoints.
 
         Raises:
             RunError: If the file is damaged or cannot be written.
         """
-        self._run = run
+        self._run, self._kept = run, max(kept, _KEPT_CHECKPOINTS)
         with _explained(run.journal):
             self._db = sqlite3.connect(run.journal, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -103,7 +103,7 @@ class Journal:
         metrics: dict[str, Any],
         clients: Collection[str],
         anchor: str | None,
-        asked: Collection[str] = (),
+        asked: Collection[str] | None = None,
     ) -> None:
         """Commit a round: all of it is durable when this returns.
 
@@ -112,8 +112,9 @@ class Journal:
             metrics: Its figures.
             clients: Whose updates were used.
             anchor: The ledger head to record, if there is a ledger here.
-            asked: Who was asked, ``clients`` among them: each of them may have charged the round,
-                and sent an update that came too late. Who was recorded by :meth:`open` is added.
+            asked: Who was asked; by default ``clients``. Each of them may have charged a round,
+                and sent an update that came too late, or that comes in a later round. Who was
+                recorded by :meth:`open` is added.
 
         Raises:
             RunError: If the disk is full or cannot be written; the round is then not committed.
@@ -121,18 +122,19 @@ class Journal:
         digest = self._write(f"round-{state.round:06d}", _arrays(state))
         used = frozenset(clients)
         with _explained(self._run.journal), self._transaction():
+            sent = self._opened().union(used if asked is None else asked)
             self._db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)",
                 (state.round, digest, json.dumps(metrics), anchor),
             )
             self._db.executemany(
-                "INSERT INTO participations VALUES (?1, ?2, 1) ON CONFLICT (client)"
-                " DO UPDATE SET rounds = rounds + ?2, asked = asked + 1",
-                [(c, int(c in used)) for c in sorted({*used, *asked, *self._opened()})],
+                "INSERT INTO participations VALUES (?1, ?2, ?3) ON CONFLICT (client)"
+                " DO UPDATE SET rounds = rounds + ?2, asked = asked + ?3",
+                [(c, int(c in used), int(c in sent)) for c in sorted(used | sent)],
             )
             self._db.execute("DELETE FROM open")
         self._write_metrics(metrics, state.round)
-        stale = self._path(f"round-{state.round - _KEPT_CHECKPOINTS:06d}")
+        stale = self._path(f"round-{state.round - self._kept:06d}")
         stale.unlink(missing_ok=True)
 
     def latest(self) -> ServerState | None:
@@ -148,6 +150,20 @@ class Journal:
         if row is None:
             return None
         return _state(row[0], self._read(f"round-{row[0]:06d}", row[1]))
+
+    def after(self, number: int) -> ServerState:
+        """Return the state after a committed round, one of the last that are kept.
+
+        Raises:
+            RunError: If it was not committed, or its checkpoint is missing or altered.
+        """
+        with _explained(self._run.journal):
+            row = self._db.execute(
+                "SELECT checkpoint FROM rounds WHERE round=?", (number,)
+            ).fetchone()
+        if row is None:
+            raise RunError(f"{self._run.journal}: round {number} was not committed")
+        return _state(number, self._read(f"round-{number:06d}", row[0]))
 
     def anchor(self) -> str | None:
         """Return the ledger head that the last committed round recorded."""

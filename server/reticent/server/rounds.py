@@ -14,6 +14,7 @@ from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
 
 from .client_level import Noised
+from .fleet import Virtual
 from .optimizer import Accumulator, Floats
 
 
@@ -84,6 +85,7 @@ class Tally:
         inside: With an adaptive bound, how many updates said that they were within it; like the
             sum not to be shown, only its noised fraction is.
         noised: With unit ``client``, what the round releases.
+        virtual: What the round costs on a simulated fleet; None without one.
     """
 
     sum: Accumulator
@@ -97,6 +99,7 @@ class Tally:
     first_bytes_down: int = 0
     inside: int = 0
     noised: Noised | None = None
+    virtual: Virtual | None = None
 
     def add(self, node: int, reading: Reading) -> None:
         """Count an update, and the bits it came with, as accepted from ``node``."""

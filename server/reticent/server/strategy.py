@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -17,16 +15,16 @@ from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import NetworkError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order, Refusal
-from reticent.core.seeds import numpy_generator
-from reticent.privacy.schedule import participations
 
 from .client_level import client_level_for
 from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
+from .fleet import Fleet, Virtual
 from .folding import Folder, FoldingGrid, Kept, Rules, payload_of
 from .optimizer import Accumulator, Floats, ServerState, apply_round
 from .rounds import BudgetsSpent, RoundPlan, Tally
+from .sampling import Sampler, cohort_in_time
 
 Committed = Callable[[ServerState, Tally, float], None]
 Opened = Callable[[list[int]], Iterable[int]]
@@ -52,6 +50,8 @@ class PrivateAveraging(Strategy):
         taken_part: Mapping[int, int] | None = None,
         countersigner: Countersigner | None = None,
         opened: Opened = tuple,
+        fleet: Fleet | None = None,
+        now: float = 0.0,
     ) -> None:
         """Continue from ``state``.
 
@@ -65,6 +65,8 @@ class PrivateAveraging(Strategy):
                 whose devices make none.
             opened: Makes durable who is about to be asked, and returns everyone who was in this
                 round, also before it failed or was interrupted.
+            fleet: The simulated fleet, which decides whose update arrives in time; None for all.
+            now: Its virtual time at the end of the last committed round.
         """
         self._plan = plan
         self._constants = constants
@@ -82,6 +84,12 @@ class PrivateAveraging(Strategy):
         self._taken_part = Counter(taken_part or {})
         self._countersigner = countersigner
         self._opened = opened
+        self._sampler = Sampler(plan, constants.randomness, constants.run)
+        self._fleet = fleet
+        self._time = now
+        self._attempt = 0
+        self._begun = set[int]()  # charged in this round, with no update yet
+        self._weight = 1.0  # of every update that is folded now
         self._cohort: list[int] = []
         self._tally = Tally(Accumulator(constants.layout.size))
 
@@ -118,12 +126,13 @@ class PrivateAveraging(Strategy):
     ) -> None:
         began = time.monotonic()
         federation = self._plan.federation
-        self._tally = Tally(Accumulator(self._constants.layout.size))
+        self._tally = self._new_tally()
         self._cohort = self.cohort(number, grid)
         self._tally.nodes = tuple(self._opened(self._cohort))
+        self._begun.clear()
         if self._countersigner is not None:
             self._countersigner.begin()
-        for _ in range(federation.retries + 1):
+        for self._attempt in range(federation.retries + 1):
             messages = self.configure_train(number, arrays, config, grid)
             self._gather(number, messages, grid)
             self._remember_holders(number)
@@ -131,6 +140,18 @@ class PrivateAveraging(Strategy):
                 break
         else:
             self._give_up(number)
+        self._close(number, began)
+
+    def _new_tally(self) -> Tally:
+        tally = Tally(Accumulator(self._constants.layout.size))
+        if self._fleet is not None:
+            tally.virtual = Virtual(ends=self._time, began=self._time)
+        return tally
+
+    def _close(self, number: int, began: float) -> None:
+        """Apply and commit a round whose replies are complete."""
+        if self._tally.virtual is not None:
+            self._tally.virtual.unused += len(self._begun - self._tally.accepted)
         state = replace(self._applied(number), held=self._sent.model)
         self._committed(state, self._tally, time.monotonic() - began)
         if self._countersigner is not None:
@@ -156,6 +177,10 @@ class PrivateAveraging(Strategy):
         """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
         tally, federation = self._tally, self._plan.federation
         if self._mechanism is None:
+            # A Poisson cohort has a public denominator too: its own size is random, or zero.
+            if federation.sampling == "poisson":
+                clients = federation.clients_per_round
+                return self._stepped(tally.sum.total() / clients, clients)
             return self._stepped(tally.sum.mean(), tally.sum.count)
         noised = self._mechanism.release(
             tally.sum.total(), tally.sum.count, tally.inside, self._clip, number
@@ -201,6 +226,8 @@ class PrivateAveraging(Strategy):
         order = ConfigRecord({**self._order(server_round).to_config()})
         cohort = [n for n in self._cohort if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
+        if self._fleet is not None:
+            cohort = self._in_time(server_round, cohort, self._fleet)
         messages = self._messages(cohort, order, server_round)
         # Flower's own grids go through the messages twice, so they get a list; records are shared.
         return messages if isinstance(grid, FoldingGrid) else list(messages)
@@ -242,37 +269,49 @@ class PrivateAveraging(Strategy):
             clip=self._clip,
         )
 
-    def cohort(self, number: int, grid: Grid) -> list[int]:
-        """Return the clients of round ``number``, from shuffled passes over all nodes.
+    def _in_time(self, number: int, cohort: list[int], fleet: Fleet) -> list[int]:
+        """Return those of ``cohort`` whose update will arrive in time; the others are counted.
 
-        Within a pass of ``nodes // clients_per_round`` rounds nobody is asked twice, which bounds
-        the participations of each client (:func:`reticent.privacy.schedule.participations`). Where
-        nodes come and go that bound is kept by not asking a node that has reached it.
+        Who began to train has charged the round, in time or not.
+        """
+        tally, virtual = self._tally, self._tally.virtual or Virtual()
+        want = self._plan.federation.clients_per_round - tally.sum.count
+        if self._plan.federation.sampling == "poisson":
+            want = len(cohort)
+        found = fleet.ask(number, self._attempt, cohort, self._time, want)
+        multiplier = self._order(number).noise_multiplier
+        fleet.charge(self._constants.run, number, multiplier, found.charged)
+        tally.dropped.update(found.dropped)
+        sent = len(self._sent.whole)
+        tally.bytes_down += (len(cohort) - len(found.replied)) * sent
+        virtual.add(found)
+        self._begun.update(found.charged)
+        self._time = found.ends
+        return list(found.replied)
+
+    def cohort(self, number: int, grid: Grid) -> list[int]:
+        """Return the clients of round ``number``, as :class:`.Sampler` chooses them.
+
+        Where nodes come and go the bound on the participations of a client
+        (:func:`reticent.privacy.schedule.participations`) is kept by not asking a node that has
+        reached it. On a fleet the virtual clock moves on until enough devices are available.
 
         Raises:
-            NetworkError: If fewer nodes are connected than the quorum.
+            NetworkError: If fewer nodes are connected than the quorum, or may be asked.
         """
-        federation, most = self._plan.federation, participations(self._plan)
-        nodes = sorted(self._wait_for_nodes(grid))
-        per_pass = max(1, len(nodes) // federation.clients_per_round)
-        generator = numpy_generator(self._plan.seed, "cohort", (number - 1) // per_pass)
-        first = (number - 1) % per_pass * federation.clients_per_round
-        order = np.roll(generator.permutation(len(nodes)), -first)
-        free = (nodes[i] for i in order if self._taken_part[nodes[i]] < most)
-        chosen = sorted(islice(free, federation.clients_per_round))
-        if len(chosen) < federation.quorum:
-            raise NetworkError(
-                f"round {number}: {len(chosen)} connected clients have been asked in fewer than "
-                f"the {most} rounds that the plan's privacy target allows each; "
-                f"{federation.quorum} are needed"
-            )
+        nodes = self._wait_for_nodes(grid)
+        chosen, self._time = cohort_in_time(
+            self._sampler, number, nodes, self._taken_part, self._fleet, self._time
+        )
         return chosen
 
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+    def _wait_for_nodes(self, grid: Grid) -> Sequence[int]:
         federation = self._plan.federation
         deadline = time.monotonic() + federation.timeout
         while True:
-            nodes = list(grid.get_node_ids())
+            nodes = grid.get_node_ids()
+            if not isinstance(nodes, range):  # a simulation's, however many, take no memory
+                nodes = sorted(nodes)
             if len(nodes) >= federation.clients_per_round:
                 return nodes
             if time.monotonic() > deadline:
@@ -297,7 +336,7 @@ class PrivateAveraging(Strategy):
         constants, mechanism = self._constants, self._mechanism
         clip = None if mechanism is None else self._clip
         bit = mechanism is not None and mechanism.count_noise is not None
-        return Rules(number, constants.layout, constants.bound, clip, bit)
+        return Rules(number, constants.layout, constants.bound, clip, bit, self._weight)
 
     def _judge(self, node: int, reply: Message) -> None:
         """Check the ledger statement of a reply whose update is otherwise good.

@@ -63,8 +63,15 @@ def check_engine(plan: Plan) -> None:
     Raises:
         PlanError: If clients keep files and may be played on another machine next time.
     """
-    if plan.engine.kind == "ray" and plan.updates.error_feedback:
+    local = plan.federation.local
+    kept = {
+        "updates.error_feedback": plan.updates.error_feedback,
+        "federation.local.scaffold": local.scaffold,
+        "federation.local.personal": bool(local.personal),
+    }
+    if plan.engine.kind == "ray" and any(kept.values()):
+        keys = ", ".join(key for key, used in kept.items() if used)
         raise PlanError(
-            'engine.kind="ray": must be "inprocess" with updates.error_feedback=true: what a codec '
-            "leaves out is kept in files, and a client may be played on another node next time"
+            f'engine.kind="ray": must be "inprocess" with {keys}: what clients keep between rounds '
+            "lies in files, and a client may be played on another node next time"
         )

@@ -180,6 +180,12 @@ def audit_plan(
         raise PlanError(
             'privacy="off": the plan claims nothing (ε = ∞), so there is no claim to audit'
         )
+    if schedule.secret:
+        raise PlanError(
+            "privacy.secret_cohort=true: must be false in an audit: its canary clients take part "
+            "in every round, so it can test a round's noise and not the secrecy of the cohort; "
+            "audit the plan with --set privacy.secret_cohort=false"
+        )
     size = canary_layout(plan, task, seed).size
     count = min(CANARIES[schedule.unit], size // 2) if canaries is None else canaries
     number = _rounds(plan, schedule, count, rounds)

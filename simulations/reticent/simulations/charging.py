@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from flwr.app import Message
 
-from reticent.client.round import round_event
+from reticent.client.round import charges
 from reticent.core.errors import LedgerError, PayloadError, PlanError, PrivacyError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Order
@@ -35,25 +35,29 @@ class Clerk:
         folder = self._ledger.folder
         try:
             order = Order.from_config(dict(messages[0].content.config_records["order"]))
-            event = round_event(self._plan, order.noise_multiplier)
+            due = charges(self._plan, order.noise_multiplier, order.round)
         except (PayloadError, PrivacyError, PlanError, KeyError):
             return Grants(folder)
         names = [device_name(client_of(m.metadata.dst_node_id)) for m in messages]
-        outcomes = self._outcomes(names, order, event)
-        charged = {o.device: o.sequence for o in outcomes if isinstance(o, Charge)}
-        refused = {o.device: o.spent for o in outcomes if isinstance(o, BudgetExceeded)}
-        return Grants(folder, order.run, order.round, event, charged, refused)
+        grants: Grants | None = None
+        for number, event in due:
+            outcomes = self._outcomes(names, order.run, number, event)
+            charged = {o.device: o.sequence for o in outcomes if isinstance(o, Charge)}
+            refused = {o.device: o.spent for o in outcomes if isinstance(o, BudgetExceeded)}
+            grants = Grants(folder, order.run, number, event, charged, refused, grants)
+            names = list(charged)  # who was refused the first is not charged the second
+        return grants or Grants(folder)
 
-    def _outcomes(self, names: list[str], order: Order, event: Event) -> list[Outcome]:
+    def _outcomes(self, names: list[str], run: str, number: int, event: Event) -> list[Outcome]:
         try:
-            return self._ledger.charge_many(names, order.run, order.round, event, self._budget)
+            return self._ledger.charge_many(names, run, number, event, self._budget)
         except PrivacyError:  # of one device, perhaps: the others can still be charged
-            found = (self._one(name, order, event) for name in names)
+            found = (self._one(name, run, number, event) for name in names)
             return [outcome for outcome in found if outcome is not None]
 
-    def _one(self, name: str, order: Order, event: Event) -> Outcome | None:
+    def _one(self, name: str, run: str, number: int, event: Event) -> Outcome | None:
         try:
-            return self._ledger.charge(name, order.run, order.round, event, self._budget)
+            return self._ledger.charge(name, run, number, event, self._budget)
         except BudgetExceeded as refusal:
             return refusal
         except (LedgerError, PrivacyError):

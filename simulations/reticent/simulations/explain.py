@@ -27,6 +27,8 @@ from reticent.server.possible import require_possible
 from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs, check_engine
+from .fleet import SimulatedFleet, fleet_for, priced
+from .fleet.fleet import Charge
 from .teams import usable_cores, worker_count
 
 _TRIALS = 5
@@ -79,7 +81,33 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             "seconds": steps * seconds / worker_count(plan, usable_cores()),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
+        "fleet": _fleet(plan, task, trainer),
     }
+
+
+def planned_fleet(
+    plan: Plan, task: Task, trainer: LocalTrainer, constants: int, charging: Charge
+) -> SimulatedFleet:
+    """Return the fleet of a plan that has one, with messages of the size of encoded noise.
+
+    Args:
+        plan: The plan.
+        task: Its task.
+        trainer: A trainer with the run's public constants, or with such as may be expected.
+        constants: Bytes of the constants, which are sent with each model.
+        charging: Charges devices.
+    """
+    schedule = schedule_for(plan)
+    step = planned_step(plan, task, schedule)
+    up, down = encoded_bytes(plan, trainer, step, schedule)
+    return fleet_for(plan, trainer.layout.total, (up, down + constants), charging)
+
+
+def _fleet(plan: Plan, task: Task, trainer: LocalTrainer) -> dict[str, Any] | None:
+    if plan.fleet is None:
+        return None
+    constants = len(_half_mask(plan, task).encode())
+    return priced(plan, planned_fleet(plan, task, trainer, constants, lambda *_: None))
 
 
 def sketched_constants(plan: Plan, task: Task) -> Constants:

@@ -10,9 +10,12 @@ from typing import Any
 
 from flwr.serverapp import ServerApp
 
+from reticent.client.training import LocalTrainer
 from reticent.core.errors import RunError
 from reticent.core.plan import Plan
+from reticent.core.protocol import Constants
 from reticent.core.run import Run, create_run, locked, open_run
+from reticent.core.tasks import load_task
 from reticent.privacy.ledger import Head, Ledger
 from reticent.privacy.randomness import SeededRandomness
 from reticent.server.app import Settings, build_server_app
@@ -20,7 +23,8 @@ from reticent.server.preparation import Prepared
 
 from .charging import Clerk
 from .devices import Devices, devices_for
-from .explain import check_plan
+from .explain import check_plan, planned_fleet
+from .fleet import SimulatedFleet, charging_to
 from .grid import InProcessGrid, serve
 from .processes import Processes
 from .teams import Team, TeamGrid, usable_cores, worker_count
@@ -55,7 +59,7 @@ def simulate(
         if resume:
             Ledger.open(run.ledger).close()  # walks the whole chain, once for all that open it now
         # Made in the thread that the engine runs the ServerApp in: SQLite asks for that.
-        app = build_server_app(lambda _: _settings(run, plan, say, progress, prepared))
+        app = build_server_app(lambda _: _settings(run, plan, devices, say, progress, prepared))
         _serve(app, plan, devices, say)
     return run
 
@@ -79,6 +83,7 @@ def _resumable(folder: Path, plan: Plan) -> Run:
 def _settings(
     run: Run,
     plan: Plan,
+    devices: Devices,
     say: Callable[[str], None],
     progress: Callable[[dict[str, Any]], None],
     prepared: Prepared | None,
@@ -94,7 +99,14 @@ def _settings(
         close=ledger.close,
         randomness=SeededRandomness(plan.seed),
         prepared=prepared,
+        fleet=None if plan.fleet is None else lambda c: _fleet(plan, c, devices, ledger),
     )
+
+
+def _fleet(plan: Plan, constants: bytes, devices: Devices, ledger: Ledger) -> SimulatedFleet:
+    task = load_task(plan.task, plan.seed)
+    trainer = LocalTrainer(plan, task, Constants.decode(constants))
+    return planned_fleet(plan, task, trainer, len(constants), charging_to(plan, devices, ledger))
 
 
 def _serve(app: ServerApp, plan: Plan, devices: Devices, say: Callable[[str], None]) -> None:

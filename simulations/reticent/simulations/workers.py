@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from reticent.client.app import build_client_app, pack, unpack
 from reticent.client.downlink import MODEL, remember
-from reticent.client.round import round_event
+from reticent.client.round import charges
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
 from reticent.core.plan import plan_from_json
 from reticent.core.protocol import Order
@@ -63,9 +63,10 @@ class Site:
         """
         try:
             order = Order.from_config(dict(messages[0].content.config_records["order"]))
-            event = round_event(self._plan, order.noise_multiplier)
+            due = charges(self._plan, order.noise_multiplier, order.round)
             names = [device_name(client_of(m.metadata.dst_node_id)) for m in messages]
-            self.ledger.charge_many(names, order.run, order.round, event, self._devices.budget)
+            for number, event in due:
+                self.ledger.charge_many(names, order.run, number, event, self._devices.budget)
         except (PayloadError, PrivacyError, PlanError, KeyError):
             return
 

@@ -28,6 +28,7 @@ class Grants:
         event: What was charged; None when nothing was.
         charged: Number of the entry of each device that was charged.
         refused: Epsilon already spent, of each device whose budget does not allow the round.
+        before: What the same devices were charged first, where a round takes two charges.
     """
 
     folder: Path
@@ -36,12 +37,14 @@ class Grants:
     event: Event | None = None
     charged: Mapping[str, int] = field(default_factory=dict[str, int])
     refused: Mapping[str, float] = field(default_factory=dict[str, float])
+    before: Grants | None = None
 
     def of(self, devices: Sequence[str]) -> Grants:
         """Return what is about ``devices`` alone."""
         charged = {d: self.charged[d] for d in devices if d in self.charged}
         refused = {d: self.refused[d] for d in devices if d in self.refused}
-        return replace(self, charged=charged, refused=refused)
+        before = self.before and self.before.of(devices)
+        return replace(self, charged=charged, refused=refused, before=before)
 
     def charge(self, device: str, run: str, round: int, event: Event, budget: Budget) -> Charge:
         """Return the charge of this round, as :meth:`.Ledger.charge` returns one made before.
@@ -51,6 +54,8 @@ class Grants:
             LedgerError: If this very charge was not made.
         """
         same = (run, round, event) == (self.run, self.round, self.event)
+        if not same and self.before is not None:
+            return self.before.charge(device, run, round, event, budget)
         if same and device in self.refused:
             raise BudgetExceeded(device, self.refused[device], budget, event)
         if not same or device not in self.charged:
@@ -76,11 +81,14 @@ class Grants:
     def to_json(self) -> str:
         """Return everything but the folder."""
         event = self.event.to_json() if self.event else None
-        return json.dumps([self.run, self.round, event, dict(self.charged), dict(self.refused)])
+        before = self.before and self.before.to_json()
+        parts = [self.run, self.round, event, dict(self.charged), dict(self.refused), before]
+        return json.dumps(parts)
 
     @staticmethod
     def from_json(folder: Path, text: str) -> Grants:
         """Return what :meth:`to_json` made ``text`` of."""
-        run, round, event, charged, refused = json.loads(text)
+        run, round, event, charged, refused, before = json.loads(text)
         found = None if event is None else event_from_json(event)
-        return Grants(folder, run, round, found, charged, refused)
+        first = None if before is None else Grants.from_json(folder, before)
+        return Grants(folder, run, round, found, charged, refused, first)

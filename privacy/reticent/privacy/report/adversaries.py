@@ -50,7 +50,7 @@ def adversary_rows(
     if schedule is None:
         return [_row(view, events, delta) for view in _unprotected()]
     if schedule.unit == "client":
-        views = _client_level(padded)
+        views = _client_level(padded, schedule.secret)
     else:
         local = schedule.trust == "local"
         views = _local(padded) if local else _aggregator(schedule.shares, padded)
@@ -104,11 +104,13 @@ def _lengths(padded: bool, source: str) -> str:
     )
 
 
-def _client_level(padded: bool) -> list[_View]:
+def _client_level(padded: bool, secret: bool) -> list[_View]:
     trusted = (
         "the server bounds every client's update, adds the noise to their sum and shows nobody "
         "more than the models"
     )
+    if secret:
+        trusted += ", not who took part either, whom it draws by a coin for each client and round"
     return [
         _View(READERS, _MODELS, trusted, 1.0),
         _View(

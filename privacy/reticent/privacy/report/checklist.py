@@ -64,9 +64,10 @@ def _unit(promise: dict[str, Any]) -> str:
     clip = number_text(promise["clip"])
     if promise["unit"] == "client":
         start = "" if promise["clip_quantile"] is None else ", at first,"
+        often = "is drawn for" if promise["sampling_rate"] < 1 else "takes part in"
         return (
             f"all that one client contributes; its update in a round is bounded{start} to L2 norm "
-            f"{clip}, and it takes part in at most {promise['participations']} rounds"
+            f"{clip}, and it {often} at most {promise['participations']} rounds"
         )
     how = "" if promise["clipping"] == "flat" else ", split over the parameter tensors,"
     return (
@@ -144,22 +145,39 @@ def _gaussian(data: dict[str, Any]) -> str:
     )
 
 
+_COHORTS = {
+    "passes": "clients are dealt from shuffled passes over all of them",
+    "fixed": "a fixed number of clients is drawn for each round, uniformly",
+    "poisson": "each client joins a round by a coin of its own (Poisson sampling)",
+}
+
+
 def _sampling(data: dict[str, Any]) -> dict[str, str]:
     p, run = data["promise"], data["run"]
     rate = number_text(run["sampling_rate"])
     drawn = "batches come" if p["unit"] == "client" else "batches and noise come"
-    performed = f"each client draws its own Poisson batches at rate q = {rate}; {drawn}"
+    cohorts = _COHORTS[run.get("client_sampling", "passes")]
+    performed = f"{cohorts}; each client draws its own Poisson batches at rate q = {rate}; {drawn}"
+    return {
+        "Sampling performed": f"{performed} from: {run['randomness']}",
+        "Sampling accounted": _accounted(p, rate),
+    }
+
+
+def _accounted(p: dict[str, Any], rate: str) -> str:
     seen = (
         "Sampling of clients is not counted, because the server and the network see who takes part"
     )
-    if p["unit"] == "client":
-        accounted = f"none: a client of a round counts in full (q = 1). {seen}"
-    else:
-        accounted = f"Poisson sampling of examples at rate q = {rate}. {seen}"
-    return {
-        "Sampling performed": f"{performed} from: {run['randomness']}",
-        "Sampling accounted": accounted,
-    }
+    if p["unit"] != "client":
+        return f"Poisson sampling of examples at rate q = {rate}. {seen}"
+    if p["sampling_rate"] == 1:
+        return f"none: a client of a round counts in full (q = 1). {seen}"
+    return (
+        f"Poisson sampling of clients at rate q = {number_text(p['sampling_rate'])}, in every "
+        "round in which a client may be drawn, against readers of the models and other clients "
+        "only, and only if they do not learn who took part, as the plan says. The server and the "
+        "network see it; against them nothing is counted, and nothing promised"
+    )
 
 
 def _no_mechanism() -> dict[str, str]:

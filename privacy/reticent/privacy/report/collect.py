@@ -71,7 +71,7 @@ def collect(run: Run) -> dict[str, Any]:
         "adversaries": adversary_rows(
             schedule, spending.worst, private.delta if private else 0.0, plan.updates.pad
         ),
-        "spent": _spent(plan, spending, asked),
+        "spent": _spent(plan, spending, asked, schedule),
         "accounting": accounting(
             schedule, spending.worst, private.examples_per_user if private else None
         ),
@@ -180,6 +180,7 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         "quorum": plan.federation.quorum,
         "steps_per_round": plan.federation.steps_per_round,
         "sampling_rate": plan.federation.sampling_rate,
+        "client_sampling": plan.federation.sampling,
         "codec": list(plan.updates.codec),
         "padded": plan.updates.pad,
         "parameters": summary["parameters"],
@@ -225,7 +226,9 @@ def _promise(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
     }
 
 
-def _spent(plan: Plan, spending: Spending, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+def _spent(
+    plan: Plan, spending: Spending, metrics: list[dict[str, Any]], schedule: Schedule | None
+) -> dict[str, Any]:
     private = plan.private
     limit = (private.budget or private.epsilon or math.inf) if private else math.inf
     refusals = [int(m["dropped"].get(Refusal.BUDGET.text, 0)) for m in metrics]
@@ -235,7 +238,7 @@ def _spent(plan: Plan, spending: Spending, metrics: list[dict[str, Any]]) -> dic
         "source": "server" if head is None else "ledger",
         "maximum": worst,
         "quantiles": {f"{q:.0%}": spending.quantile(q) for q in QUANTILES} if private else {},
-        "groups": _groups(plan, spending, limit) if private else [],
+        "groups": _groups(plan, spending, limit, schedule) if private else [],
         # With privacy off a device need not be charged, so an empty ledger says nothing.
         "clients": spending.clients if private else spending.clients or None,
         "hard_stop": None if head is None else limit,
@@ -245,13 +248,19 @@ def _spent(plan: Plan, spending: Spending, metrics: list[dict[str, Any]]) -> dic
     }
 
 
-def _groups(plan: Plan, spending: Spending, limit: float) -> list[dict[str, Any]]:
-    """Return clients by what they spent, those that spent nothing included, the most first."""
+def _groups(
+    plan: Plan, spending: Spending, limit: float, schedule: Schedule | None
+) -> list[dict[str, Any]]:
+    """Return clients by what they spent, those that were never asked included, the most first.
+
+    Who was never asked spent nothing, unless who is asked is a secret coin of every round: then
+    all clients spend the same.
+    """
     known = spending.head is not None
     rows = [(group.clients, group.epsilon) for group in spending.groups]
     idle = plan.task.clients - sum(clients for clients, _ in rows)
     if known and idle > 0:
-        rows.append((idle, 0.0))
+        rows.append((idle, _of_the_unasked(schedule)))
     # An epsilon may pass the limit by a rounding error of the accountant's; what is left does not.
     return [
         {"clients": n, "epsilon": e, "left": max(0.0, limit - e) if known else None}
@@ -259,12 +268,17 @@ def _groups(plan: Plan, spending: Spending, limit: float) -> list[dict[str, Any]
     ]
 
 
+def _of_the_unasked(schedule: Schedule | None) -> float:
+    if schedule is None or not schedule.secret:
+        return 0.0
+    return epsilon([schedule.over(schedule.round_event(), schedule.participations)], schedule.delta)
+
+
 def _planned(run: Run, plan: Plan, schedule: Schedule | None) -> list[dict[str, Any]]:
     # On real devices nodes come and go, and only the bound on participations holds.
     if not run.ledger.is_dir():
         return []
-    per_pass = plan.task.clients // plan.federation.clients_per_round
-    return planned_curve(schedule, plan.federation.rounds, per_pass)
+    return planned_curve(schedule, plan)
 
 
 def coarse(size: float) -> int:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from reticent.core.plan import Plan
+
 from ..accounting import describe, epsilon
 from ..events import RELATIONS, Event, PoissonGaussian, merge
 from ..gdp import gdp
 from ..groups import group_epsilon
-from ..schedule import Schedule
+from ..schedule import Schedule, participations
 from .spending import epsilon_or_none, without_sampling
 
 DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -85,18 +87,18 @@ def _user_level(events: Sequence[Event], delta: float, users: int | None) -> dic
     return {"examples": users, "epsilon": group_epsilon(events, delta, users)}
 
 
-def planned_curve(schedule: Schedule | None, rounds: int, per_pass: int) -> list[dict[str, Any]]:
+def planned_curve(schedule: Schedule | None, plan: Plan) -> list[dict[str, Any]]:
     """Return the most that one client can have spent after each of up to 25 rounds of a run.
 
     Args:
         schedule: The mechanism; None when privacy is off, and then there is no curve.
-        rounds: Rounds of the run.
-        per_pass: Rounds within which nobody is asked twice.
+        plan: The plan.
     """
-    if schedule is None or rounds < 1:
+    if schedule is None:
         return []
+    rounds = plan.federation.rounds
     shown = sorted({round(1 + k * (rounds - 1) / (MOST_POINTS - 1)) for k in range(MOST_POINTS)})
-    most = [-(-number // max(1, per_pass)) for number in shown]
+    most = [participations(plan, number) for number in shown]
     event, delta = schedule.round_event(), schedule.delta
     values = {n: epsilon(merge([schedule.over(event, n)]), delta) for n in set(most)}
     return [{"round": r, "epsilon": values[n]} for r, n in zip(shown, most, strict=True)]

@@ -1,0 +1,114 @@
+"""Which choices about a population fit together: sampling, a fleet, buffered aggregation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def check_population(plan: Plan) -> None:
+    """Refuse combinations that break a guarantee or cannot work.
+
+    Raises:
+        ValueError: Naming the key path, the value, what is allowed and why.
+    """
+    _check_sampling(plan)
+    _check_secret(plan)
+    _check_fleet(plan)
+    if plan.federation.buffered is not None:
+        _check_buffered(plan)
+
+
+def _check_sampling(plan: Plan) -> None:
+    f, p = plan.federation, plan.privacy
+    if f.sampling == "poisson" and p != "off" and p.unit == "example" and p.trust == "aggregator":
+        raise ValueError(
+            'federation.sampling="poisson": must be "passes" or "fixed" when privacy.unit is '
+            '"example" and privacy.trust is "aggregator": a noise share is sized for a number of '
+            "replies, which a Poisson cohort does not have"
+        )
+    if f.limit is not None and plan.task.clients * f.limit < f.window * f.clients_per_round:
+        most = plan.task.clients * f.limit // f.window
+        raise ValueError(
+            f"federation.clients_per_round={f.clients_per_round}: must be at most {most}, the "
+            f"clients that federation.limit={f.limit} in window={f.window} leaves for a round"
+        )
+
+
+def _check_secret(plan: Plan) -> None:
+    p, f, fleet = plan.privacy, plan.federation, plan.fleet
+    if p == "off" or not p.secret_cohort:
+        return
+    if p.unit != "client":
+        raise ValueError(
+            f'privacy.secret_cohort=true: must be false when privacy.unit is "{p.unit}": given '
+            "that a client takes part all its other examples do, so sampling clients is not "
+            "Poisson sampling of examples and earns nothing"
+        )
+    if f.sampling != "poisson":
+        raise ValueError(
+            f'privacy.secret_cohort=true: federation.sampling must be "poisson", not '
+            f'"{f.sampling}": amplification is counted for independent coins only'
+        )
+    if fleet is not None and fleet.availability.kind != "always":
+        raise ValueError(
+            f'privacy.secret_cohort=true: fleet.availability.kind="{fleet.availability.kind}" must '
+            'be "always": who takes part is then decided by who is available, which is no secret '
+            "coin of the server's, and amplification by sampling cannot be claimed"
+        )
+
+
+def _check_fleet(plan: Plan) -> None:
+    fleet, f = plan.fleet, plan.federation
+    if fleet is None:
+        return
+    if plan.engine.kind == "ray":
+        raise ValueError(
+            'engine.kind="ray": must be "inprocess" with a fleet: Flower gives nodes new ids in '
+            "each run, and a device is known by its id"
+        )
+    if f.sampling == "poisson" and fleet.over_selection != 1:
+        raise ValueError(
+            f"fleet.over_selection={fleet.over_selection:g}: must be 1 when federation.sampling "
+            'is "poisson": which updates are used would then depend on who else was drawn'
+        )
+    if plan.asked_per_round > plan.task.clients:
+        raise ValueError(
+            f"fleet.over_selection={fleet.over_selection:g}: {plan.asked_per_round} clients would "
+            f"be asked in a round: must be at most task.clients={plan.task.clients}"
+        )
+
+
+def _check_buffered(plan: Plan) -> None:
+    p, buffered = plan.privacy, plan.federation.buffered
+    if buffered is None:
+        return
+    if plan.fleet is None:
+        raise ValueError(
+            "federation.buffered: needs a [fleet] section: the order in which updates arrive is "
+            "that of its virtual clock"
+        )
+    if (buffered.concurrency or 1) > plan.task.clients:
+        raise ValueError(
+            f"federation.buffered.concurrency={buffered.concurrency}: must be at most "
+            f"task.clients={plan.task.clients}"
+        )
+    if plan.updates.delta or plan.updates.error_feedback:
+        raise ValueError(
+            "updates.delta and updates.error_feedback: must be left out with federation.buffered, "
+            "where clients train on different models"
+        )
+    shares = p != "off" and p.unit == "example" and p.trust == "aggregator"
+    if shares and buffered.weight != "uniform":
+        raise ValueError(
+            f'federation.buffered.weight="{buffered.weight}": must be "uniform" when privacy.trust '
+            'is "aggregator": stale noise shares would be scaled down together with their '
+            "gradients, and the noise that is left would not be enough for a fresh gradient"
+        )
+    if p != "off" and p.clip_quantile is not None:
+        raise ValueError(
+            f"privacy.clip_quantile={p.clip_quantile}: must be left out with federation.buffered: "
+            "the bits of stale updates are about bounds of earlier rounds"
+        )

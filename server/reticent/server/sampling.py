@@ -1,0 +1,197 @@
+"""Who is asked in a round: shuffled passes, a fixed number at random, or a coin for each client.
+
+Guarantees. ``passes``: within a pass of ``nodes // size`` rounds nobody is asked twice. ``fixed``:
+a uniform set of ``size`` of the clients that may be asked. ``poisson``: each client that may be
+asked joins by its own coin of rate :func:`reticent.privacy.schedule.cohort_rate`, whoever else
+does. With ``limit`` and ``window`` a client may be asked in exactly ``limit`` of any ``window``
+consecutive rounds, which ones its identity alone decides, so nothing need be remembered. Nobody is
+asked in more than ``most`` rounds in all.
+
+A cohort depends on the round, the connected nodes and the randomness, never on earlier draws. No
+list of all clients is made: memory and time are those of the cohort, except for the permutation of
+a pass (8 bytes a client, made once a pass).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reticent.core.errors import NetworkError
+from reticent.core.plan import Plan
+from reticent.core.seeds import derive_key, numpy_generator
+from reticent.core.uniforms import mixed
+from reticent.privacy.randomness import Randomness
+from reticent.privacy.schedule import cohort_rate, participations
+
+from .fleet import Fleet
+
+_LONGEST_WAIT = 14 * 86_400.0
+_MANY = 1 << 14
+
+Nodes = NDArray[np.int64]
+Admits = Callable[[Nodes], NDArray[np.bool_]]
+
+
+@dataclass
+class Sampler:
+    """Draws cohorts of one run.
+
+    Attributes:
+        plan: The plan.
+        randomness: Where the coins of ``poisson`` come from: they may have to stay secret, so they
+            are not the plan's public seed's, unless a simulation says so.
+        run: Identity of the run.
+    """
+
+    plan: Plan
+    randomness: Randomness
+    run: str
+    _pass: tuple[tuple[int, int], Nodes] = field(
+        default=((-1, -1), np.zeros(0, dtype=np.int64)), init=False
+    )
+
+    def cohort(
+        self,
+        number: int,
+        nodes: Sequence[int],
+        asked: Mapping[int, int],
+        admits: Admits | None = None,
+    ) -> list[int]:
+        """Return the nodes to ask in round ``number``, ascending; fewer if there are too few.
+
+        Args:
+            number: The round, from 1.
+            nodes: Ids of all connected nodes, ascending; a ``range`` is never written out.
+            asked: In how many rounds each node was asked before.
+            admits: Which of some nodes are available, on a fleet.
+        """
+        sampling, most = self.plan.federation.sampling, participations(self.plan)
+        size = self.plan.asked_per_round
+        if sampling == "poisson":
+            generator = self._coins(number)
+            count = int(generator.binomial(len(nodes), cohort_rate(self.plan)))
+            order = generator.choice(len(nodes), count, replace=False)
+            # Limits before the coin or after it: the same set, each client by its own coin.
+            return sorted(self._free(number, [order], nodes, asked, most, admits))
+        if sampling == "fixed":
+            chunks = self._at_random(number, len(nodes))
+        else:
+            chunks = self._in_passes(number, len(nodes), size)
+        return sorted(islice(self._free(number, chunks, nodes, asked, most, admits), size))
+
+    def stream(self, nodes: Sequence[int], size: int) -> Iterator[int]:
+        """Yield the cohorts of ``size`` of all rounds one after another, as ``passes`` deals them.
+
+        A pass repeats nobody; what does not fill a cohort is left out of it.
+        """
+        per_pass = max(1, len(nodes) // size)
+        number = 0
+        while True:
+            order = self._permutation(number // per_pass, len(nodes))
+            first = number % per_pass * size
+            for i in order[first : first + size].tolist():
+                yield nodes[i]
+            number += 1
+
+    def _free(
+        self,
+        number: int,
+        chunks: Iterator[Nodes] | list[Nodes],
+        nodes: Sequence[int],
+        asked: Mapping[int, int],
+        most: int,
+        admits: Admits | None,
+    ) -> Iterator[int]:
+        for positions in chunks:
+            some = _at(nodes, positions)
+            some = some[self._eligible(number, some)]
+            if admits is not None:
+                some = some[admits(some)]
+            yield from (node for node in some.tolist() if asked.get(node, 0) < most)
+
+    def _eligible(self, number: int, nodes: Nodes) -> NDArray[np.bool_]:
+        federation = self.plan.federation
+        if federation.limit is None:
+            return np.ones(len(nodes), dtype=bool)
+        key = derive_key(self.plan.seed, "limit")
+        turn = mixed(key, nodes) % np.uint64(federation.window)
+        return (turn + np.uint64(number)) % np.uint64(federation.window) < federation.limit
+
+    def _permutation(self, index: int, count: int) -> Nodes:
+        if self._pass[0] != (index, count):
+            order = numpy_generator(self.plan.seed, "cohort", index).permutation(count)
+            self._pass = ((index, count), order)
+        return self._pass[1]
+
+    def _in_passes(self, number: int, count: int, size: int) -> Iterator[Nodes]:
+        per_pass = max(1, count // size)
+        order = self._permutation((number - 1) // per_pass, count)
+        first = (number - 1) % per_pass * size
+        yield from _pieces(order[first:], 2 * size)
+        yield from _pieces(order[:first], 2 * size)
+
+    def _at_random(self, number: int, count: int) -> Iterator[Nodes]:
+        """Yield every position once, in a random order, a few at a time."""
+        generator = numpy_generator(self.plan.seed, "cohort", "fixed", number)
+        federation, away = self.plan.federation, self.plan.fleet is not None
+        turns = -(-federation.window // (federation.limit or federation.window))
+        few = min(count, (64 if away else 4) * self.plan.asked_per_round * turns)
+        drawn = generator.choice(count, few, replace=False)
+        yield from _pieces(drawn, 2 * self.plan.asked_per_round)
+        if few < count:  # hardly anyone is available: all others, in a random order
+            rest = np.delete(np.arange(count), drawn)
+            yield from _pieces(generator.permutation(rest), _MANY)
+
+    def _coins(self, number: int) -> np.random.Generator:
+        stream = self.randomness.stream("server", "cohort", self.run, number)
+        key = int.from_bytes(stream.bytes(16), "big")
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+def cohort_in_time(
+    sampler: Sampler,
+    number: int,
+    nodes: Sequence[int],
+    asked: Mapping[int, int],
+    fleet: Fleet | None,
+    now: float,
+) -> tuple[list[int], float]:
+    """Return who is asked in round ``number``, and when: on a fleet, once enough are available.
+
+    Raises:
+        NetworkError: If too few may be asked, on a fleet also after two weeks of virtual time.
+    """
+    federation, start = sampler.plan.federation, now
+    while True:
+        at = now
+        admits = None if fleet is None else lambda some, at=at: fleet.available(some, at)
+        chosen = sampler.cohort(number, nodes, asked, admits)
+        if len(chosen) >= federation.quorum:
+            return chosen, now
+        now = math.inf if fleet is None else fleet.next_change(now)
+        if now - start > _LONGEST_WAIT:
+            also = "" if fleet is None else ", and are available on the fleet"
+            if federation.limit is not None:
+                also = f" and in {federation.limit} of any {federation.window}{also}"
+            raise NetworkError(
+                f"round {number}: {len(chosen)} connected clients have been asked in fewer than "
+                f"the {participations(sampler.plan)} rounds that the plan's privacy target allows "
+                f"each{also}; {federation.quorum} are needed"
+            )
+
+
+def _at(nodes: Sequence[int], positions: Nodes) -> Nodes:
+    if isinstance(nodes, range):
+        return nodes.start + nodes.step * positions
+    return np.array([nodes[i] for i in positions.tolist()], dtype=np.int64)
+
+
+def _pieces(order: Nodes, size: int) -> Iterator[Nodes]:
+    for first in range(0, len(order), size):
+        yield order[first : first + size]

@@ -1,0 +1,196 @@
+"""Making a plan's fleet, for a run or to price the plan before it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from reticent.client.round import charges
+from reticent.core.errors import NetworkError, PlanError
+from reticent.core.plan import Plan
+from reticent.privacy.ledger import Ledger
+from reticent.privacy.randomness import SeededRandomness
+from reticent.privacy.schedule import participations
+from reticent.server.fleet import Outcome, Release, Virtual
+from reticent.server.sampling import Sampler, cohort_in_time
+
+from ..devices import Devices, device_name
+from ..grid import node_of
+from .availability import Always, Diurnal, Presence
+from .buffered import Deals
+from .clock import Work
+from .devices import Description
+from .fleet import Charge, SimulatedFleet
+from .traces import read_trace
+
+_COPIES = 5 + 64
+"""Numbers a parameter while a device trains: weights, gradient, noise in float64, update, and the
+gradients of the 64 examples that are clipped at a time."""
+
+
+def training_memory(plan: Plan, parameters: int) -> float:
+    """Return the bytes that training takes on a device, activations and data left out."""
+    runtime = plan.fleet.runtime_memory if plan.fleet is not None else 0.0
+    return runtime + 4.0 * _COPIES * parameters
+
+
+def fleet_for(
+    plan: Plan, parameters: int, sizes: tuple[int, int], charging: Charge
+) -> SimulatedFleet:
+    """Return the fleet of a plan.
+
+    Args:
+        plan: A plan with a fleet.
+        parameters: Parameters that are trained.
+        sizes: Bytes of an update, and of what is sent to a device.
+        charging: Charges devices.
+
+    Raises:
+        DataError: If the file of availability cannot be used.
+        PlanError: If the plan has no fleet.
+    """
+    fleet, federation = plan.fleet, plan.federation
+    if fleet is None:
+        raise PlanError("fleet: is absent")
+    up, down = sizes
+    work = Work(down, up, federation.steps_per_round, federation.timeout)
+    description = Description(fleet, plan.seed, training_memory(plan, parameters))
+    return SimulatedFleet(description, _presence(plan), work, charging, _deals(plan))
+
+
+def charging_to(plan: Plan, devices: Devices, ledger: Ledger) -> Charge:
+    """Return what charges devices that begin to train, as their ClientApp would.
+
+    Who cannot afford it is refused there, and counted by the ledger.
+    """
+
+    def charge(run: str, number: int, noise_multiplier: float, clients: Sequence[int]) -> None:
+        names = [device_name(client) for client in clients]
+        for round, event in charges(plan, noise_multiplier, number):
+            if names:
+                ledger.charge_many(names, run, round, event, devices.budget)
+
+    return charge
+
+
+def priced(plan: Plan, fleet: SimulatedFleet) -> dict[str, Any]:
+    """Return what the rounds of a plan take on its fleet, without training.
+
+    A round that fails ends the count; ``failed`` then says why.
+    """
+    tally, failed = _Price(), None
+    try:
+        for part in _parts(plan, fleet):
+            tally.add(part)
+    except NetworkError as error:
+        failed = str(error)
+    return {
+        "rounds": tally.rounds,
+        "seconds": tally.virtual.ends,
+        "energy": tally.virtual.energy,
+        "bytes_up": tally.virtual.bytes_up,
+        "bytes_down": tally.virtual.bytes_down,
+        "charged_unused": tally.virtual.unused,
+        "dropped": dict(tally.dropped),
+        "memory": fleet.description.memory,
+        "failed": failed,
+    }
+
+
+@dataclass
+class _Price:
+    rounds: int = 0
+    virtual: Virtual = field(default_factory=Virtual)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, part: Outcome | Release) -> None:
+        self.virtual.add(part)
+        self.virtual.unused += part.unused if isinstance(part, Release) else len(part.charged)
+        self.dropped.update(part.dropped)
+        self.rounds += 1
+
+
+def _parts(plan: Plan, fleet: SimulatedFleet) -> Iterator[Outcome | Release]:
+    nodes = range(node_of(0), node_of(plan.task.clients))
+    if plan.federation.buffered is None:
+        yield from _synchronous(plan, fleet, nodes)
+        return
+    parts = islice(fleet.releases(nodes), plan.federation.rounds)
+    for number in range(1, plan.federation.rounds + 1):
+        part = next(parts, None)
+        if part is None:
+            raise NetworkError(f"round {number}: the buffer cannot be filled")
+        yield part
+
+
+def _synchronous(plan: Plan, fleet: SimulatedFleet, nodes: range) -> Iterator[Outcome]:
+    sampler = Sampler(plan, SeededRandomness(plan.seed), plan.digest[:16])
+    asked, now = Counter[int](), 0.0
+    for number in range(1, plan.federation.rounds + 1):
+        cohort, now = cohort_in_time(sampler, number, nodes, asked, fleet, now)
+        found = _asked(plan, fleet, number, cohort, now)
+        now = found.ends
+        asked.update(cohort)
+        yield found
+
+
+def _asked(
+    plan: Plan, fleet: SimulatedFleet, number: int, cohort: list[int], now: float
+) -> Outcome:
+    """Return what a round comes to, asked again as often as the plan says.
+
+    Raises:
+        NetworkError: If there are too few replies after that.
+    """
+    federation, whole = plan.federation, None
+    wanted = len(cohort) if federation.sampling == "poisson" else federation.clients_per_round
+    left = cohort
+    for attempt in range(federation.retries + 1):
+        replied = () if whole is None else whole.replied
+        part = fleet.ask(number, attempt, left, now, wanted - len(replied))
+        whole, now = part if whole is None else _joined(whole, part), part.ends
+        if len(whole.replied) >= federation.quorum:
+            return whole
+        left = [node for node in cohort if node not in whole.replied]
+    raise NetworkError(
+        f"round {number}: {len(whole.replied) if whole else 0} clients give a reply in time, "
+        f"{federation.quorum} are needed"
+    )
+
+
+def _joined(first: Outcome, then: Outcome) -> Outcome:
+    return Outcome(
+        replied=first.replied + then.replied,
+        charged=tuple({*first.charged, *then.charged} - {*first.replied, *then.replied}),
+        dropped=first.dropped + then.dropped,
+        ends=then.ends,
+        energy=first.energy + then.energy,
+        bytes_up=first.bytes_up + then.bytes_up,
+        bytes_down=first.bytes_down + then.bytes_down,
+    )
+
+
+def _presence(plan: Plan) -> Presence:
+    section = plan.fleet.availability if plan.fleet is not None else None
+    if section is None or section.kind == "always":
+        return Always()
+    if section.kind == "diurnal" or section.path is None:
+        return Diurnal(section, plan.seed)
+    return read_trace(Path(section.path), plan.task.clients, section.period)
+
+
+def _deals(plan: Plan) -> Deals:
+    federation = plan.federation
+    size, buffered = federation.clients_per_round, federation.buffered
+    sampler = Sampler(plan, SeededRandomness(plan.seed), "")
+    return Deals(
+        size=size,
+        concurrency=(buffered.concurrency if buffered else None) or size,
+        max_staleness=buffered.max_staleness if buffered else 0,
+        most=participations(plan),
+        stream=lambda nodes: sampler.stream(nodes, size),
+    )

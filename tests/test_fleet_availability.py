@@ -1,0 +1,145 @@
+"""When devices are there: the daily wave, files of intervals, and when those leave that are."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fleets import fleet_of, plan_of
+from scipy import stats
+
+from reticent.core.errors import DataError, NetworkError
+from reticent.privacy.randomness import SeededRandomness
+from reticent.server.sampling import Sampler, cohort_in_time
+from reticent.simulations.fleet.availability import Diurnal, Trace
+from reticent.simulations.fleet.traces import read_trace
+
+EVERYONE = np.arange(40_000)
+
+
+def wave(*overrides: str) -> Diurnal:
+    presence = fleet_of(plan_of(10, 5, "fleet.availability.kind=diurnal", *overrides)).presence
+    assert isinstance(presence, Diurnal)
+    return presence
+
+
+def test_the_daily_wave_has_the_probability_that_is_documented() -> None:
+    presence = wave("fleet.availability.zones=1", "fleet.availability.peak=3")
+    for hour in (0, 3, 9, 15, 21):
+        expected = 0.05 + 0.15 * (1 + math.cos(2 * math.pi * (hour - 3) / 24)) / 2
+        there = int(presence.there(EVERYONE, 3600.0 * hour).sum())
+        assert stats.binomtest(there, len(EVERYONE), expected).pvalue > 1e-3
+        assert stats.binomtest(there, len(EVERYONE), expected * 2 / 3).pvalue < 1e-3
+
+
+def test_time_zones_spread_the_wave_and_a_day_later_it_is_the_same() -> None:
+    presence = wave()
+    by_time = [presence.there(EVERYONE, 3600.0 * h).mean() for h in range(24)]
+    assert max(by_time) - min(by_time) < 0.02
+    slots = int(86_400 / presence.section.slot)
+    assert presence.probability(EVERYONE, 5) == pytest.approx(
+        presence.probability(EVERYONE, 5 + slots)
+    )
+
+
+def test_a_device_stays_for_a_slot_and_leaves_at_the_first_in_which_it_is_away() -> None:
+    presence = wave("fleet.availability.low=0.6", "fleet.availability.high=0.6")
+    some = EVERYONE[presence.there(EVERYONE, 100.0)][:200]
+    left = presence.leaves(some, 100.0, 4 * 1800.0)
+    for client, time in zip(some, left, strict=True):
+        own = np.array([client])
+        slots = [1800.0 * k for k in range(1, 5)]
+        expected = next((s for s in slots if not presence.there(own, s)[0]), math.inf)
+        assert time == expected
+    assert presence.next_change(100.0) == 1800.0 and presence.next_change(1800.0) == 3600.0
+
+
+def trace_of(tmp_path: Path, text: str, period: float | None = None, name: str = "t.csv") -> Trace:
+    (tmp_path / name).write_text(text)
+    return read_trace(tmp_path / name, 10, period)
+
+
+CSV = "client,start,end\n3,10,20\n1,0,5\n3,30,40\n1,5,7.5\n7,90,100\n7,0,4\n"
+
+
+def brute(client: int, phase: float) -> bool:
+    rows = [line.split(",") for line in CSV.split()[1:]]
+    return any(int(c) == client and float(a) <= phase < float(b) for c, a, b in rows)
+
+
+@pytest.mark.parametrize("period", [None, 100.0])
+def test_a_trace_is_what_its_lines_say(tmp_path: Path, period: float | None) -> None:
+    trace, everyone = trace_of(tmp_path, CSV, period), np.arange(10)
+    for time in np.arange(0, 250, 0.5):
+        phase = time % period if period else time
+        assert trace.there(everyone, time).tolist() == [brute(c, phase) for c in range(10)]
+    assert trace.leaves(np.array([1, 3]), 1.0, 50.0).tolist() == [7.5, 1.0]
+    assert trace.leaves(np.array([3]), 15.0, 16.0).tolist() == [math.inf]
+    assert trace.next_change(40.0) == 90.0
+    again = 130.0 if period else math.inf
+    assert trace.next_change(110.0) == again
+    if period:  # the night is one interval, over the end of the period
+        assert trace.leaves(np.array([7]), 95.0, 200.0).tolist() == [104.0]
+
+
+def test_json_lines_and_csv_are_the_same_trace(tmp_path: Path) -> None:
+    csv = trace_of(tmp_path, "2,0,1.5\n")
+    lines = trace_of(tmp_path, '{"client": 2, "start": 0, "end": 1.5}\n', name="t.jsonl")
+    assert (csv.client, csv.start, csv.end) == (lines.client, lines.start, lines.end)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("", "t.csv", "holds no interval"),
+        ("1,2\n", "t.csv", "line 1: '1,2': must be client,start,end"),
+        ("0,0,1\nx,0,1\n", "t.csv", "line 2"),
+        ("10,0,1\n", "t.csv", "client 10: must be 0 to 9"),
+        ("-1,0,1\n", "t.csv", "client -1"),
+        ("1,5,5\n", "t.csv", "from 5 to 5: must be 0 <= start < end"),
+        ("1,-1,5\n", "t.csv", "from -1"),
+        ("1,0,inf\n", "t.csv", "finite"),
+        ("1,nan,5\n", "t.csv", "from nan"),
+        ("1,0,200\n", "t.csv", "at most the period, 100"),
+        ("1,0,5\n1,4,6\n", "t.csv", "client 1: the intervals from 0 to 5 and from 4 to 6 overlap"),
+        ("[1]\n", "t.jsonl", "must have the keys client, start and end"),
+        ('{"client": true, "start": 0, "end": 1}\n', "t.jsonl", "whole number"),
+        ("{" * 5000 + "\n", "t.jsonl", "must be a JSON object"),
+    ],
+)
+def test_a_damaged_trace_is_refused_by_its_line(
+    tmp_path: Path, text: str, name: str, words: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        trace_of(tmp_path, text, 100.0, name)
+    assert words in str(caught.value)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_trace(tmp_path / "absent.csv", 10, None)
+
+
+def test_a_trace_is_read_in_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{c},{5 * k},{5 * k + 3}\n" for c in range(1000)
+                                            for k in range(20)))  # fmt: skip
+    tracemalloc.start()
+    try:
+        trace = read_trace(tmp_path / "t.csv", 1000, None)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(trace.client) == 20_000
+    assert kept < 25 * 20_000 and peak < 8 * kept
+
+
+def test_a_round_waits_in_virtual_time_until_enough_are_there(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{c},{1000 * c},1e6\n" for c in range(10)))
+    path = f'fleet.availability={{kind="file",path="{tmp_path / "t.csv"}"}}'
+    plan = plan_of(10, 5, path)
+    fleet, sampler = fleet_of(plan), Sampler(plan, SeededRandomness(0), "run")
+    nodes = range(2, 12)
+    chosen, now = cohort_in_time(sampler, 1, nodes, {}, fleet, 0.0)
+    assert (chosen, now) == ([2, 3, 4, 5, 6], 4000.0)
+    with pytest.raises(NetworkError, match="are available on the fleet"):
+        cohort_in_time(sampler, 1, nodes, {}, fleet, 2e6)

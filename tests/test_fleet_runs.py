@@ -1,0 +1,352 @@
+"""Whole runs on a fleet: charges, workers, resume, FedBuff, secret cohorts, and the report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_server_strategy import Federation, honest, plan_of, vector_of
+
+from reticent.cli.main import cli
+from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.core.plan import Plan, parse_plan
+from reticent.core.run import Run
+from reticent.privacy.accounting import epsilon
+from reticent.privacy.ledger import Ledger
+from reticent.privacy.randomness import SeededRandomness
+from reticent.privacy.report import collect
+from reticent.privacy.schedule import schedule_for
+from reticent.server.app import Settings, run_federation
+from reticent.server.buffered import BufferedAveraging
+from reticent.server.optimizer import ServerState, apply_round
+from reticent.server.strategy import PrivateAveraging
+from reticent.simulations.audit import audit_plan
+from reticent.simulations.explain import explain_plan
+from reticent.simulations.fleet import fleet_for
+from reticent.simulations.grid import node_of
+from reticent.simulations.simulate import simulate
+
+SMALL = [
+    "task.name=digits",
+    "task.clients=24",
+    "task.public_examples=200",
+    "teacher.epochs=1",
+    "student.epochs=1",
+    "federation.clients_per_round=6",
+    "federation.min_replies=4",
+    "federation.rounds=5",
+    "federation.sampling_rate=0.2",
+    "federation.eval_every=1",
+    "engine.workers=1",
+    "fleet.over_selection=1.5",
+    'fleet.classes=[{kind="phone",dropout=0.3},{kind="pi4",memory=1e8,share=0.2}]',
+]
+BUFFERED = ["federation.buffered.concurrency=10", "federation.buffered.max_staleness=3"]
+ALIKE = ['fleet.classes=[{kind="pi5",dropout=0.0}]', "fleet.spread=0.0", "fleet.jitter=0.0"]
+
+
+def small(*overrides: str) -> Plan:
+    return parse_plan("", [*SMALL, *overrides])
+
+
+class Stopped(Exception):
+    """Stands for a crash."""
+
+
+def stop_after(rounds: int) -> Any:
+    def progress(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == rounds:
+            raise Stopped
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def synchronous(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return simulate(small(), tmp_path_factory.mktemp("synchronous") / "run")
+
+
+@pytest.fixture(scope="module")
+def semi(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return simulate(small(*BUFFERED), tmp_path_factory.mktemp("semi") / "run")
+
+
+def charges_of(run: Run) -> int:
+    schedule = schedule_for(run.plan())
+    assert schedule is not None
+    with Ledger.open(run.ledger) as ledger:
+        rows = ledger.summary(1e-5)
+    return sum(len(r.devices) * e.steps for r in rows for e in r.events)  # pyright: ignore
+
+
+def test_a_straggler_that_is_not_used_has_charged_its_ledger(synchronous: Run) -> None:
+    lines = synchronous.read_metrics()
+    used, unused = (
+        sum(m["replies"] for m in lines),
+        sum(m["virtual"]["charged_unused"] for m in lines),
+    )
+    assert unused > 0
+    assert charges_of(synchronous) == used + unused
+    assert sum(m["asked"] for m in lines) > used + unused  # some never began to train
+
+
+def test_what_the_fleet_costs_is_in_metrics_summary_and_price(synchronous: Run) -> None:
+    lines, fleet = synchronous.read_metrics(), synchronous.read_summary()["fleet"]
+    times = [m["virtual"]["time"] for m in lines]
+    assert times == sorted(times) and times[-1] == fleet["seconds"] > 0
+    assert fleet["energy"] == pytest.approx(sum(m["virtual"]["energy"] for m in lines))
+    dropped = sum((Counter(m["dropped"]) for m in lines), Counter[str]())
+    assert fleet["dropped"] == dict(dropped)
+    for level, time in fleet["seconds_to_accuracy"].items():
+        wanted = float(level[:-1]) / 100
+        assert time == next(m["virtual"]["time"] for m in lines if m["accuracy"] >= wanted)
+    price = explain_plan(small())["fleet"]
+    # The real mask, and so sizes, are known after training only; everything else is the run's.
+    assert price["seconds"] == pytest.approx(fleet["seconds"], rel=0.05)
+    assert (price["dropped"], price["charged_unused"]) == (
+        fleet["dropped"],
+        fleet["charged_unused"],
+    )
+
+
+@pytest.mark.parametrize("kind", ["synchronous", "semi"])
+def test_any_number_of_workers_and_a_resume_give_the_same_run(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    whole: Run = request.getfixturevalue(kind)
+    more = BUFFERED if kind == "semi" else []
+    with pytest.raises(Stopped):
+        simulate(small(*more), tmp_path / "run", progress=stop_after(3))
+    resumed = simulate(small(*more, "engine.workers=2"), tmp_path / "run", resume=True)
+    assert resumed.read_summary()["model"] == whole.read_summary()["model"]
+    assert resumed.read_summary()["fleet"] == whole.read_summary()["fleet"]
+    for mine, theirs in zip(resumed.read_metrics(), whole.read_metrics(), strict=True):
+        assert {k: v for k, v in mine.items() if k not in ("seconds", "bytes_constants")} == {
+            k: v for k, v in theirs.items() if k not in ("seconds", "bytes_constants")
+        }
+    assert charges_of(resumed) == charges_of(whole)
+
+
+def test_buffered_updates_are_stale_and_what_was_begun_is_charged(semi: Run) -> None:
+    lines = semi.read_metrics()
+    assert max(m["virtual"]["stalest"] for m in lines) > 0
+    assert all(m["replies"] == 6 for m in lines)
+    began = {
+        pair
+        for release, _ in zip(fleet_of(semi.plan()).releases(range(2, 26)), lines, strict=False)
+        for pair in release.began
+    }
+    # Sizes differ a little from the run's, so a device at the very end may be on either side.
+    assert abs(charges_of(semi) - len(began)) <= 1
+    assert charges_of(semi) >= sum(m["replies"] + m["virtual"]["charged_unused"] for m in lines)
+
+
+def fleet_of(plan: Plan) -> Any:
+    return fleet_for(plan, 15_338, (3199, 9250), lambda *_: None)
+
+
+def test_the_ledger_does_not_count_less_than_the_journal(semi: Run, synchronous: Run) -> None:
+    for run in (semi, synchronous):
+        report = collect(run)
+        assert report["spent"]["maximum"] <= report["promise"]["epsilon"] + 1e-9
+        assert report["promise"]["epsilon"] <= 8.0
+
+
+def scripted(plan: Plan) -> Federation:
+    """A federation whose clients answer with made updates, on the plan's fleet if it has one."""
+    federation = Federation(plan, honest)
+    fleet = fleet_for(plan, 36, (200, 200), lambda *_: None) if plan.fleet else None
+    kind = BufferedAveraging if plan.federation.buffered else PrivateAveraging
+    constants = replace(federation.rounds, randomness=SeededRandomness(0))
+    federation.strategy = kind(plan, constants, federation.start, federation._commit, fleet=fleet)
+    if isinstance(federation.strategy, BufferedAveraging):
+        federation.strategy.follow(lambda n: federation.states[n - 1].weights)
+    return federation
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_fedbuff_without_staleness_is_the_synchronous_run_to_the_last_bit(unit: str) -> None:
+    common = [*ALIKE, f"privacy.unit={unit}"]
+    plans = [
+        plan_of(12, 4, 7, *common),
+        plan_of(12, 4, 7, *common, "federation.buffered.concurrency=4"),
+        plan_of(12, 4, 7, *common, "federation.buffered.max_staleness=0"),
+        plan_of(12, 4, 7, f"privacy.unit={unit}"),
+    ]
+    ends: list[ServerState] = []
+    cohorts: list[list[set[int]]] = []
+    for plan in plans:
+        federation = scripted(plan)
+        federation.run()
+        ends.append(federation.states[-1])
+        cohorts.append([set(t.nodes) for t in federation.tallies])
+    assert all(cohort == cohorts[0] for cohort in cohorts)
+    for end in ends[1:]:
+        assert end.weights.tobytes() == ends[0].weights.tobytes()
+        assert end.average.tobytes() == ends[0].average.tobytes()
+
+
+def test_a_stale_update_counts_as_much_as_its_weight_says() -> None:
+    plan = plan_of(
+        40,
+        4,
+        6,
+        "privacy.trust=local",
+        'fleet.classes=[{kind="phone",dropout=0.0},{kind="gateway",dropout=0.0}]',
+        "fleet.over_selection=2.0",
+        "federation.buffered.concurrency=12",
+        "federation.buffered.weight=inverse-sqrt",
+    )
+    federation = scripted(plan)
+    fleet = fleet_for(plan, 36, (200, 200), lambda *_: None)
+    expected = federation.start
+    behind = set[int]()
+    for release in zip(range(1, 7), fleet.releases(range(2, 42)), strict=False):
+        number, found = release
+        total = np.zeros(36)
+        for node, given in found.used:
+            behind.add(number - 1 - given)
+            total += (number - given) ** -0.5 * vector_of(node, given + 1).astype(np.float64)
+        f = plan.federation
+        expected = apply_round(expected, total / 4, f.server, f.average)
+    federation.run()
+    assert len(behind) > 1
+    assert np.allclose(federation.states[-1].weights, expected.weights, rtol=1e-6, atol=0)
+
+
+def test_too_many_dropouts_end_the_run_as_too_few_replies_do(tmp_path: Path) -> None:
+    plan = small('fleet.classes=[{kind="phone",dropout=0.95}]', "federation.retries=1")
+    with pytest.raises(NetworkError, match=r"4 are needed, asked 2 times .*it dropped out"):
+        simulate(plan, tmp_path / "run")
+    assert "4 are needed" in explain_plan(plan)["fleet"]["failed"]
+
+
+def test_another_trace_is_refused_on_resume(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("".join(f"{c},0,1e6\n" for c in range(24)))
+    plan = small(f'fleet.availability={{kind="file",path="{trace}"}}')
+    with pytest.raises(Stopped):
+        simulate(plan, tmp_path / "run", progress=stop_after(1))
+    trace.write_text("".join(f"{c},0,2e6\n" for c in range(24)))
+    with pytest.raises(RunError, match="was begun on another fleet"):
+        simulate(plan, tmp_path / "run", resume=True)
+
+
+def test_a_fleet_is_refused_for_real_devices(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    settings = Settings(run, "x", print, print, countersigner=object())  # pyright: ignore
+    for overrides, words in (
+        ([], "fleet: describes simulated devices"),
+        (None, "must be false for real devices"),
+    ):
+        plan = secret() if overrides is None else small()
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(Run, "plan", lambda self, plan=plan: plan)
+        with pytest.raises(PlanError, match=words):
+            run_federation(settings, None)  # pyright: ignore
+        monkey.undo()
+
+
+def secret(*overrides: str) -> Plan:
+    given = [o for o in SMALL if not o.startswith(("fleet.", "federation.min_replies"))]
+    return parse_plan(
+        "",
+        [
+            *given,
+            "privacy.unit=client",
+            "privacy.epsilon=6.0",
+            "federation.sampling=poisson",
+            "privacy.secret_cohort=true",
+            *overrides,
+        ],
+    )
+
+
+def test_a_secret_cohort_is_charged_whole_at_once_and_reported_as_it_was_sampled(
+    tmp_path: Path,
+) -> None:
+    plan = secret()
+    run = simulate(plan, tmp_path / "run")
+    schedule = schedule_for(plan)
+    assert schedule is not None and schedule.sampling_rate == 0.25
+    whole = schedule.over(schedule.round_event(), 5)
+    promised = epsilon([whole], 1e-5)
+    report = collect(run)
+    with Ledger.open(run.ledger) as ledger:
+        for device in ledger.devices():
+            spending = [e for e in ledger.events(device) if e.to_json() == whole.to_json()]
+            assert len(spending) == 1
+        asked = len(ledger.devices())
+    assert {g["epsilon"] for g in report["spent"]["groups"]} == {promised}  # the unasked too
+    assert sum(g["clients"] for g in report["spent"]["groups"]) == 24 > asked
+    assert promised <= 6.0 == pytest.approx(promised, rel=2e-3)
+    rows = {row["field"]: row["answer"] for row in report["checklist"]}
+    assert "by a coin of its own (Poisson sampling)" in rows["Sampling performed"]
+    assert "Poisson sampling of clients at rate q = 0.25" in rows["Sampling accounted"]
+    adversaries = {row["name"]: row for row in report["adversaries"]}
+    assert adversaries["The server"]["epsilon"] == "infinity"
+    assert "not who took part either" in adversaries["Readers of the models"]["assumes"]
+    assert run.read_summary()["privacy"]["epsilon"] == promised
+
+
+def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(
+    tmp_path: Path,
+) -> None:
+    run = simulate(secret("privacy.secret_cohort=false"), tmp_path / "run")
+    rows = {row["field"]: row["answer"] for row in collect(run)["checklist"]}
+    assert "Poisson sampling" in rows["Sampling performed"]
+    assert rows["Sampling accounted"].startswith("none: a client of a round counts in full")
+
+
+def test_the_command_shows_virtual_time_and_prices_a_fleet(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    arguments = [x for o in SMALL for x in ("--set", o)]
+    plan.write_text("")
+    priced = CliRunner().invoke(cli, ["plan", "explain", str(plan), *arguments])
+    assert priced.exit_code == 0, priced.output
+    assert "time on the fleet" in priced.output and "energy of the fleet" in priced.output
+    where = ["--run", str(tmp_path / "run")]
+    ran = CliRunner().invoke(cli, ["simulate", str(plan), *arguments, *where])
+    assert ran.exit_code == 0, ran.output
+    lines = ran.output.splitlines()
+    assert all(" s" in line.split("fleet ")[1] for line in lines if line.startswith("round"))
+    assert any(line.startswith("fleet ") and "a proxy" in line for line in lines)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["fleet"]["seconds"] > 0
+
+
+def test_an_audit_of_a_secret_cohort_is_refused() -> None:
+    with pytest.raises(PlanError, match="canary clients take part in every round"):
+        audit_plan(secret())
+
+
+def test_who_is_asked_again_and_used_after_all_was_not_charged_in_vain() -> None:
+    plan = plan_of(
+        12,
+        6,
+        6,
+        "federation.retries=9",
+        'fleet.classes=[{kind="phone",dropout=0.5}]',
+        "fleet.startup=0.0",
+        "fleet.step_seconds=5.0",
+    )
+    federation, charged = scripted(plan), Counter[tuple[int, int]]()
+
+    def charge(run: str, number: int, noise: float, clients: Sequence[int]) -> None:
+        charged.update({(number, node_of(client)) for client in clients})
+
+    federation.strategy._fleet = fleet_for(plan, 36, (200, 200), charge)
+    federation.run()
+    again = 0
+    for number, tally in enumerate(federation.tallies, 1):
+        nodes = {node for n, node in charged if n == number}
+        assert tally.virtual is not None
+        assert tally.virtual.unused == len(nodes - tally.accepted)
+        again += len(nodes & tally.accepted)
+    assert again > 0

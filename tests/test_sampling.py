@@ -1,0 +1,230 @@
+"""Who is asked: passes, a fixed number, coins; bounds on participation; a million in no memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reticent.core.errors import NetworkError, PlanError
+from reticent.core.plan import Plan, parse_plan
+from reticent.core.seeds import numpy_generator
+from reticent.privacy.accounting import epsilon
+from reticent.privacy.randomness import SeededRandomness, SystemRandomness
+from reticent.privacy.schedule import cohort_rate, participations, schedule_for
+from reticent.server.sampling import Sampler, cohort_in_time
+
+
+def plan_of(clients: int, size: int, *overrides: str) -> Plan:
+    return parse_plan(
+        "",
+        [
+            f"task.clients={clients}",
+            f"federation.clients_per_round={size}",
+            "privacy.unit=client",
+            "privacy.noise_multiplier=1.0",
+            *overrides,
+        ],
+    )
+
+
+def sampler_of(plan: Plan) -> Sampler:
+    return Sampler(plan, SeededRandomness(plan.seed), "run")
+
+
+def cohorts(plan: Plan, rounds: int) -> list[list[int]]:
+    sampler, asked = sampler_of(plan), Counter[int]()
+    dealt: list[list[int]] = []
+    for number in range(1, rounds + 1):
+        dealt.append(sampler.cohort(number, range(plan.task.clients), asked))
+        asked.update(dealt[-1])
+    return dealt
+
+
+def passes_by_hand(plan: Plan, number: int, nodes: Sequence[int], asked: Counter[int]) -> list[int]:
+    """The loop that the sampler replaces: a sorted list of everybody, permuted and rolled."""
+    size = plan.federation.clients_per_round
+    per_pass = max(1, len(nodes) // size)
+    generator = numpy_generator(plan.seed, "cohort", (number - 1) // per_pass)
+    order = np.roll(generator.permutation(len(nodes)), -((number - 1) % per_pass * size))
+    free = [nodes[i] for i in order if asked[nodes[i]] < participations(plan)]
+    return sorted(free[:size])
+
+
+@pytest.mark.parametrize(("clients", "size"), [(10, 3), (31, 7), (8, 8)])
+def test_passes_are_those_of_a_plain_loop(clients: int, size: int) -> None:
+    plan = plan_of(clients, size, "federation.rounds=12")
+    sampler, asked = sampler_of(plan), Counter[int]()
+    nodes = [5 * n + 2 for n in range(clients)]
+    for number in range(1, 13):
+        found = sampler.cohort(number, nodes, asked)
+        assert found == passes_by_hand(plan, number, nodes, asked)
+        asked.update(found)
+
+
+def test_the_stream_of_one_by_one_deals_the_same_cohorts() -> None:
+    plan = plan_of(23, 5, "federation.rounds=9")
+    stream = sampler_of(plan).stream(range(23), 5)
+    for cohort in cohorts(plan, 9):
+        assert sorted(next(stream) for _ in range(5)) == cohort
+
+
+def test_a_fixed_cohort_is_uniform_and_has_its_size() -> None:
+    plan = plan_of(20, 4, "federation.sampling=fixed", "federation.rounds=2000")
+    dealt = cohorts(plan, 2000)
+    assert all(len(set(c)) == 4 for c in dealt)
+    counts = Counter(n for cohort in dealt for n in cohort)
+    observed = [counts[n] for n in range(20)]
+    assert stats.chisquare(observed).pvalue > 1e-3
+    skewed = [count + (60 if n < 10 else -60) for n, count in enumerate(observed)]
+    assert stats.chisquare(skewed).pvalue < 1e-3
+
+
+def test_poisson_cohorts_are_independent_coins_of_the_rate() -> None:
+    plan = plan_of(30, 6, "federation.sampling=poisson", "federation.rounds=3000")
+    joined = np.zeros((3000, 30))
+    for number, cohort in enumerate(cohorts(plan, 3000)):
+        joined[number, cohort] = 1
+    sizes = joined.sum(axis=1)
+    assert stats.binomtest(int(sizes.sum()), 90_000, 0.2).pvalue > 1e-3
+    assert stats.binomtest(int(sizes.sum()), 90_000, 0.2 * 2 / 3).pvalue < 1e-3
+    # A fixed size would have no variance; coins have that of a binomial.
+    assert sizes.var() == pytest.approx(30 * 0.2 * 0.8, rel=0.15)
+    correlation = np.corrcoef(joined[:, 0], joined[:, 1])[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(3000)
+
+
+def test_an_empty_poisson_cohort_is_a_cohort() -> None:
+    plan = plan_of(50, 1, "federation.sampling=poisson", "federation.rounds=40")
+    assert [] in cohorts(plan, 40)
+    assert cohort_in_time(sampler_of(plan), 1, range(0), {}, None, 0.0) == ([], 0.0)
+
+
+def test_coins_come_from_the_operating_system_on_a_real_server() -> None:
+    plan = plan_of(200, 50, "federation.sampling=poisson")
+    drawn = [Sampler(plan, SystemRandomness(), "run").cohort(1, range(200), {}) for _ in range(2)]
+    assert drawn[0] != drawn[1]
+    assert sampler_of(plan).cohort(1, range(200), {}) == sampler_of(plan).cohort(1, range(200), {})
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+@pytest.mark.parametrize(("limit", "window"), [(1, 5), (2, 7), (3, 3)])
+def test_a_limit_holds_in_every_window_of_rounds(sampling: str, limit: int, window: int) -> None:
+    plan = plan_of(
+        60,
+        5,
+        f"federation.sampling={sampling}",
+        f"federation.limit={limit}",
+        f"federation.window={window}",
+        "federation.rounds=40",
+    )
+    dealt = cohorts(plan, 40)
+    for first in range(40 - window + 1):
+        within = Counter(n for cohort in dealt[first : first + window] for n in cohort)
+        assert max(within.values(), default=0) <= limit
+    most = max(Counter(n for cohort in dealt for n in cohort).values())
+    assert most <= participations(plan) == 40 // window * limit + min(limit, 40 % window)
+    if sampling == "poisson":
+        assert np.mean([len(c) for c in dealt]) == pytest.approx(5, rel=0.35)
+
+
+def test_too_few_that_may_be_asked_are_an_error_with_the_limit() -> None:
+    plan = plan_of(
+        20,
+        4,
+        "federation.sampling=fixed",
+        "federation.limit=1",
+        "federation.window=5",
+        "federation.min_replies=4",
+    )
+    sampler = sampler_of(plan)
+    # The turns of so few clients are uneven, so some round has fewer than four.
+    with pytest.raises(NetworkError, match="in 1 of any 5"):
+        [cohort_in_time(sampler, n, range(20), {}, None, 0.0) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("sampling", ["passes", "fixed", "poisson"])
+def test_a_cohort_of_a_million_makes_no_million_objects(sampling: str) -> None:
+    plan = plan_of(1_000_000, 100, f"federation.sampling={sampling}")
+    sampler, nodes = sampler_of(plan), range(2, 1_000_002)
+    tracemalloc.start()
+    try:
+        for number in range(1, 4):
+            sampler.cohort(number, nodes, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6 if sampling == "passes" else peak < 1e6  # a list of ints would be 40 MB
+
+
+def secret(*overrides: str) -> Plan:
+    return plan_of(
+        1000,
+        50,
+        "federation.sampling=poisson",
+        "federation.rounds=100",
+        "privacy.secret_cohort=true",
+        *overrides,
+    )
+
+
+def test_a_secret_poisson_cohort_is_amplified_and_a_seen_one_is_not() -> None:
+    """The figures of docs/results.md: 3.50 against 91.8 for 50 of 1,000 clients, 100 rounds."""
+    hidden = schedule_for(secret())
+    seen = schedule_for(secret("privacy.secret_cohort=false"))
+    assert hidden is not None and seen is not None
+    claims = [epsilon([s.over(s.round_event(), s.participations)], s.delta) for s in (hidden, seen)]
+    assert claims == [pytest.approx(3.502, abs=2e-3), pytest.approx(91.8, abs=0.1)]
+    assert (hidden.participations, seen.participations) == (100, 100)
+    assert hidden.server_event() == seen.server_event()  # nothing against the server
+
+
+def test_a_limit_lowers_the_rounds_that_are_counted_and_raises_the_rate() -> None:
+    plan = secret("federation.limit=1", "federation.window=10")
+    assert cohort_rate(plan) == 0.5
+    assert participations(plan) == 10
+
+
+def test_sum_and_count_of_one_secret_sample_are_one_event() -> None:
+    plan = secret("privacy.clip_quantile=0.5", "privacy.noise_multiplier=0.9")
+    schedule = schedule_for(plan)
+    assert schedule is not None
+    (event,) = [schedule.round_event()]
+    assert (event.sampling_rate, round(event.noise_multiplier, 9)) == (0.05, 0.9)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["privacy.unit=example", "federation.sampling=fixed"], "earns nothing"),
+        (["federation.sampling=fixed"], 'must be "poisson"'),
+        (["fleet.availability.kind=diurnal"], "amplification by sampling cannot be claimed"),
+        (["fleet.over_selection=1.5"], "over_selection=1.5: must be 1"),
+        (["federation.min_replies=5"], "min_replies=5: must be absent"),
+    ],
+)
+def test_a_secret_that_is_none_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        secret(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["federation.sampling=poisson", "privacy.unit=example"], "sized for a number of replies"),
+        (["federation.limit=2"], "must be absent when sampling"),
+        (["federation.sampling=fixed", "federation.window=2"], "no effect without limit"),
+        (["federation.sampling=fixed", "federation.limit=2"], "at most window=1"),
+        (
+            ["federation.sampling=fixed", "federation.limit=1", "federation.window=21"],
+            "clients_per_round=50: must be at most 47",
+        ),
+    ],
+)
+def test_sampling_that_cannot_be_kept_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        plan_of(1000, 50, *overrides)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 from flwr.app import RecordDict
@@ -24,7 +26,7 @@ from reticent.privacy.schedule import schedule_with
 from .downlink import ModelMissing, changed, remember
 from .environment import Environment
 from .residuals import Residuals
-from .training import LocalTrainer
+from .training import Client, LocalTrainer
 from .wire import Wire, noisy_step, wire_of
 
 
@@ -46,6 +48,41 @@ class Site:
     codec: Codec
     broadcast: Codec
     delta: Codec | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one device is asked to do.
+
+    Attributes:
+        order: The order.
+        constants: The run's public constants.
+        payload: A whole model, or with ``marks`` a change of the one in ``state``.
+        environment: The device.
+        marks: See :mod:`.downlink`; ``b""`` with a whole model.
+        state: Flower's state of this client; simulated devices may share one.
+    """
+
+    order: Order
+    constants: bytes
+    payload: bytes
+    environment: Environment
+    marks: bytes = b""
+    state: RecordDict = field(default_factory=RecordDict)
+
+    @property
+    def shared(self) -> tuple[Order, bytes, bytes, bytes, int]:
+        """Everything that decides what is trained, save for the device and its data."""
+        return self.order, self.constants, self.payload, self.marks, id(self.state)
+
+    @property
+    def path(self) -> tuple[str, int, int]:
+        """Names the device's streams."""
+        return self.order.run, self.environment.client, self.order.round
+
+
+Outcome = Released[bytes] | Exception
+"""What a device releases, or why it does not; of exceptions only :class:`Refused` has a code."""
 
 
 @lru_cache(maxsize=4)
@@ -133,27 +170,129 @@ def run_round(
     Raises:
         Refused: With a fixed code, when the round cannot or must not be run.
     """
-    plan = check_order(order, plan_text)
-    if hashlib.sha256(constants).hexdigest() != order.constants:
+    given = RecordDict() if state is None else state
+    request = Request(order, constants, payload, environment, marks, given)
+    outcome = run_rounds(plan_text, [request])[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def run_rounds(plan_text: str, requests: Sequence[Request]) -> list[Outcome]:
+    """Run the rounds of many devices, and return for each what :func:`run_round` would, or raise.
+
+    What does not depend on the device is done once for neighbours that are asked the same, and
+    where :attr:`LocalTrainer.alone` is None these are trained in common passes: updates are then
+    those of :func:`run_round` up to float32 rounding before they are encoded, and a function of who
+    is in ``requests``, in which order, alone. If training fails, it is tried again one by one, so
+    that no device's failure is another's.
+    """
+    groups = [list(group) for _, group in groupby(requests, key=lambda one: one.shared)]
+    return [outcome for group in groups for outcome in _run_alike(plan_text, group)]
+
+
+def _run_alike(plan_text: str, group: Sequence[Request]) -> list[Outcome]:
+    """Run the rounds of devices that are asked the same."""
+    try:
+        site, start = _site_of(plan_text, group[0])
+    except Exception as error:
+        return [error for _ in group]
+    begun = [_begin(request, site.plan) for request in group]
+    ready = [one for one in begun if isinstance(one, _Begun)]
+    ended = iter(_finish_all(site, start, ready))
+    return [next(ended) if isinstance(one, _Begun) else one for one in begun]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A round that is charged and on disk, and not trained yet."""
+
+    request: Request
+    event: Event
+
+
+def _site_of(plan_text: str, request: Request) -> tuple[Site, Vector]:
+    """Check what is asked, and return what it is done with: the site and the model to train on."""
+    order = request.order
+    check_order(order, plan_text)
+    if hashlib.sha256(request.constants).hexdigest() != order.constants:
         raise Refused(Refusal.CONSTANTS_MISSING)
     try:
-        site = _site(plan_text, constants)
-        start = _model(site, payload, marks, RecordDict() if state is None else state)
+        site = _site(plan_text, request.constants)
+        return site, _model(site, request.payload, request.marks, request.state)
     except ModelMissing as error:
         raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
         raise Refused(Refusal.BAD_BROADCAST) from error
+
+
+def _begin(request: Request, plan: Plan) -> _Begun | Outcome:
+    """Charge a round; where its release is stored already, that is the outcome."""
     try:
-        event = _charge(order, plan, environment)
-        if stored := _stored(order, environment):
-            return Released(stored, event)
-        encoded = _train(order, site, start, environment)
-        _store(order, environment, encoded)
-    except BudgetExceeded as error:
-        raise Refused(Refusal.BUDGET) from error
-    except PrivacyError as error:  # damaged, or it counts in another unit or relation
-        raise Refused(Refusal.LEDGER) from error
-    return Released(encoded, event)
+        event = _charge(request.order, plan, request.environment)
+        stored = _stored(request.order, request.environment)
+        return Released(stored, event) if stored else _Begun(request, event)
+    except Exception as error:
+        return _with_code(error)
+
+
+def _finish_all(site: Site, start: Vector, begun: Sequence[_Begun]) -> list[Outcome]:
+    found = [_client(site, one.request) for one in begun]
+    clients = [client for client in found if isinstance(client, Client)]
+    updates = iter(_updates(site, start, clients, begun[0].request.order) if clients else [])
+    return [
+        _finish(site, one, next(updates)) if isinstance(client, Client) else client
+        for one, client in zip(begun, found, strict=True)
+    ]
+
+
+def _client(site: Site, request: Request) -> Client | Exception:
+    try:
+        examples = site.task.client(request.environment.client)
+    except DataError:
+        return Refused(Refusal.NO_DATA)
+    except Exception as error:
+        return error
+    return Client(examples, request.environment.randomness, request.path)
+
+
+def _updates(
+    site: Site, start: Vector, clients: Sequence[Client], order: Order
+) -> Sequence[Vector | Exception]:
+    """Train, all at once or, should that fail, one by one."""
+    # Where single gradients are not clipped, training may diverge: the update is then neutralised.
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return site.trainer.pseudo_gradients(start, clients, noisy_step(site.plan, order))
+    except Exception as error:
+        if len(clients) == 1:
+            return [error]
+    return [update for one in clients for update in _updates(site, start, [one], order)]
+
+
+def _finish(site: Site, begun: _Begun, update: Vector | Exception) -> Outcome:
+    """Encode and store an update."""
+    if isinstance(update, Exception):
+        return _with_code(update)
+    request = begun.request
+    try:
+        encoded = _encoded(site, update, request)
+        _store(request.order, request.environment, encoded)
+    except Exception as error:
+        return _with_code(error)
+    return Released(encoded, begun.event)
+
+
+def _with_code(error: Exception) -> Exception:
+    """Return the refusal that an exception stands for, or itself."""
+    if isinstance(error, BudgetExceeded):
+        refused = Refused(Refusal.BUDGET)
+    elif isinstance(error, PrivacyError):  # damaged, or it counts in another unit or relation
+        refused = Refused(Refusal.LEDGER)
+    else:
+        return error
+    refused.__cause__ = error
+    return refused
 
 
 def round_event(plan: Plan, noise_multiplier: float) -> Event:
@@ -188,20 +327,13 @@ def _store(order: Order, environment: Environment, encoded: bytes) -> None:
         environment.ledger.store_release(environment.device, order.run, order.round, encoded)
 
 
-def _train(order: Order, site: Site, start: Vector, environment: Environment) -> bytes:
-    try:
-        examples = site.task.client(environment.client)
-    except DataError as error:
-        raise Refused(Refusal.NO_DATA) from error
-    path = (order.run, environment.client, order.round)
-    step = noisy_step(site.plan, order)
-    # Where single gradients are not clipped, training may diverge: the update is then neutralised.
-    with np.errstate(over="ignore", invalid="ignore"):
-        update = site.trainer.pseudo_gradient(start, examples, step, environment.randomness, path)
+def _encoded(site: Site, update: Vector, request: Request) -> bytes:
     # The seed of the dither comes from the same source as the noise: on a device nobody can guess
     # it, and only the server reads it from the payload.
-    key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
+    order, environment = request.order, request.environment
+    key = int.from_bytes(environment.randomness.stream("codec", *request.path).bytes(16), "big")
     generator = np.random.Generator(np.random.Philox(key=key))
+    step = noisy_step(site.plan, order)
     privacy, wire = site.plan.private, wire_of(site.plan, step, order.clip, len(update))
     blocks = site.trainer.layout.blocks
     if site.plan.updates.error_feedback:

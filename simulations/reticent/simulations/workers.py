@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from reticent.client.app import build_client_app, pack, unpack
+from reticent.client.app import answer_together, build_client_app, pack, unpack
 from reticent.client.downlink import MODEL
+from reticent.client.environment import Environment
 from reticent.client.round import round_event
 from reticent.core.errors import PayloadError, PlanError, PrivacyError, RunError
 from reticent.core.plan import plan_from_json
@@ -24,9 +26,16 @@ from reticent.core.protocol import Order
 from reticent.privacy.ledger import Ledger
 
 from .devices import Devices, client_index, device_name
-from .grid import call_client, client_of, enter_task, from_bytes, to_bytes
+from .grid import call_client, client_of, context_of, enter_task, from_bytes, to_bytes
 
-_WINDOW = 256
+BLOCK = 8
+"""Clients that are trained together: neighbours among the messages of a round, from the first on.
+
+Part of what a run's seed stands for: another number gives other bits of float32 rounding. Whoever
+deals messages to processes deals whole blocks.
+"""
+
+_WINDOW = 32 * BLOCK
 
 
 class Site:
@@ -36,12 +45,9 @@ class Site:
         """Open the ledger and build the ClientApp."""
         enter_task()
         self._devices = devices
-        self._plan = plan_from_json(plan_json)
+        self._plan, self._plan_json = plan_from_json(plan_json), plan_json
         self._ledger = Ledger.open(devices.ledger, verify=False)  # simulate() did, once
-        self._app: ClientApp = build_client_app(
-            lambda context: devices.environment(client_index(context), self._ledger),
-            lambda _: plan_json,
-        )
+        self._app: ClientApp = build_client_app(self._environment, lambda _: plan_json)
         self._state: dict[str, ArrayRecord] = {}
 
     def close(self) -> None:
@@ -74,6 +80,25 @@ class Site:
             self._state[MODEL] = cast(ArrayRecord, state[MODEL])
         return reply
 
+    def answer_many(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield the replies to ``messages``, in order; each is what :meth:`answer` gives.
+
+        Equal up to float32 rounding of the update before it is encoded, and so within one
+        quantization step after it: :data:`BLOCK` clients at a time are trained together. A reply is
+        a function of the messages of its block, so the same blocks give the same bits, whoever
+        answers them.
+        """
+        pending = iter(messages)
+        while block := list(islice(pending, BLOCK)):
+            state = RecordDict(dict(self._state))
+            contexts = [context_of(message, state) for message in block]
+            yield from answer_together(block, contexts, self._environment, self._plan_json)
+            if MODEL in state:  # public, and the same for every client of the round
+                self._state[MODEL] = cast(ArrayRecord, state[MODEL])
+
+    def _environment(self, context: Context) -> Environment:
+        return self._devices.environment(client_index(context), self._ledger)
+
 
 class Inline:
     """Plays every client in this process."""
@@ -98,8 +123,7 @@ class Inline:
             if constants := _constants_in(messages):
                 self._site.keep_constants(constants)
             self._site.charge(messages)
-            for message in messages:
-                yield self._site.answer(message)
+            yield from self._site.answer_many(messages)
         finally:
             torch.set_num_threads(threads)
 
@@ -142,7 +166,7 @@ class Processes:
             worker.process.join(timeout=10)
 
     def answer(self, messages: list[Message]) -> Iterator[Message]:
-        """Yield the replies in the order of ``messages``, dealt to the workers in turn.
+        """Yield the replies in the order of ``messages``, dealt to the workers by blocks in turn.
 
         Raises:
             RunError: If a worker process ended; committed rounds are kept.
@@ -150,14 +174,15 @@ class Processes:
         count = len(self._workers)
         try:
             constants = _constants_in(messages)
+            dealt = [i // BLOCK % count for i in range(len(messages))]
             for index, worker in enumerate(self._workers):
-                share = messages[index::count]
+                share = [m for m, to in zip(messages, dealt, strict=True) if to == index]
                 worker.pipe.send_bytes(len(share).to_bytes(4, "big"))
                 worker.pipe.send_bytes(constants)
                 for message in share:
                     worker.pipe.send_bytes(to_bytes(message))
-            for index in range(len(messages)):
-                yield from_bytes(self._workers[index % count].pipe.recv_bytes())
+            for index in dealt:
+                yield from_bytes(self._workers[index].pipe.recv_bytes())
         except (EOFError, OSError) as error:
             codes = [w.process.exitcode for w in self._workers]
             raise RunError(
@@ -187,8 +212,8 @@ def _work(pipe: Connection, devices: Devices, plan_json: str) -> None:
                 site.keep_constants(constants)
             if messages:
                 site.charge(messages)
-            for message in messages:
-                pipe.send_bytes(to_bytes(site.answer(message)))
+            for reply in site.answer_many(messages):
+                pipe.send_bytes(to_bytes(reply))
     except (EOFError, OSError):
         return  # the run ended, or was killed: nobody is listening
     finally:

@@ -21,7 +21,7 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.clipping import ClippedGradients, Loss
+from reticent.privacy.clipping import ClippedGradients, Loss, chain_of
 from reticent.privacy.randomness import Randomness
 
 
@@ -161,26 +161,15 @@ class LocalTrainer:
             return [self._steps(start, client, step) for client in clients]
         batches = [client.batch(0, self._plan.federation.sampling_rate) for client in clients]
         sums = self._gradient_sums(start, batches, step.clip)
-        # Zero is added as in _steps: it turns -0.0 into 0.0.
-        return [
-            (client.noised(gradient, 0, step) + 0.0).astype(np.float32)
-            for client, gradient in zip(clients, sums, strict=True)
-        ]
+        for client, gradient in zip(clients, sums, strict=True):
+            client.noised(gradient, 0, step)
+        sums += 0.0  # as _steps adds to zeros: -0.0 becomes 0.0
+        return list(sums.astype(np.float32))
 
     @property
     def alone(self) -> str | None:
-        """Why clients are trained one by one; None if passes go through several clients' batches.
-
-        Clients stand at the same weights in the first local step only.
-        """
-        if self.steps > 1:
-            return "federation.steps_per_round is above 1: clients' weights differ after a step"
-        private = self._plan.private
-        if private is None or private.unit == "client":
-            return "gradients of single examples are not clipped"
-        if self._clipped.method == "hooks":
-            return "the student has layers or connections that only Opacus' hooks know"
-        return None
+        """Why clients are trained one by one; None if passes go through several's batches."""
+        return _bounded_alone(self._plan) or (_HOOKED if self._clipped.method == "hooks" else None)
 
     def _steps(self, start: Vector, client: Client, step: NoisyStep) -> Vector:
         federation = self._plan.federation
@@ -223,6 +212,24 @@ class LocalTrainer:
             return (1 - weight) * hard + weight * heat**2 * mimic
 
         return loss
+
+
+_HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
+
+
+def _bounded_alone(plan: Plan) -> str | None:
+    if plan.federation.steps_per_round > 1:
+        return "federation.steps_per_round is above 1: weights of clients differ after a step"
+    if plan.private is None or plan.private.unit == "client":
+        return "gradients of single examples are not clipped"
+    return None
+
+
+def trained_alone(plan: Plan, task: Task) -> str | None:
+    """Return why a simulation trains clients one by one; None if it trains many in one pass."""
+    with _same_draws():
+        hooked = chain_of(student_model(task, plan)) is None
+    return _bounded_alone(plan) or (_HOOKED if hooked else None)
 
 
 def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None = None) -> None:

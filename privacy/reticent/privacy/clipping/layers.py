@@ -60,7 +60,7 @@ def applied(layer: nn.Module, before: torch.Tensor, needed: bool) -> tuple[torch
     if type(layer) is nn.ReLU:
         return _relu(before)
     if type(layer) is nn.Flatten:
-        return before.flatten(1, layer.end_dim), lambda back: (back.reshape(before.shape), [])
+        return _flatten(layer, before)
     return _by_autograd(layer, before, needed)
 
 
@@ -90,6 +90,14 @@ def linear_terms(layer: nn.Linear, before: torch.Tensor, back: torch.Tensor) -> 
 def _relu(before: torch.Tensor) -> tuple[torch.Tensor, Backward]:
     after = before.relu()
     return after, lambda back: (torch.ops.aten.threshold_backward(back, after, 0), [])
+
+
+def _flatten(layer: nn.Flatten, before: torch.Tensor) -> tuple[torch.Tensor, Backward]:
+    # Gradients get the layout of what they are of: products of two layouts are slow.
+    return before.flatten(1, layer.end_dim), lambda back: (
+        torch.empty_like(before).copy_(back.reshape(before.shape)),
+        [],
+    )
 
 
 def _group_norm(

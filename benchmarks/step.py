@@ -158,7 +158,7 @@ def opacus_ghost(kind: str, batch: int) -> Step:
     model = GradSampleModuleFastGradientClipping(
         FOR_OPACUS.get(kind, MODELS[kind])().train(),
         loss_reduction="sum",
-        max_grad_norm=CLIP,
+        max_grad_norm=CLIP,  # pyright: ignore[reportArgumentType]
         use_ghost_clipping=True,
     )
     optimizer = DPOptimizerFastGradientClipping(

@@ -120,7 +120,7 @@ def blocks_of(layout: Layout) -> list[slice]:
     microbatch=st.sampled_from([1, 4, 64]),
     seed=st.integers(0, 1000),
 )
-def test_every_owner_gets_the_sum_of_hooks_and_of_a_loop_over_examples(
+def test_every_owner_gets_the_sum_that_opacus_hooks_and_a_loop_over_examples_give(
     kind: str,
     counts: list[int],
     clipping: Clipping,
@@ -137,20 +137,16 @@ def test_every_owner_gets_the_sum_of_hooks_and_of_a_loop_over_examples(
     found = gradients.sums(inputs, labels, counts, distilling, CLIP, *swap)
     assert found.shape == (len(counts), layout.size) and found.dtype == np.float64
     assert (found == gradients.sums(inputs, labels, counts, distilling, CLIP, *swap)).all()
-    hooked = ClippedGradients(twin, layout, 64, clipping, "hooks")
+    # Opacus has no hooks for torch's recurrent layers.
+    hooked = kind not in ("lstm", "gru") and ClippedGradients(twin, layout, 64, clipping, "hooks")
     for row, span in zip(found, Owners.of(counts).spans, strict=True):
         own = (inputs[span], labels[span])
-        np.testing.assert_allclose(row, hooked.sum(*own, distilling, CLIP, *swap), atol=5e-6)
+        if hooked:
+            np.testing.assert_allclose(row, hooked.sum(*own, distilling, CLIP, *swap), atol=5e-6)
         np.testing.assert_allclose(row, gradients.sum(*own, distilling, CLIP, *swap), atol=5e-6)
         if not rounded and kind != "attention":
-            expected = one_by_one(twin_of(twin), layout, own, clipping)
+            expected = one_by_one(made(kind), layout, own, clipping)
             np.testing.assert_allclose(row, expected, atol=1e-5)
-
-
-def twin_of(model: nn.Module) -> nn.Module:
-    """The same model without the hooks."""
-    kind = next(k for k in MODELS if str(made(k)) == str(model))
-    return made(kind)
 
 
 @pytest.mark.parametrize("kind", ["two-linear", "group-norm"])

@@ -168,20 +168,25 @@ class ClippedGradients:
                 present, their = _present(owners.part(start, stop))
                 part = slice(start, stop)
                 # No name is given to the terms: they would live on during the next pass.
-                total[present] += self._clipped(
-                    self._gradients.terms(inputs[part], labels[part], loss), clip, their
+                self._add(
+                    total[present],
+                    self._gradients.terms(inputs[part], labels[part], loss),
+                    clip,
+                    their,
                 )
         values = total.numpy()
         return (values[:, self._layout.index] if self._layout.kept else values).astype(np.float64)
 
-    def _clipped(self, terms: Sequence[Term], clip: float, owners: Owners) -> torch.Tensor:
+    def _add(self, total: torch.Tensor, terms: Sequence[Term], clip: float, owners: Owners) -> None:
+        """Add each owner's clipped sum to its row of ``total``, in place."""
         masked = zip(terms, self._masks, strict=True)
         squares = torch.stack([term.squares(mask) for term, mask in masked], dim=1)
         kept, factors = self._bounds.factors(squares, clip)
         owners = owners if kept is None else owners.among(kept)
-        parts = [term.weighted(kept, factors[:, i], owners) for i, term in enumerate(terms)]
         # Coordinates that are pruned are left out by the caller.
-        return torch.cat(parts, dim=1)
+        blocks = total.split(list(self._layout.sizes), dim=1)
+        for i, (term, block) in enumerate(zip(terms, blocks, strict=True)):
+            block += term.weighted(kept, factors[:, i], owners)
 
 
 def _present(owners: Owners) -> tuple[slice, Owners]:

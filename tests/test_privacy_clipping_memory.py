@@ -34,11 +34,17 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
+WATCHED = 3
+"""Index of a layer that is called as a module, hooks and all, by every method."""
+
+
 def model_of() -> nn.Sequential:
     torch.manual_seed(0)
     model = student("tiny", (1, 8, 8), 10)
     assert isinstance(model, nn.Sequential)
-    return fold_batchnorm(model.eval())
+    folded = fold_batchnorm(model.eval())
+    folded[WATCHED] = nn.Tanh()
+    return folded
 
 
 def batch_of(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +74,7 @@ def in_the_loss(model: nn.Sequential, bomb: Bomb) -> Loss:
 
 
 def in_the_forward_pass(model: nn.Sequential, bomb: Bomb) -> Loss:
-    model[2].register_forward_hook(bomb)
+    model[WATCHED].register_forward_hook(bomb)
     return cross_entropy
 
 
@@ -78,7 +84,7 @@ def in_the_backward_pass(model: nn.Sequential, bomb: Bomb) -> Loss:
     def watch(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
         output.register_hook(bomb)
 
-    model[3].register_forward_hook(watch)
+    model[WATCHED].register_forward_hook(watch)
     return cross_entropy
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -16,7 +16,7 @@ from reticent.privacy.release import Public, Released
 
 from .environment import Environment
 from .identity import RolledBack
-from .round import Refused, run_round
+from .round import Outcome, Refused, Request, run_rounds
 
 EnvironmentOf = Callable[[Context], Environment]
 PlanOf = Callable[[Context], str]
@@ -62,23 +62,70 @@ def build_client_app(
             raise
 
     def run(message: Message, context: Context) -> Message:
-        content = message.content
-        try:
-            order = Order.from_config(dict(content.config_records["order"]))
-            payload = unpack(content, "broadcast")
-            marks = unpack(content, "change") if "change" in content else b""
-            control = unpack(content, "control") if "control" in content else b""
-        except (PayloadError, KeyError) as error:
-            raise Refused(Refusal.BAD_ORDER) from error
-        constants = _constants(content, context, order)
-        environment = environment_of(context)
-        _check_anchor(environment, content)
-        released = run_round(
-            order, plan_of(context), constants, payload, environment, marks, context.state, control
-        )
-        return egress(message, released, _statement(environment, order, released))
+        request = requested(message, context, environment_of)
+        return _answer(message, request, run_rounds(plan_of(context), [request])[0])
 
     return app
+
+
+def answer_together(
+    messages: Sequence[Message],
+    contexts: Sequence[Context],
+    environment_of: EnvironmentOf,
+    plan_text: str,
+) -> list[Message]:
+    """Return the replies of many simulated clients of one plan, in order.
+
+    Each is what the ClientApp of that client would reply, through the same gate; see
+    :func:`reticent.client.round.run_rounds` for what is done in common.
+    """
+    pairs = list(zip(messages, contexts, strict=True))
+    asked = [_requested(*pair, environment_of) for pair in pairs]
+    outcomes = iter(run_rounds(plan_text, [one for one in asked if isinstance(one, Request)]))
+    replies: list[Message] = []
+    for (message, context), one in zip(pairs, asked, strict=True):
+        outcome = next(outcomes) if isinstance(one, Request) else one
+        replies.append(gate(message, context, lambda m, _, r=one, o=outcome: _answer(m, r, o)))
+    return replies
+
+
+def _requested(
+    message: Message, context: Context, environment_of: EnvironmentOf
+) -> Request | Exception:
+    try:
+        return requested(message, context, environment_of)
+    except Exception as error:
+        return error
+
+
+def requested(message: Message, context: Context, environment_of: EnvironmentOf) -> Request:
+    """Return what a message asks a device to do.
+
+    Raises:
+        Refused: If it makes no sense, or the device cannot do it.
+    """
+    content = message.content
+    try:
+        order = Order.from_config(dict(content.config_records["order"]))
+        payload = unpack(content, "broadcast")
+        marks = unpack(content, "change") if "change" in content else b""
+        control = unpack(content, "control") if "control" in content else b""
+    except (PayloadError, KeyError) as error:
+        raise Refused(Refusal.BAD_ORDER) from error
+    constants = _constants(content, context, order)
+    environment = environment_of(context)
+    _check_anchor(environment, content)
+    return Request(order, constants, payload, environment, marks, context.state, control)
+
+
+def _answer(message: Message, request: Request | Exception, outcome: Outcome) -> Message:
+    """Return a reply for the gate, or raise why there is none."""
+    if isinstance(request, Exception):
+        raise request
+    if isinstance(outcome, Exception):
+        raise outcome
+    statement = _statement(request.environment, request.order, outcome)
+    return egress(message, outcome, statement)
 
 
 class Outgoing(RecordDict):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 from flwr.app import RecordDict
@@ -24,7 +26,7 @@ from reticent.privacy.schedule import schedule_with
 from .downlink import ModelMissing, changed, remember
 from .environment import Environment
 from .local_state import LocalState, kept
-from .training import LocalTrainer
+from .training import Client, LocalTrainer
 from .wire import Wire, noisy_step, wire_of
 
 
@@ -52,6 +54,44 @@ class Site:
     def travels(self) -> Layout:
         """Layout of what is broadcast and sent."""
         return self.trainer.split.travels
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one device is asked to do.
+
+    Attributes:
+        order: The order.
+        constants: The run's public constants.
+        payload: A whole model, or with ``marks`` a change of the one in ``state``.
+        environment: The device.
+        marks: See :mod:`.downlink`; ``b""`` with a whole model.
+        state: Flower's state of this client; simulated devices may share one.
+        control: The server's encoded control variate; ``b""`` where the plan has none.
+    """
+
+    order: Order
+    constants: bytes
+    payload: bytes
+    environment: Environment
+    marks: bytes = b""
+    state: RecordDict = field(default_factory=RecordDict)
+    control: bytes = b""
+
+    @property
+    def shared(self) -> tuple[Order, bytes, bytes, bytes, int, bytes]:
+        """Everything that decides what is trained, save for the device and its data."""
+        state = id(self.state)
+        return self.order, self.constants, self.payload, self.marks, state, self.control
+
+    @property
+    def path(self) -> tuple[str, int, int]:
+        """Names the device's streams."""
+        return self.order.run, self.environment.client, self.order.round
+
+
+Outcome = Released[bytes] | Exception
+"""What a device releases, or why it does not; of exceptions only :class:`Refused` has a code."""
 
 
 @lru_cache(maxsize=4)
@@ -147,28 +187,164 @@ def run_round(
     Raises:
         Refused: With a fixed code, when the round cannot or must not be run.
     """
-    plan = check_order(order, plan_text)
-    if hashlib.sha256(constants).hexdigest() != order.constants:
+    given = RecordDict() if state is None else state
+    request = Request(order, constants, payload, environment, marks, given, control)
+    outcome = run_rounds(plan_text, [request])[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def run_rounds(plan_text: str, requests: Sequence[Request]) -> list[Outcome]:
+    """Run the rounds of many devices, and return for each what :func:`run_round` would, or raise.
+
+    What does not depend on the device is done once for neighbours that are asked the same, and
+    where :attr:`LocalTrainer.alone` is None these are trained in common passes: updates are then
+    those of :func:`run_round` up to float32 rounding before they are encoded, and a function of who
+    is in ``requests``, in which order, alone. If training fails, it is tried again one by one, so
+    that no device's failure is another's.
+    """
+    groups = [list(group) for _, group in groupby(requests, key=lambda one: one.shared)]
+    return [outcome for group in groups for outcome in _run_alike(plan_text, group)]
+
+
+def _run_alike(plan_text: str, group: Sequence[Request]) -> list[Outcome]:
+    """Run the rounds of devices that are asked the same."""
+    try:
+        site, common = _site_of(plan_text, group[0])
+    except Exception as error:
+        return [error for _ in group]
+    begun = [_begin(request, site.plan) for request in group]
+    ready = [one for one in begun if isinstance(one, _Begun)]
+    ended = iter(_finish_all(site, common, ready))
+    return [next(ended) if isinstance(one, _Begun) else one for one in begun]
+
+
+@dataclass(frozen=True, eq=False)
+class Common:
+    """What all devices that are asked the same train on.
+
+    Attributes:
+        model: The broadcast parameters, float32 ``(travels.size,)``.
+        control: The server's control variate, of the same size; empty without them.
+    """
+
+    model: Vector
+    control: Vector
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A round that is charged and on disk, and not trained yet."""
+
+    request: Request
+    event: Event
+
+
+def _site_of(plan_text: str, request: Request) -> tuple[Site, Common]:
+    """Check what is asked, and return what it is done with: the site and what came down."""
+    order = request.order
+    check_order(order, plan_text)
+    if hashlib.sha256(request.constants).hexdigest() != order.constants:
         raise Refused(Refusal.CONSTANTS_MISSING)
     try:
-        site = _site(plan_text, constants)
-        start = _model(site, payload, marks, RecordDict() if state is None else state)
-        common = _control(site, control)
+        site = _site(plan_text, request.constants)
+        model = _model(site, request.payload, request.marks, request.state)
+        return site, Common(model, _control(site, request.control))
     except ModelMissing as error:
         raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
         raise Refused(Refusal.BAD_BROADCAST) from error
+
+
+def _begin(request: Request, plan: Plan) -> _Begun | Outcome:
+    """Charge a round; where its release is stored already, that is the outcome."""
     try:
-        event = _charge(order, plan, environment)
-        if stored := _stored(order, environment):
-            return Released(stored, event)
-        encoded = _train(order, site, start, common, environment)
-        _store(order, environment, encoded)
-    except BudgetExceeded as error:
-        raise Refused(Refusal.BUDGET) from error
-    except PrivacyError as error:  # damaged, or it counts in another unit or relation
-        raise Refused(Refusal.LEDGER) from error
-    return Released(encoded, event)
+        event = _charge(request.order, plan, request.environment)
+        stored = _stored(request.order, request.environment)
+        return Released(stored, event) if stored else _Begun(request, event)
+    except Exception as error:
+        return _with_code(error)
+
+
+def _finish_all(site: Site, common: Common, begun: Sequence[_Begun]) -> list[Outcome]:
+    found = [_ready(site, common, one.request) for one in begun]
+    clients = [one.client for one in found if isinstance(one, _Ready)]
+    model = common.model
+    updates = iter(_updates(site, model, clients, begun[0].request.order) if clients else [])
+    return [
+        _finish(site, common, one, ready.own, next(updates)) if isinstance(ready, _Ready) else ready
+        for one, ready in zip(begun, found, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A client with its data, and what it kept of earlier rounds."""
+
+    client: Client
+    own: LocalState
+
+
+def _ready(site: Site, common: Common, request: Request) -> _Ready | Exception:
+    try:
+        examples = site.task.client(request.environment.client)
+    except DataError:
+        return Refused(Refusal.NO_DATA)
+    except Exception as error:
+        return error
+    try:
+        own = LocalState.before(request.order, site.trainer, request.environment)
+        start = site.trainer.split.whole(common.model, own.layers)
+        rule = own.rule(site.trainer, start, common.control)
+    except Exception as error:
+        return _with_code(error)
+    randomness = request.environment.randomness
+    return _Ready(Client(examples, randomness, request.path, rule, start), own)
+
+
+def _updates(
+    site: Site, start: Vector, clients: Sequence[Client], order: Order
+) -> Sequence[Vector | Exception]:
+    """Train, all at once or, should that fail, one by one."""
+    # Where single gradients are not clipped, training may diverge: the update is then neutralised.
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return site.trainer.pseudo_gradients(start, clients, noisy_step(site.plan, order))
+    except Exception as error:
+        if len(clients) == 1:
+            return [error]
+    return [update for one in clients for update in _updates(site, start, [one], order)]
+
+
+def _finish(
+    site: Site, common: Common, begun: _Begun, own: LocalState, total: Vector | Exception
+) -> Outcome:
+    """Keep what stays on the device of the sum of its steps; encode and store the rest."""
+    if isinstance(total, Exception):
+        return _with_code(total)
+    request = begun.request
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            own.keep_layers(request.order, site.trainer, total)
+        update = site.trainer.split.shared(total)
+        encoded = _encoded(site, update, request, common.control, own)
+        _store(request.order, request.environment, encoded)
+    except Exception as error:
+        return _with_code(error)
+    return Released(encoded, begun.event)
+
+
+def _with_code(error: Exception) -> Exception:
+    """Return the refusal that an exception stands for, or itself."""
+    if isinstance(error, BudgetExceeded):
+        refused = Refused(Refusal.BUDGET)
+    elif isinstance(error, PrivacyError):  # damaged, or it counts in another unit or relation
+        refused = Refused(Refusal.LEDGER)
+    else:
+        return error
+    refused.__cause__ = error
+    return refused
 
 
 def round_event(plan: Plan, noise_multiplier: float) -> Event:
@@ -224,28 +400,15 @@ def _store(order: Order, environment: Environment, encoded: bytes) -> None:
         environment.own_ledger.store_release(environment.device, order.run, order.round, encoded)
 
 
-def _train(
-    order: Order, site: Site, start: Vector, control: Vector, environment: Environment
+def _encoded(
+    site: Site, update: Vector, request: Request, control: Vector, own: LocalState
 ) -> bytes:
-    trainer, privacy = site.trainer, site.plan.private
-    try:
-        examples = site.task.client(environment.client)
-    except DataError as error:
-        raise Refused(Refusal.NO_DATA) from error
-    path = (order.run, environment.client, order.round)
-    step = noisy_step(site.plan, order)
-    own = LocalState.before(order, trainer, environment)
-    whole = trainer.split.whole(start, own.layers)
-    rule = own.rule(trainer, whole, control)
-    # Where single gradients are not clipped, training may diverge: the update is then neutralised.
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = trainer.pseudo_gradient(whole, examples, step, environment.randomness, path, rule)
-        own.keep_layers(order, trainer, total)
-    update = trainer.split.shared(total)
     # The seed of the dither comes from the same source as the noise: on a device nobody can guess
     # it, and only the server reads it from the payload.
-    key = int.from_bytes(environment.randomness.stream("codec", *path).bytes(16), "big")
+    order, environment = request.order, request.environment
+    key = int.from_bytes(environment.randomness.stream("codec", *request.path).bytes(16), "big")
     generator = np.random.Generator(np.random.Philox(key=key))
+    step, privacy = noisy_step(site.plan, order), site.plan.private
     wire, blocks = wire_of(site.plan, step, order.clip, len(update)), site.travels.blocks
     if site.plan.updates.error_feedback:
         return _with_feedback(order, site, wire, update, generator, environment)

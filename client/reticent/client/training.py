@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +18,11 @@ from reticent.compression.quantize import training_swap
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError, PayloadError
 from reticent.core.personal import split_of
-from reticent.core.plan import Plan
+from reticent.core.plan import Local, Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.clipping import ClippedGradients, Loss
+from reticent.privacy.clipping import ClippedGradients, Loss, chain_of
 from reticent.privacy.randomness import Randomness
 
 from .local_rules import PLAIN, LocalRule
@@ -53,6 +54,47 @@ class NoisyStep:
     clip: float | None
     noise: float
     denominator: float
+
+
+class Client(NamedTuple):
+    """What one client trains on, and what it draws from.
+
+    Attributes:
+        examples: All of its private examples.
+        randomness: Source of batches and noise.
+        path: Names its streams: run, client and round.
+        rule: What is added to each of its noised gradients.
+        start: The model that it starts from, if not from the common one.
+    """
+
+    examples: Examples
+    randomness: Randomness
+    path: tuple[str | int, ...]
+    rule: LocalRule = PLAIN
+    start: Vector | None = None
+
+    def begins(self, common: Vector) -> Vector:
+        """Return the model that the client starts from."""
+        return common if self.start is None else self.start
+
+    def batch(self, index: int, rate: float) -> Examples:
+        """Draw the Poisson batch of step ``index`` at ``rate``."""
+        draws = self.randomness.stream("batch", *self.path, index).uniform(
+            len(self.examples.labels)
+        )
+        chosen = torch.from_numpy(np.flatnonzero(draws < rate))
+        return Examples(self.examples.inputs[chosen], self.examples.labels[chosen])
+
+    def noised(
+        self, gradient: NDArray[np.float64], index: int, step: NoisyStep
+    ) -> NDArray[np.float64]:
+        """Add the noise of step ``index`` to its gradient sum and divide it, in place."""
+        if step.noise > 0:
+            noise = self.randomness.stream("noise", *self.path, index).normal(len(gradient))
+            noise *= step.noise
+            gradient += noise
+        gradient /= step.denominator
+        return gradient
 
 
 _TRIED, _NO_BOUND, _ROUNDING = 4, 1e6, 1e-3  # examples, clip, relative difference
@@ -122,35 +164,58 @@ class LocalTrainer:
         Returns:
             float32 ``(size,)``: with one plain step, the noised mean gradient at ``start``.
         """
+        client = Client(examples, randomness, path, rule)
+        return self.pseudo_gradients(start, [client], step)[0]
+
+    def pseudo_gradients(
+        self, start: Vector, clients: Sequence[Client], step: NoisyStep
+    ) -> list[Vector]:
+        """Return what :meth:`pseudo_gradient` does for each of many clients, up to rounding.
+
+        Where :attr:`alone` is None, one pass goes through the batches of several clients. The same
+        clients in the same order give the same bits.
+        """
+        if self.alone is not None:
+            return [self._steps(client.begins(start), client, step) for client in clients]
+        batches = [client.batch(0, self.plan.federation.sampling_rate) for client in clients]
+        sums = self._gradient_sums(start, batches, step.clip)
+        for client, gradient in zip(clients, sums, strict=True):
+            client.noised(gradient, 0, step)
+        sums += 0.0  # as _steps adds to zeros: -0.0 becomes 0.0
+        return list(sums.astype(np.float32))
+
+    @property
+    def alone(self) -> str | None:
+        """Why clients are trained one by one; None if passes go through several's batches."""
+        return _bounded_alone(self.plan) or (_HOOKED if self._clipped.method == "hooks" else None)
+
+    def _steps(self, start: Vector, client: Client, step: NoisyStep) -> Vector:
         federation = self.plan.federation
         weights, total = start, np.zeros(self.layout.size, dtype=np.float64)
-        for index in range(federation.steps_per_round):
-            self.layout.write(self._model, weights)
-            draws = randomness.stream("batch", *path, index).uniform(len(examples.labels))
-            batch = np.flatnonzero(draws < federation.sampling_rate)
-            gradient = self._gradient_sum(examples, batch, step.clip)
-            if step.noise > 0:
-                noise = randomness.stream("noise", *path, index).normal(self.layout.size)
-                gradient += step.noise * noise
-            gradient /= step.denominator
-            gradient = rule.corrected(gradient, weights)
+        for index in range(self.steps):
+            batch = client.batch(index, federation.sampling_rate)
+            gradient = self._gradient_sums(weights, [batch], step.clip)[0]
+            gradient = client.rule.corrected(client.noised(gradient, index, step), weights)
             total += gradient
             weights = (weights - federation.learning_rate * gradient).astype(np.float32)
         return total.astype(np.float32)
 
-    def _gradient_sum(
-        self, examples: Examples, batch: NDArray[np.int64], clip: float | None
+    def _gradient_sums(
+        self, weights: Vector, batches: Sequence[Examples], clip: float | None
     ) -> NDArray[np.float64]:
-        if not len(batch):
-            return np.zeros(self.layout.size, dtype=np.float64)
-        chosen = torch.from_numpy(batch)
-        inputs, labels = examples.inputs[chosen], examples.labels[chosen]
+        """Return each client's gradient sum at ``weights``, float64 ``(clients, size)``."""
+        counts = [len(batch.labels) for batch in batches]
+        if not sum(counts):
+            return np.zeros((len(batches), self.layout.size), dtype=np.float64)
+        self.layout.write(self._model, weights)
+        inputs = torch.cat([batch.inputs for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches])
         if clip is not None:
-            return self._clipped.sum(inputs, labels, self._loss, clip, self._swap)
+            return self._clipped.sums(inputs, labels, counts, self._loss, clip, self._swap)
         with self._swap(self._model):
             loss = self._loss(self._model(inputs), labels)
             gradients = torch.autograd.grad(loss, list(self._model.parameters()))
-        return self.layout.gather(list(gradients)).astype(np.float64)
+        return self.layout.gather(list(gradients)).astype(np.float64)[None]
 
     @property
     def _loss(self) -> Loss:
@@ -166,6 +231,26 @@ class LocalTrainer:
             return (1 - weight) * hard + weight * heat**2 * mimic
 
         return loss
+
+
+_HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
+
+
+def _bounded_alone(plan: Plan) -> str | None:
+    if plan.federation.local != Local():
+        return "federation.local gives each client weights or gradients of its own"
+    if plan.federation.steps_per_round > 1:
+        return "federation.steps_per_round is above 1: weights of clients differ after a step"
+    if plan.private is None or plan.private.unit == "client":
+        return "gradients of single examples are not clipped"
+    return None
+
+
+def trained_alone(plan: Plan, task: Task) -> str | None:
+    """Return why a simulation trains clients one by one; None if it trains many in one pass."""
+    with _same_draws():
+        hooked = chain_of(student_model(task, plan)) is None
+    return _bounded_alone(plan) or (_HOOKED if hooked else None)
 
 
 def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None = None) -> None:

@@ -105,9 +105,11 @@ class Layout:
         """
         if vector.shape != (self.size,):
             raise DataError(f"vector has shape {vector.shape}: must be ({self.size},)")
-        flat = np.zeros(self.total, dtype=np.float32)
-        flat[self.index] = vector
-        parts = torch.from_numpy(flat).split(list(self.sizes))
+        flat = np.ascontiguousarray(vector, dtype=np.float32)
+        if self.kept:
+            flat = np.zeros(self.total, dtype=np.float32)
+            flat[self.index] = vector
+        parts = torch.tensor(flat).split(list(self.sizes))
         with torch.no_grad():
             for p, part in zip(model.parameters(), parts, strict=True):
                 p.copy_(part.view_as(p))

@@ -15,7 +15,8 @@ def serve_with_flower_ray(app: ServerApp, plan: Plan, devices: Devices) -> None:
     """Run the apps through ``flwr.simulation.run_simulation``.
 
     Flower gives nodes random ids, so which clients a round samples differs from run to run unless
-    every client takes part in every round; then the result is that of the in-process engine.
+    every client takes part in every round; then the result is that of the in-process engine, up to
+    float32 rounding of updates before they are encoded: here every client is trained alone.
 
     Raises:
         DependencyError: If Ray is not installed.

@@ -138,9 +138,13 @@ def serve(app: ServerApp, grid: Grid) -> None:
 
 def call_client(app: ClientApp, message: Message, state: RecordDict) -> Message:
     """Run a ClientApp on one message, as Flower's runtime does; any exception is error code 2."""
-    client = client_of(message.metadata.dst_node_id)
-    context = Context(_RUN_ID, message.metadata.dst_node_id, {"partition-id": client}, state, {})
     try:
-        return app(message=message, context=context)
+        return app(message=message, context=context_of(message, state))
     except Exception:
         return Message(Error(2, "the client failed"), reply_to=message)
+
+
+def context_of(message: Message, state: RecordDict) -> Context:
+    """Return the context in which Flower's runtime would handle ``message``."""
+    node = message.metadata.dst_node_id
+    return Context(_RUN_ID, node, {"partition-id": client_of(node)}, state, {})

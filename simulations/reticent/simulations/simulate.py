@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.serverapp import ServerApp
 
-from reticent.client.training import LocalTrainer
+from reticent.client.training import LocalTrainer, trained_alone
 from reticent.core.errors import RunError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
@@ -53,6 +53,8 @@ def simulate(
     task, _ = check_plan(plan)
     task.test()
     run = _resumable(folder, plan) if resume else create_run(folder, plan)
+    if plan.engine.kind == "inprocess" and (reason := trained_alone(plan, task)):
+        say(f"clients are trained one by one: {reason}")
     with locked(run):
         _quiet_flower()
         devices = devices_for(plan, run.ledger)

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from reticent.client.app import build_client_app, pack, unpack
+from reticent.client.app import answer_together, build_client_app, pack, unpack
 from reticent.client.downlink import MODEL, remember
+from reticent.client.environment import Environment
 from reticent.client.round import charges
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
 from reticent.core.plan import plan_from_json
@@ -19,12 +20,16 @@ from reticent.privacy.ledger import Grants, Ledger
 from reticent.server.folding import Kept
 
 from .devices import Devices, client_index, device_name
-from .grid import call_client, client_of, enter_task
+from .grid import call_client, client_of, context_of, enter_task
 
-BLOCK = 10
-"""Clients that are trained together: every window and every share is a whole number of blocks."""
+BLOCK = 8
+"""Clients that are trained together: neighbours among the messages of a round, from the first on.
 
-WINDOW = 25 * BLOCK
+Part of what a run's seed stands for: another number gives other bits of float32 rounding. Every
+window and every share is a whole number of blocks.
+"""
+
+WINDOW = 32 * BLOCK
 """Clients that one worker is handed at a time."""
 
 
@@ -36,11 +41,8 @@ class Site:
         enter_task()
         self.ledger = ledger
         self._devices = devices
-        self._plan = plan_from_json(plan_json)
-        self._app: ClientApp = build_client_app(
-            lambda context: devices.environment(client_index(context), self.ledger),
-            lambda _: plan_json,
-        )
+        self._plan, self._plan_json = plan_from_json(plan_json), plan_json
+        self._app: ClientApp = build_client_app(self._environment, lambda _: plan_json)
         self._state: dict[str, ArrayRecord] = {}
 
     def keep_constants(self, constants: bytes) -> None:
@@ -70,12 +72,6 @@ class Site:
         except (PayloadError, PrivacyError, PlanError, KeyError):
             return
 
-    def answer_many(self, messages: Sequence[Message]) -> Iterator[Message]:
-        """Charge the clients of whole blocks, then yield their replies in the same order."""
-        self.charge(messages)
-        for message in messages:
-            yield self.answer(message)
-
     def answer(self, message: Message) -> Message:
         """Run the ClientApp of the client that ``message`` is for."""
         state = RecordDict(dict(self._state))
@@ -83,6 +79,26 @@ class Site:
         if MODEL in state:  # public, and the same for every client of the round
             self._state[MODEL] = cast(ArrayRecord, state[MODEL])
         return reply
+
+    def answer_many(self, messages: Sequence[Message]) -> Iterator[Message]:
+        """Charge whole blocks, then yield the replies, in order; each is what :meth:`answer` gives.
+
+        Equal up to float32 rounding of the update before it is encoded, and so within one
+        quantization step after it: :data:`BLOCK` clients at a time are trained together. A reply is
+        a function of the messages of its block, so the same blocks give the same bits, whoever
+        answers them.
+        """
+        self.charge(messages)
+        for first in range(0, len(messages), BLOCK):
+            block = messages[first : first + BLOCK]
+            state = RecordDict(dict(self._state))
+            contexts = [context_of(message, state) for message in block]
+            yield from answer_together(block, contexts, self._environment, self._plan_json)
+            if MODEL in state:  # public, and the same for every client of the round
+                self._state[MODEL] = cast(ArrayRecord, state[MODEL])
+
+    def _environment(self, context: Context) -> Environment:
+        return self._devices.environment(client_index(context), self.ledger)
 
 
 class Inline:

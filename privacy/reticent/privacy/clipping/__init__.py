@@ -8,10 +8,12 @@ module                    what it holds
 :mod:`.terms`             gradients of single examples, as rows or as outer products
 :mod:`.hooks`             any model: rows, from Opacus' hooks
 :mod:`.ghost`             plain chains of layers: norms without the gradients, one backward pass
+:mod:`.layers`            the layers of such chains, forward and backward
 :mod:`.recurrent`         LSTM and GRU in such chains
 ========================  ====================================================================
 """
 
+from .ghost import chain_of
 from .sums import ClippedGradients, Loss
 
-__all__ = ["ClippedGradients", "Loss"]
+__all__ = ["ClippedGradients", "Loss", "chain_of"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -40,20 +40,20 @@ class HookedGradients:
                 )
         self._model = model
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
+        self.orders = [None] * len(list(model.parameters()))
 
     def terms(
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        swap: Callable[[nn.Module], AbstractContextManager[object]],
     ) -> list[Rows]:
         """Return the gradients of every parameter, in order.
 
         Raises:
             DataError: If a parameter has no gradient for each example.
         """
-        with self._clean(), swap(self._model), warnings.catch_warnings():
+        with self._clean(), warnings.catch_warnings():
             # The first layer's input needs no gradient, which torch remarks on every time.
             warnings.filterwarnings("ignore", "Full backward hook is firing")
             loss(self._model(inputs), labels).backward()

@@ -17,7 +17,7 @@ from reticent.core.update import Layout
 from .bounds import Bounds, Clipping, check_clip
 from .ghost import GhostGradients, chain_of
 from .hooks import HookedGradients
-from .terms import Term
+from .terms import Owners, Term
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps logits ``(n, classes)`` and labels ``(n,)`` to the *sum* of the examples' losses."""
@@ -91,15 +91,13 @@ class ClippedGradients:
         self._model = model
         self._layout = layout
         self._microbatch = microbatch
-        self._masks = _masks(layout)
         self._bounds = Bounds.of(layout, clipping)
         layers = None if method == "hooks" else chain_of(model)
         if layers is None and method == "ghost":
             raise DataError('method="ghost": the student is not a plain chain of known layers')
         self.method: Method = "hooks" if layers is None else "ghost"
-        self._gradients = (
-            HookedGradients(model) if layers is None else GhostGradients(model, layers)
-        )
+        self._gradients = HookedGradients(model) if layers is None else GhostGradients(layers)
+        self._masks = _masks(layout, self._gradients.orders)
 
     def sum(
         self,
@@ -126,30 +124,85 @@ class ClippedGradients:
                 for each example.
             PlanError: If ``clip`` is not between 1e-12 and 1e12.
         """
+        return self.sums(inputs, labels, (len(labels),), loss, clip, swap)[0]
+
+    def sums(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        counts: Sequence[int],
+        loss: Loss,
+        clip: float,
+        swap: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+    ) -> NDArray[np.float64]:
+        """Return the sums of many owners' examples at the same weights, float64 ``(owners, size)``.
+
+        Each row is what :meth:`sum` returns for the examples of one owner alone, up to float32
+        rounding: passes go through the examples of several owners. The same call gives the same
+        bits.
+
+        Args:
+            inputs: ``(n, *input_shape)``, one owner's after another's.
+            labels: ``(n,)``.
+            counts: How many of the examples are each owner's; some may have none.
+            loss: The sum of the examples' losses.
+            clip: L2 bound C of one example's gradient.
+            swap: See :meth:`sum`.
+
+        Raises:
+            DataError: If there are not as many inputs as labels and as the owners have, or a
+                parameter has no gradient for each example.
+            PlanError: If ``clip`` is not between 1e-12 and 1e12.
+        """
         if len(inputs) != len(labels):
             raise DataError(f"{len(inputs)} inputs and {len(labels)} labels: must be as many")
+        if min(counts, default=0) < 0 or sum(counts) != len(labels):
+            raise DataError(f"counts={list(counts)}: must be whole and sum to {len(labels)}")
         check_clip(clip)
-        total = torch.zeros(self._layout.total, dtype=torch.float32)
+        owners = Owners.of(counts)
+        total = torch.zeros((len(counts), self._layout.total), dtype=torch.float32)
         self._model.train()
-        for start in range(0, len(labels), self._microbatch):
-            part = slice(start, start + self._microbatch)
-            # No name is given to the terms: they would live on during the next pass.
-            total += self._clipped(
-                self._gradients.terms(inputs[part], labels[part], loss, swap), clip
-            )
-        return total.numpy()[self._layout.index].astype(np.float64)
+        with swap(self._model):
+            for start in range(0, len(labels), self._microbatch):
+                stop = min(start + self._microbatch, len(labels))
+                present, their = _present(owners.part(start, stop))
+                part = slice(start, stop)
+                # No name is given to the terms: they would live on during the next pass.
+                self._add(
+                    total[present],
+                    self._gradients.terms(inputs[part], labels[part], loss),
+                    clip,
+                    their,
+                )
+        values = total.numpy()
+        return (values[:, self._layout.index] if self._layout.kept else values).astype(np.float64)
 
-    def _clipped(self, terms: Sequence[Term], clip: float) -> torch.Tensor:
+    def _add(self, total: torch.Tensor, terms: Sequence[Term], clip: float, owners: Owners) -> None:
+        """Add each owner's clipped sum to its row of ``total``, in place."""
         masked = zip(terms, self._masks, strict=True)
         squares = torch.stack([term.squares(mask) for term, mask in masked], dim=1)
         kept, factors = self._bounds.factors(squares, clip)
-        parts = [term.weighted(kept, factors[:, i]) for i, term in enumerate(terms)]
+        owners = owners if kept is None else owners.among(kept)
         # Coordinates that are pruned are left out by the caller.
-        return torch.cat(parts)
+        blocks = total.split(list(self._layout.sizes), dim=1)
+        for i, (term, block) in enumerate(zip(terms, blocks, strict=True)):
+            block += term.weighted(kept, factors[:, i], owners)
 
 
-def _masks(layout: Layout) -> list[torch.Tensor | None]:
-    """Return 1 and 0 in the shape of each parameter; None where all of it is kept."""
+def _present(owners: Owners) -> tuple[slice, Owners]:
+    """Return which owners have examples, and those alone; between them all may have none."""
+    found = [i for i, span in enumerate(owners.spans) if span.stop > span.start]
+    present = slice(found[0], found[-1] + 1)
+    return present, Owners(owners.ends[present.start : present.stop + 1])
+
+
+def _masks(layout: Layout, orders: Sequence[tuple[int, ...] | None]) -> list[torch.Tensor | None]:
+    """Return 1 and 0 for each parameter, its dimensions ordered; None where all of it is kept."""
     flat = torch.from_numpy(layout.mask.astype(np.float32)).split(list(layout.sizes))
-    shaped = zip(flat, layout.shapes, layout.blocks, strict=True)
-    return [None if kept == len(m) else m.view(shape) for m, shape, kept in shaped]
+    shaped = zip(flat, layout.shapes, layout.blocks, orders, strict=True)
+    return [
+        None
+        if kept == len(m)
+        else m.view(shape).permute(order or tuple(range(len(shape)))).contiguous()
+        for m, shape, kept, order in shaped
+    ]

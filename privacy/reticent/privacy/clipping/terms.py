@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -13,6 +16,49 @@ BLOCK = 8192
 """Coordinates whose squares are added up in float32, before float64 takes over."""
 
 
+@dataclass(frozen=True)
+class Owners:
+    """Whose the examples are: each owner's stand in a row, and the owners in order.
+
+    Attributes:
+        ends: Where the examples of each owner begin, and where those of the last one end.
+    """
+
+    ends: tuple[int, ...]
+
+    @staticmethod
+    def of(counts: Sequence[int]) -> Owners:
+        """Return the owners of so many examples each."""
+        ends = [0]
+        for count in counts:
+            ends.append(ends[-1] + count)
+        return Owners(tuple(ends))
+
+    def among(self, kept: torch.Tensor) -> Owners:
+        """Return the same owners of the examples at ``kept`` (ascending) only."""
+        edges = torch.tensor(self.ends)
+        return Owners(tuple(torch.searchsorted(kept, edges).tolist()))
+
+    def part(self, start: int, stop: int) -> Owners:
+        """Return the same owners of the examples from ``start`` to before ``stop`` only."""
+        return Owners(tuple(min(max(end, start), stop) - start for end in self.ends))
+
+    @property
+    def spans(self) -> list[slice]:
+        """The examples of each owner."""
+        return [slice(*pair) for pair in pairwise(self.ends)]
+
+    @cached_property
+    def matrix(self) -> torch.Tensor | None:
+        """1 where an owner has an example, else 0, float32 ``(owners, n)``; None with one owner."""
+        if len(self.ends) == 2:
+            return None
+        found = torch.zeros(len(self.ends) - 1, self.ends[-1])
+        for row, span in zip(found, self.spans, strict=True):
+            row[span] = 1
+        return found
+
+
 class Term(Protocol):
     """What ``n`` examples contribute to the gradient of one parameter tensor."""
 
@@ -20,27 +66,44 @@ class Term(Protocol):
         """Return squared norms over the coordinates of ``mask``, float64 ``(n,)``.
 
         Args:
-            mask: 1 where a coordinate is kept, else 0, float32 of the parameter's shape; None when
-                all are kept.
+            mask: 1 where a coordinate is kept, else 0, float32, with the dimensions of the
+                parameter in the order in which the term has them; None when all are kept.
 
         Returns:
             NaN or infinity for an example with anything non-finite in it, masked or not.
         """
         ...
 
-    def weighted(self, kept: torch.Tensor | None, factors: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the examples at ``kept``, times ``factors``, flat, float32.
+    def weighted(
+        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
+    ) -> torch.Tensor:
+        """Return each owner's sum of the examples at ``kept``, times ``factors``.
 
         Other examples are not touched: zero times infinity would be NaN.
+
+        Args:
+            kept: Positions of the examples that count, ascending; None when all do.
+            factors: Of those examples.
+            owners: Of those examples.
+
+        Returns:
+            float32 ``(owners, coordinates)``, in the parameter's own order.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Gradients written out: ``values`` is float32 ``(n, coordinates)``."""
+    """Gradients written out.
+
+    Attributes:
+        values: float32 ``(n, coordinates)``.
+        shape: Given where the coordinates are those of a convolution's weight as ``(height, width,
+            inputs, outputs)``: these four.
+    """
 
     values: torch.Tensor
+    shape: tuple[int, ...] | None = None
 
     def squares(self, mask: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Term`."""
@@ -48,9 +111,16 @@ class Rows:
         parts = [torch.linalg.vector_norm(b, dim=1) for b in values.split(BLOCK, dim=1)]
         return torch.stack(parts, dim=1).double().square().sum(dim=1)
 
-    def weighted(self, kept: torch.Tensor | None, factors: torch.Tensor) -> torch.Tensor:
+    def weighted(
+        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
+    ) -> torch.Tensor:
         """See :class:`Term`."""
-        return factors @ (self.values if kept is None else self.values[kept])
+        values = self.values if kept is None else self.values[kept]
+        weights = factors[None] if owners.matrix is None else owners.matrix * factors
+        sums = weights @ values
+        if self.shape is None:
+            return sums
+        return sums.view(-1, *self.shape).permute(0, 4, 3, 1, 2).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -79,9 +149,15 @@ class Outer:
             products = ((back @ mask.double()) * inputs).sum(dim=1)
         return torch.where(largest <= LIMIT**2, products, torch.inf)
 
-    def weighted(self, kept: torch.Tensor | None, factors: torch.Tensor) -> torch.Tensor:
+    def weighted(
+        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
+    ) -> torch.Tensor:
         """See :class:`Term`."""
         back, inputs = self.back, self.inputs
         if kept is not None:
             back, inputs = back[kept], inputs[kept]
-        return ((factors[:, None] * back).T @ inputs).flatten()
+        back = factors[:, None] * back
+        sums = back.new_empty(len(owners.ends) - 1, back.shape[1], inputs.shape[1])
+        for one, span in zip(sums, owners.spans, strict=True):
+            torch.mm(back[span].T, inputs[span], out=one)
+        return sums.flatten(1)

@@ -73,8 +73,9 @@ def noise_halved(real: Any) -> Any:
 
 
 def clipping_off(real: Any) -> Any:
-    def unclipped(self: Any, inputs: Any, labels: Any, loss: Any, clip: float, *rest: Any) -> Any:
-        return real(self, inputs, labels, loss, 1e6 * clip, *rest)
+    def unclipped(self: Any, *given: Any) -> Any:
+        inputs, labels, counts, loss, clip, *rest = given
+        return real(self, inputs, labels, counts, loss, 1e6 * clip, *rest)
 
     return unclipped
 
@@ -93,7 +94,7 @@ def rate_doubled(real: Any) -> Any:
 
 FAULTS = (
     ("noise halved", client_round, "noisy_step", noise_halved),
-    ("clipping off", training.ClippedGradients, "sum", clipping_off),
+    ("clipping off", training.ClippedGradients, "sums", clipping_off),
     ("noise reused", randomness.SeededRandomness, "stream", noise_reused),
     ("q under-stated", randomness._PhiloxStream, "uniform", rate_doubled),
 )

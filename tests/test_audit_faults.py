@@ -22,8 +22,7 @@ from reticent.privacy import randomness
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.events import PoissonGaussian
 from reticent.privacy.randomness import SeededRandomness, Stream
-from reticent.server import client_level
-from reticent.server.client_level import ClientLevel
+from reticent.server import client_level, folding
 from reticent.simulations.audit import Audit, audit_plan
 
 INPUTS, CLASSES = 40, 100
@@ -126,14 +125,14 @@ def halve_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_clipping(patch: pytest.MonkeyPatch) -> None:
-    real = training.ClippedGradients.sum
+    real = training.ClippedGradients.sums
 
     def unclipped(
-        self: Any, inputs: Any, labels: Any, loss: Any, clip: float, *rest: Any
+        self: Any, inputs: Any, labels: Any, counts: Any, loss: Any, clip: float, *rest: Any
     ) -> NDArray[np.float64]:
-        return real(self, inputs, labels, loss, 1e6 * clip, *rest)
+        return real(self, inputs, labels, counts, loss, 1e6 * clip, *rest)
 
-    patch.setattr(training.ClippedGradients, "sum", unclipped)
+    patch.setattr(training.ClippedGradients, "sums", unclipped)
 
 
 def double_rate(patch: pytest.MonkeyPatch) -> None:
@@ -164,7 +163,7 @@ def halve_server_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def drop_bound(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ClientLevel, "bounded", lambda self, update, clip: update)
+    patch.setattr(folding, "clipped", lambda update, clip: update)
 
 
 FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {

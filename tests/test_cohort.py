@@ -122,7 +122,8 @@ class World:
             yield message
 
     def site(self, name: str) -> Site:
-        site = Site(devices_for(self.plan, self.folder / name), self.plan.canonical())
+        devices = devices_for(self.plan, self.folder / name)
+        site = Site(devices, self.plan.canonical(), Ledger.open(devices.ledger))
         site.keep_constants(self.constants)
         return site
 
@@ -146,8 +147,8 @@ def both(world: World, odd: dict[int, dict[str, Any]] | None = None) -> tuple[li
     alone, together = world.site("alone"), world.site("together")
     found = [payload(alone.answer(m)) for m in world.messages(odd=odd)]
     many = [payload(reply) for reply in together.answer_many(world.messages(odd=odd))]
-    alone.close()
-    together.close()
+    alone.ledger.close()
+    together.ledger.close()
     return found, many
 
 

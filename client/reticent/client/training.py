@@ -246,10 +246,13 @@ def _bounded_alone(plan: Plan) -> str | None:
     return None
 
 
-def trained_alone(plan: Plan, task: Task) -> str | None:
-    """Return why a simulation trains clients one by one; None if it trains many in one pass."""
+def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) -> str | None:
+    """Return why a simulation trains clients one by one; None if it trains many in one pass.
+
+    Constants are needed where the plan changes the student's layers; a sketch of them will do.
+    """
     with _same_draws():
-        hooked = chain_of(student_model(task, plan)) is None
+        hooked = chain_of(student_model(task, plan, constants)) is None
     return _bounded_alone(plan) or (_HOOKED if hooked else None)
 
 

@@ -23,7 +23,7 @@ from reticent.server.preparation import Prepared
 
 from .charging import Clerk
 from .devices import Devices, devices_for
-from .explain import check_plan, planned_fleet
+from .explain import check_plan, planned_fleet, sketched_constants
 from .fleet import SimulatedFleet, charging_to
 from .grid import InProcessGrid, serve
 from .processes import Processes
@@ -53,7 +53,8 @@ def simulate(
     task, _ = check_plan(plan)
     task.test()
     run = _resumable(folder, plan) if resume else create_run(folder, plan)
-    if plan.engine.kind == "inprocess" and (reason := trained_alone(plan, task)):
+    reason = trained_alone(plan, task, sketched_constants(plan, task))
+    if reason and plan.engine.kind != "flower-ray":
         say(f"clients are trained one by one: {reason}")
     with locked(run):
         _quiet_flower()

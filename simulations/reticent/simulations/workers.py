@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import cast
 
 import torch
@@ -80,17 +81,16 @@ class Site:
             self._state[MODEL] = cast(ArrayRecord, state[MODEL])
         return reply
 
-    def answer_many(self, messages: Sequence[Message]) -> Iterator[Message]:
-        """Charge whole blocks, then yield the replies, in order; each is what :meth:`answer` gives.
+    def answer_many(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield the replies to whole blocks, in order; each is what :meth:`answer` gives.
 
         Equal up to float32 rounding of the update before it is encoded, and so within one
         quantization step after it: :data:`BLOCK` clients at a time are trained together. A reply is
         a function of the messages of its block, so the same blocks give the same bits, whoever
         answers them.
         """
-        self.charge(messages)
-        for first in range(0, len(messages), BLOCK):
-            block = messages[first : first + BLOCK]
+        pending = iter(messages)
+        while block := list(islice(pending, BLOCK)):
             state = RecordDict(dict(self._state))
             contexts = [context_of(message, state) for message in block]
             yield from answer_together(block, contexts, self._environment, self._plan_json)
@@ -124,6 +124,7 @@ class Inline:
         try:
             if constants := _constants_in(messages):
                 self._site.keep_constants(constants)
+            self._site.charge(messages)
             yield from self._site.answer_many(messages)
         finally:
             torch.set_num_threads(threads)

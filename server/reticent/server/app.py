@@ -20,6 +20,7 @@ from reticent.privacy.schedule import Schedule, participations, schedule_for
 from .countersign import Countersigner
 from .evaluation import test_accuracy
 from .finish import finish
+from .fleet import Fleet
 from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
@@ -40,9 +41,11 @@ class Settings:
         anchor: Returns the ledger head to record with a round, or None when ledgers are elsewhere.
         holds_anchor: Whether the ledger still holds a recorded head.
         close: Called when the run ends, whatever its end.
+        ended: Is told before that how it ended: with an error, or None.
         randomness: Where the server's own noise comes from; the operating system, unless a
             simulation asks for a seeded source.
         countersigner: Judges and countersigns the ledgers of real devices; None in a simulation.
+        fleet: Who the nodes are and how their replies are gathered.
         prepared: What earlier runs of this process made from public data, to be used again.
     """
 
@@ -53,8 +56,10 @@ class Settings:
     anchor: Callable[[], str | None] = lambda: None
     holds_anchor: Callable[[str], bool] = lambda _: True
     close: Callable[[], None] = lambda: None
+    ended: Callable[[BaseException | None], None] = lambda error: None
     randomness: Randomness = field(default_factory=SystemRandomness)
     countersigner: Countersigner | None = None
+    fleet: Fleet = field(default_factory=Fleet)
     prepared: Prepared | None = None
 
 
@@ -67,6 +72,10 @@ def build_server_app(settings_of: Callable[[Context], Settings]) -> ServerApp:
         settings = settings_of(context)
         try:
             run_federation(settings, grid)
+            settings.ended(None)
+        except BaseException as error:
+            settings.ended(error)
+            raise
         finally:
             settings.close()
 
@@ -95,7 +104,13 @@ def run_federation(settings: Settings, grid: Grid) -> None:
         clerk = _Clerk(settings, job)
         taken_part = {int(node): rounds for node, rounds in journal.asked().items()}
         strategy = PrivateAveraging(
-            plan, constants, state, clerk.commit, taken_part, settings.countersigner
+            plan,
+            constants,
+            state,
+            clerk.commit,
+            taken_part,
+            settings.countersigner,
+            settings.fleet,
         )
         strategy.start(grid)
         finish(job, strategy.state, settings.say)
@@ -168,8 +183,10 @@ class _Clerk:
     def commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
         federation = self._job.plan.federation
         tested = state.round % federation.eval_every == 0 or state.round == federation.rounds
+        known = self._settings.fleet.identity
         clients, asked = (
-            [str(n) for n in sorted(nodes)] for nodes in (tally.accepted, tally.nodes)
+            [str(n) for n in sorted({known(node) for node in nodes})]
+            for nodes in (tally.accepted, tally.nodes)
         )
         metrics: dict[str, Any] = {
             "round": state.round,

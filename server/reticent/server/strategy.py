@@ -24,6 +24,7 @@ from reticent.privacy.schedule import participations
 from .client_level import client_level_for
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
+from .fleet import Fleet
 from .optimizer import Accumulator, ServerState, apply_round
 from .rounds import Reading, RoundPlan, Tally
 
@@ -48,6 +49,7 @@ class PrivateAveraging(Strategy):
         committed: Committed,
         taken_part: Mapping[int, int] | None = None,
         countersigner: Countersigner | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         """Continue from ``state``.
 
@@ -56,9 +58,10 @@ class PrivateAveraging(Strategy):
             constants: Public constants of every round.
             state: State after the last committed round.
             committed: Makes an applied round durable.
-            taken_part: Rounds that each node was asked in so far.
+            taken_part: Rounds that each device was asked in so far, by identity.
             countersigner: Judges the ledger statements of real devices; None in a simulation,
                 whose devices make none.
+            fleet: Who the nodes are and how their replies are gathered; a simulation's when None.
         """
         self._plan = plan
         self._constants = constants
@@ -74,6 +77,7 @@ class PrivateAveraging(Strategy):
         self._informed: set[int] = set()
         self._taken_part = Counter(taken_part or {})
         self._countersigner = countersigner
+        self._fleet = fleet or Fleet()
         self._cohort: list[int] = []
         self._tally = Tally(Accumulator(constants.layout.size))
 
@@ -116,7 +120,7 @@ class PrivateAveraging(Strategy):
             self._countersigner.begin()
         for _ in range(federation.retries + 1):
             messages = self.configure_train(number, arrays, config, grid)
-            replies = grid.send_and_receive(messages, timeout=federation.timeout)
+            replies = self._fleet.gather(grid, messages, federation.timeout, self._closed)
             self.aggregate_train(number, replies)
             if self._tally.sum.count >= federation.quorum:
                 break
@@ -127,7 +131,7 @@ class PrivateAveraging(Strategy):
         if self._countersigner is not None:
             self._countersigner.commit()
         # Everyone asked: a device charges the round when it trains, not when its reply arrives.
-        self._taken_part.update(self._cohort)
+        self._taken_part.update(map(self._fleet.identity, self._cohort))
         self.state = state
 
     def _applied(self, number: int) -> ServerState:
@@ -166,10 +170,21 @@ class PrivateAveraging(Strategy):
         """Yield one message for each client of the round that has not replied yet."""
         self._sent = self._downlink.broadcast(self.state.weights, self.state.held, server_round)
         order = ConfigRecord({**self._order(server_round).to_config()})
-        cohort = [n for n in self._cohort if n not in self._tally.accepted]
+        cohort = [n for n in self._asked_first(server_round) if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
         # A list, because Flower's own grid goes through the messages twice; they share records.
         return list(self._messages(cohort, order, server_round))
+
+    def _asked_first(self, number: int) -> list[int]:
+        """Return the cohort in the order it is asked in.
+
+        Where a round closes early and replies come in that order, as in a simulation, nobody must
+        be left out more often than others.
+        """
+        if self._plan.federation.enough is None:
+            return self._cohort
+        generator = numpy_generator(self._plan.seed, "first", number)
+        return [self._cohort[i] for i in generator.permutation(len(self._cohort))]
 
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent
@@ -221,7 +236,7 @@ class PrivateAveraging(Strategy):
         generator = numpy_generator(self._plan.seed, "cohort", (number - 1) // per_pass)
         first = (number - 1) % per_pass * federation.clients_per_round
         order = np.roll(generator.permutation(len(nodes)), -first)
-        free = (nodes[i] for i in order if self._taken_part[nodes[i]] < most)
+        free = (nodes[i] for i in order if self._taken_part[self._fleet.identity(nodes[i])] < most)
         chosen = sorted(islice(free, federation.clients_per_round))
         if len(chosen) < federation.quorum:
             raise NetworkError(
@@ -236,6 +251,7 @@ class PrivateAveraging(Strategy):
         deadline = time.monotonic() + federation.timeout
         while True:
             nodes = list(grid.get_node_ids())
+            missing = self._fleet.seen(nodes)
             if len(nodes) >= federation.clients_per_round:
                 return nodes
             if time.monotonic() > deadline:
@@ -243,15 +259,20 @@ class PrivateAveraging(Strategy):
                     return nodes
                 raise NetworkError(
                     f"{len(nodes)} clients are connected after {federation.timeout:g} s, "
-                    f"{federation.quorum} are needed"
+                    f"{federation.quorum} are needed{missing}"
                 )
             time.sleep(1.0)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold each reply as it arrives; what is broken is dropped and counted by reason."""
+        """Fold each reply as it arrives; what is broken is dropped and counted by reason.
+
+        The round is closed once it has ``federation.enough`` replies; what comes later is not used.
+        """
         for reply in replies:
+            if self._closed():
+                continue
             node = reply.metadata.src_node_id
             if reply.metadata.group_id != str(server_round) or node in self._tally.accepted:
                 continue  # a late or repeated reply
@@ -267,6 +288,10 @@ class PrivateAveraging(Strategy):
             self._informed.add(node)
             self._holds[node] = server_round
         return None, None
+
+    def _closed(self) -> bool:
+        enough = self._plan.federation.enough
+        return enough is not None and len(self._tally.accepted) >= enough
 
     def _fold(self, reading: Reading) -> None:
         if self._mechanism is None:

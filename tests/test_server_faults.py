@@ -25,7 +25,8 @@ from reticent.simulations.simulate import simulate
 TESTS = Path(__file__).resolve().parent
 EXAMPLE = TESTS.parent / "examples" / "deployment"
 ROUNDS = 4
-PLAN = load_plan(EXAMPLE / "plan.toml", (f"federation.rounds={ROUNDS}", "teacher.epochs=1"))
+PLAN_FILE = EXAMPLE / "plan.toml"
+PLAN = load_plan(PLAN_FILE, (f"federation.rounds={ROUNDS}", "teacher.epochs=1"))
 
 
 @pytest.fixture
@@ -181,10 +182,37 @@ def test_a_run_without_its_devices_fails_and_names_who_is_missing(
     devices: Any, loopback: Any
 ) -> None:
     devices.processes.stop()
-    plan = load_plan(EXAMPLE / "plan.toml", ("federation.timeout=15",))
+    plan = load_plan(PLAN_FILE, ("federation.timeout=15",))
     with pytest.raises(
         NetworkError,
         match=r"0 clients are connected after 15 s, 2 are needed; not"
         r" connected: device0, device1",
     ):
         operation(devices, lambda *_: None, plan=plan).serve()
+
+
+@pytest.mark.faults
+def test_a_run_is_found_again_after_the_process_that_drives_it_was_killed(
+    devices: Any, loopback: Any, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN_FILE.read_text().replace("rounds = 2", f"rounds = {ROUNDS}"))
+    words = ("reticent", "server", "run", plan, "--dir", devices.server, "--run", devices.run)
+    devices.processes.start("operator", *words)
+    metrics = devices.run / "metrics.jsonl"
+    devices.processes.wait("a round", metrics.is_file, 300)
+    operator = devices.processes.running.pop("operator")
+    operator.kill()
+    operator.wait()
+    said: list[str] = []
+    made = prepare_operation(
+        open_home(devices.server), load_plan(plan), devices.run, True, said.append, lambda _: None
+    )
+    try:
+        made.serve()
+    finally:
+        for pid in superlinks(made):
+            os.kill(pid, signal.SIGTERM)
+    assert "found its ServerApp running" in said
+    assert [m["round"] for m in Run(devices.run).read_metrics()] == list(range(1, ROUNDS + 1))
+    assert Run(devices.run).read_summary()["rounds"] == ROUNDS

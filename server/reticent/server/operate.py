@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,22 +104,39 @@ class Operation:
         Raises:
             ReticentError: What the ServerApp failed with.
         """
+        token = self._found() or self._submitted()
+        try:
+            return self._watch(token, link)
+        except BaseException:
+            self._abandon(token)
+            raise
+
+    def _found(self) -> str | None:
+        """Return the token of a ServerApp that an earlier call started and that still runs."""
         attempt = read_attempt(self.run)
-        if attempt is not None and attempt.alive():
-            self.say("found its ServerApp running")
-            return self._watch(attempt.token, link)
+        if attempt is None or not attempt.alive():
+            return None
+        self.say("found its ServerApp running")
+        return attempt.token
+
+    def _submitted(self) -> str:
         if self._flower_run:
             self._flower.stop(self._flower_run)
         token = secrets.token_hex(8)
         where = {"run-dir": str(self.run.folder), "state-dir": str(self.home.folder)}
         self._flower_run = self._flower.submit(self._write_app(), {**where, "attempt": token})
-        try:
-            return self._watch(token, link)
-        except BaseException:
-            # Whoever gives up must not leave a ServerApp behind that still asks devices.
-            if answers(self.home):
-                self._flower.stop(self._flower_run)
-            raise
+        return token
+
+    def _abandon(self, token: str) -> None:
+        """Leave no ServerApp behind that still asks devices."""
+        attempt = read_attempt(self.run)
+        if attempt is not None and attempt.token == token:
+            if not attempt.alive():
+                return
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(attempt.pid, signal.SIGTERM)
+        if self._flower_run and answers(self.home):
+            self._flower.stop(self._flower_run)
 
     def _watch(self, token: str, link: SuperLink | None) -> str:
         deadline = time.monotonic() + START_SECONDS

@@ -10,7 +10,7 @@ WORKERS ?= 2
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test chaos test-all lint format setup clean help
+.PHONY: demo test chaos faults test-all lint format setup clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,10 +19,13 @@ demo: $(STAMP)  ## run the default plan: a private federation, its artifact and 
 	$(BIN)/reticent simulate --run $(RUN)
 
 test: $(STAMP)  ## run the test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not packaging and not chaos"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not packaging and not chaos and not faults"
 
 chaos: $(STAMP)  ## kill and tear ledgers many times, and print what was found
 	$(BIN)/python -m pytest -q -s -m chaos
+
+faults: $(STAMP)  ## kill a real SuperLink and its ServerApp, and compare the models
+	$(BIN)/python -m pytest -q -s -m faults
 
 test-all: $(STAMP)  ## run every test, also those that need Ray and those that build packages
 	$(BIN)/python -m pip install --quiet '.[simulation]'

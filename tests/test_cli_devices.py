@@ -132,5 +132,5 @@ def test_a_servers_state_is_made_once(
     assert call(monkeypatch, "server", "init", tmp_path / "state") == 0
     assert "signing_key.pub.pem" in capsys.readouterr().out
     key = (tmp_path / "state" / "keys" / "signing_key.pem").read_bytes()
-    assert call(monkeypatch, "server", "init", tmp_path / "state") == 7
+    assert call(monkeypatch, "server", "init", tmp_path / "state") == 11
     assert (tmp_path / "state" / "keys" / "signing_key.pem").read_bytes() == key

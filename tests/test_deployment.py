@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 import ssl
-import tomllib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +26,7 @@ from reticent.client.training import student_model
 from reticent.client.wire import noisy_step
 from reticent.compression.artifact import load_artifact
 from reticent.compression.codec import build_codec
+from reticent.core.bundle import read_bundle, write_bundle
 from reticent.core.errors import PlanError, RunError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
@@ -46,9 +47,7 @@ from reticent.server.preparation import prepare
 from reticent.simulations.grid import enter_task
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "deployment"
-CONFIG: dict[str, Any] = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"][
-    "app"
-]["config"]
+CONFIG: dict[str, Any] = {"plan": (EXAMPLE / "plan.toml").read_text()}
 PLAN: Plan = parse_plan(CONFIG["plan"])
 TASK = load_task(PLAN.task, PLAN.seed)
 
@@ -278,17 +277,18 @@ def test_two_devices_over_tls(tmp_path: Path, loopback: Any) -> None:
     with loopback.deployment(tmp_path / "all") as running:
         check_certificate(running)
         with stranger(running, loopback):
-            running.finish(running.submit(), 90)
-            check_nodes(running, loopback.NODES)
+            running.serve(seconds=150)
+            check_nodes(running, loopback.NAMES)
+        check_revocation(running, loopback)
     run = Run(running.run)
     check_rounds(run)
     check_artifact(run)
-    check_ledgers(run, [running.state(node) for node in range(loopback.NODES)])
+    check_ledgers(run, [running.device(name) / "state" for name in loopback.NAMES])
 
 
 def check_certificate(running: Any) -> None:
     """The SuperLink speaks TLS, and only our own certificate authority vouches for it."""
-    trusting = ssl.create_default_context(cafile=str(running.folder / "ca.crt"))
+    trusting = ssl.create_default_context(cafile=str(running.server / "tls" / "ca.crt"))
     with (
         socket.create_connection(("127.0.0.1", running.port), 10) as raw,
         trusting.wrap_socket(raw, server_hostname="localhost") as link,
@@ -303,22 +303,50 @@ def check_certificate(running: Any) -> None:
 
 @contextmanager
 def stranger(running: Any, loopback: Any) -> Iterator[None]:
-    """Start one more SuperNode, with a key that the SuperLink was not told of."""
+    """Start one more SuperNode, whose key another server made."""
     # Kept apart from the others, because it is no failure if it ends.
     outsider = replace(running, processes=type(running.processes)(running.folder))
+    elsewhere = replace(outsider, folder=running.folder / "elsewhere")
+    elsewhere.folder.mkdir()
+    port = str(running.port)  # the stranger knows where the server is, and trusts it
+    outsider.processes.run("cli", "reticent", "server", "init", elsewhere.server, "--port", port)
+    elsewhere.reticent("enroll", "stranger")
+    bundle = read_bundle(elsewhere.server / "bundles" / "stranger.bundle")
+    trusted = replace(
+        bundle, ca_certificate=(running.server / "tls" / "ca.crt").read_text(), index=2
+    )
+    write_bundle(running.server / "bundles" / "stranger.bundle", trusted)
     try:
-        loopback.start_supernode(outsider, loopback.NODES, 10.0, register=False)
+        loopback.start_device(outsider, "stranger")
         yield
     finally:
         outsider.processes.stop()
 
 
-def check_nodes(running: Any, nodes: int) -> None:
+REFUSED = "No SuperNode found with the given public key"
+
+
+def check_nodes(running: Any, names: tuple[str, ...]) -> None:
     """The stranger was turned away, and its device was never asked anything."""
-    assert "No SuperNode found with the given public key" in running.processes.logs(1000)
-    listed = json.loads(running.flwr("supernode", "list", "tls", "--format", "json"))["nodes"]
-    assert [node["status"] for node in listed] == ["online"] * nodes
-    assert not running.state(nodes).exists()
+    assert REFUSED in running.processes.logs(1000)
+    assert "round not run" not in running.processes.logs(1000)
+    listed = json.loads(running.reticent("list", "--json"))
+    assert {d["name"]: d["state"] for d in listed} == dict.fromkeys(names, "online")
+    assert not any((running.device("stranger") / "state").iterdir())
+
+
+def check_revocation(running: Any, loopback: Any) -> None:
+    """A device that was revoked is refused from then on, and the other is not."""
+    revoked, other = loopback.NAMES
+    refused = 'pull-messages HTTP/1.1" 401'
+    assert refused not in running.processes.logs(10000)
+    assert "is refused from now on" in running.reticent("revoke", revoked)
+    states = {d["name"]: d["state"] for d in json.loads(running.reticent("list", "--json"))}
+    assert states == {revoked: "revoked", other: "online"}
+    deadline = time.monotonic() + 60  # its SuperNode goes on asking, with the key it has
+    while refused not in running.processes.logs(10000):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def check_rounds(run: Run) -> None:

@@ -419,8 +419,8 @@ def test_a_client_that_answers_too_late_is_not_asked_beyond_the_bound() -> None:
         federation.strategy.start(half)
     assert participations(plan) == 2
     for number, tally in enumerate(federation.tallies, 1):
-        assert federation.script.nodes(number) == list(tally.nodes)
-        assert late in tally.nodes and late not in tally.accepted
+        assert federation.script.nodes(number) == list(tally.devices)
+        assert late in tally.devices and late not in tally.accepted
     assert [s.round for s in federation.states] == [1, 2]
 
 

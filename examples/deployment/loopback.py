@@ -1,4 +1,4 @@
-"""A whole deployment on this machine: certificates, a SuperLink, two SuperNodes and one run.
+"""A whole deployment on this machine: a server, two devices and one run.
 
     python loopback.py FOLDER
 
@@ -17,17 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from keys import write_certificates, write_node_key
-from processes import ProcessError, Processes
+from device import supernode, unpack
+from processes import Processes
 
-APP = Path(__file__).resolve().parent
-NODES = 2
-DELTA = 1e-5
+PLAN = Path(__file__).resolve().parent / "plan.toml"
+NAMES = ("device0", "device1")
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A running SuperLink with its SuperNodes.
+    """A server with its devices.
 
     Attributes:
         folder: Holds everything.
@@ -45,108 +44,56 @@ class Deployment:
         return self.folder / "run"
 
     @property
-    def server_state(self) -> Path:
-        """The server's signing key and its record of the devices' ledger heads."""
-        return self.folder / "server-state"
+    def server(self) -> Path:
+        """The server's directory."""
+        return self.folder / "server"
 
-    def state(self, node: int) -> Path:
-        """Return the folder of a device's ledger."""
-        return self.folder / f"state{node}"
+    def device(self, name: str) -> Path:
+        """Return a device's directory."""
+        return self.folder / name
 
-    def flwr(self, *arguments: str | Path) -> str:
-        """Run Flower's command line and return what it printed."""
-        return self.processes.run("cli", "flwr", *arguments)
+    def reticent(self, verb: str, *arguments: str | Path, timeout: float = 60.0) -> str:
+        """Run ``reticent server VERB`` and return what it printed."""
+        words = ("reticent", "server", verb, *arguments, "--dir", self.server)
+        return self.processes.run("cli", *words, timeout=timeout)
 
-    def submit(self) -> str:
-        """Start the app of this folder and return the id of the run."""
-        setting = f'run-dir="{self.run}" state-dir="{self.server_state}"'
-        answer = self.flwr("run", APP, "tls", "--run-config", setting, "--format", "json")
-        return json.loads(answer)["run-id"]
-
-    def finish(self, run_id: str, seconds: float) -> None:
-        """Wait for the run's summary, which is the last file that a run writes.
-
-        Raises:
-            ProcessError: If there is none in time, or the ServerApp ended without one; with the
-                ServerApp's log and every other one.
-        """
-        summary = self.run / "summary.json"
-        superlink = self.folder / "superlink.log"
-
-        def over() -> bool:
-            # `flwr run` cannot tell a ServerApp that raised from one that did not.
-            return summary.is_file() or "Finished task" in superlink.read_text(errors="replace")
-
-        try:
-            self.processes.wait("the run's summary", over, seconds)
-            if not summary.is_file():
-                raise ProcessError(f"the ServerApp ended early\n{self.processes.logs()}")
-        except ProcessError as error:
-            log = self.flwr("log", run_id, "tls", "--show")
-            raise ProcessError(f"{error}\n== ServerApp\n{log}") from error
+    def serve(self, plan: Path = PLAN, seconds: float = 180.0) -> str:
+        """Run a plan to its end and return what was printed."""
+        return self.reticent("run", plan, "--run", self.run, timeout=seconds)
 
 
 @contextmanager
-def deployment(folder: Path, budget: float = 10.0) -> Iterator[Deployment]:
-    """Start everything in ``folder``, and stop it on leaving.
+def deployment(folder: Path, names: tuple[str, ...] = NAMES) -> Iterator[Deployment]:
+    """Make a server in ``folder``, which must not exist, and start its SuperLink and devices.
 
-    Args:
-        folder: Must not exist.
-        budget: The epsilon that each device's owner allows, at delta 1e-5.
+    Everything is stopped on leaving.
     """
     folder.mkdir(parents=True)
-    write_certificates(folder)
-    processes = Processes(folder)
-    running = Deployment(folder, processes, free_port())
+    running = Deployment(folder, Processes(folder), free_port())
+    port = str(running.port)
     try:
-        processes.run("cli", "reticent", "server", "init", running.server_state)
-        _start_superlink(running)
-        for node in range(NODES):
-            start_supernode(running, node, budget)
+        running.processes.run("cli", "reticent", "server", "init", running.server, "--port", port)
+        running.reticent("enroll", *names)
+        start_superlink(running)
+        for name in names:
+            start_device(running, name)
         yield running
     finally:
-        processes.stop()
+        running.processes.stop()
 
 
-def _start_superlink(running: Deployment) -> None:
-    folder, port = running.folder, running.port
-    running.processes.start(
-        "superlink",
-        "flower-superlink",
-        *("--ssl-ca-certfile", folder / "ca.crt"),
-        *("--ssl-certfile", folder / "server.pem"),
-        *("--ssl-keyfile", folder / "server.key"),
-        *("--port", str(port), "--database", folder / "superlink.db"),
-        "--enable-supernode-auth",
-        "--disable-runtime-dependency-installation",
-    )
-    home = folder / "cli-home"
-    home.mkdir(exist_ok=True)
-    connection = f'address = "127.0.0.1:{port}"\nroot-certificates = "{folder / "ca.crt"}"\n'
-    (home / "config.toml").write_text(f"[superlink.tls]\n{connection}")
-    running.processes.wait("the SuperLink", lambda: _listens(port), 30)
+def start_superlink(running: Deployment) -> None:
+    """Start the SuperLink and wait until it admits devices."""
+    running.processes.start("superlink", "reticent", "server", "start", "--dir", running.server)
+    log = running.folder / "superlink.log"
+    running.processes.wait("the SuperLink", lambda: "ready" in log.read_text(), 60)
 
 
-def start_supernode(running: Deployment, node: int, budget: float, register: bool = True) -> None:
-    """Start a SuperNode with a new key, which the SuperLink is told of if ``register``."""
-    folder, name = running.folder, f"supernode{node}"
-    write_node_key(folder / f"{name}.key")
-    if register:
-        running.flwr("supernode", "register", folder / f"{name}.key.pub", "tls")
-    settings = (
-        f"partition-id={node} num-partitions={NODES} "
-        f'state-dir="{running.state(node)}" budget-epsilon={budget} budget-delta={DELTA} '
-        f'server-key="{running.server_state / "keys" / "signing_key.pub.pem"}"'
-    )
-    running.processes.start(
-        name,
-        "flower-supernode",
-        *("--root-certificates", folder / "ca.crt"),
-        *("--superlink", f"127.0.0.1:{running.port}"),
-        *("--auth-supernode-private-key", folder / f"{name}.key"),
-        *("--port", str(free_port())),
-        *("--node-config", settings),
-    )
+def start_device(running: Deployment, name: str, bundle: str | None = None) -> None:
+    """Unpack a device's bundle, the newest by default, and start its SuperNode."""
+    path = running.server / "bundles" / f"{bundle or name}.bundle"
+    folder = running.device(name)
+    running.processes.start(name, *supernode(unpack(path, folder), folder, free_port()))
 
 
 def free_port() -> int:
@@ -156,20 +103,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def main() -> None:
     """Run the example and print its summary."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: python loopback.py FOLDER")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     with deployment(Path(sys.argv[1]).resolve()) as running:
-        running.finish(running.submit(), 180)
-        print((running.run / "metrics.jsonl").read_text(), end="")
+        print(running.serve(), end="")
+        print(running.reticent("status"), end="")
         print(json.dumps(json.loads((running.run / "summary.json").read_text()), indent=2))
 
 

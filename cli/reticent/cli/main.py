@@ -18,7 +18,7 @@ from .devices import device
 from .plans import plan
 from .reports import report
 from .runs import runs
-from .servers import server
+from .server_runs import server
 from .simulations import simulate
 from .sweeps import sweep
 
@@ -32,7 +32,7 @@ def cli() -> None:
 
     Exit status: 0 success, 1 unexpected, 2 usage, 3 plan, 4 data, 5 privacy budget or ledger,
     6 network or too few clients, 7 artifact, 8 run directory, 9 payload, 10 missing extra,
-    130 interrupted.
+    11 keys, certificates or devices, 130 interrupted.
     """
 
 

@@ -63,3 +63,9 @@ class DependencyError(ReticentError):
     """An optional dependency is missing; the message holds the command that installs it."""
 
     exit_code = 10
+
+
+class ProvisionError(ReticentError):
+    """A device's bundle, or what a server keeps about devices and keys, cannot be used."""
+
+    exit_code = 11

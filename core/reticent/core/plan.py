@@ -493,6 +493,8 @@ class Federation(Section):
         min_replies: Fewest valid replies for a round to be applied; default nine tenths of
             ``clients_per_round``, rounded up. Under ``aggregator`` trust each client's noise share
             is sized for this number.
+        enough: Replies at which a round is closed without waiting for more; default all that were
+            asked. Asking more clients than this is over-selection: the slowest are left out.
         steps_per_round: Local steps of a client in a round; 1 under ``aggregator`` trust.
         sampling_rate: Poisson rate q at which each example joins a step's batch.
         learning_rate: Step size of the local steps (it has no effect on a single step).
@@ -515,6 +517,7 @@ class Federation(Section):
     rounds: Count = 60
     clients_per_round: Count = 100
     min_replies: Count | None = None
+    enough: Count | None = None
     steps_per_round: Count = 1
     sampling_rate: Probability = 0.1
     learning_rate: Positive = 0.5
@@ -704,6 +707,7 @@ class Plan(Section):
         if shares:
             _only_the_broadcast_model(f.local)
         check_population(self)
+        self._closes_late_enough()
         return self
 
     @property
@@ -711,6 +715,21 @@ class Plan(Section):
         """Clients that a round asks: more than are used where the fleet is over-selected."""
         factor = 1.0 if self.fleet is None else self.fleet.over_selection
         return math.ceil(self.federation.clients_per_round * factor)
+
+    def _closes_late_enough(self) -> None:
+        f, p = self.federation, self.privacy
+        if f.enough is None:
+            return
+        if not f.quorum <= f.enough <= f.clients_per_round:
+            raise ValueError(
+                f"federation.enough={f.enough}: must be from the fewest replies of a round, "
+                f"{f.quorum}, to federation.clients_per_round={f.clients_per_round}"
+            )
+        if p != "off" and p.unit == "client":
+            raise ValueError(
+                f'federation.enough={f.enough}: must be absent when privacy.unit is "client", '
+                "because the sum is divided by clients_per_round whoever replied"
+            )
 
     def _teachers_fit(self) -> None:
         task, teacher, distill = self.task, self.teacher, self.student.distill
@@ -788,6 +807,7 @@ def _only_the_broadcast_model(local: Local) -> None:
 _LATER: dict[str, Any] = {
     "fleet": None,
     "federation.sampling": "passes",
+    "federation.enough": None,
     "federation.limit": None,
     "federation.window": 1,
     "federation.buffered": None,

@@ -25,6 +25,7 @@ from .finish import finish
 from .fleet import Fleet
 from .job import Job
 from .journal import Journal
+from .nodes import Nodes
 from .optimizer import ServerState
 from .preparation import Prepared, prepare, start_accuracies
 from .rounds import BudgetsSpent, RoundPlan, Tally, figures
@@ -43,9 +44,11 @@ class Settings:
         anchor: Returns the ledger head to record with a round, or None when ledgers are elsewhere.
         holds_anchor: Whether the ledger still holds a recorded head.
         close: Called when the run ends, whatever its end.
+        ended: Is told before that how it ended: with an error, or None.
         randomness: Where the server's own noise comes from; the operating system, unless a
             simulation asks for a seeded source.
         countersigner: Judges and countersigns the ledgers of real devices; None in a simulation.
+        nodes: Who the nodes are and how their replies are gathered.
         prepared: What earlier runs of this process made from public data, to be used again.
         fleet: Makes the simulated fleet of a plan that has one from the run's public constants.
     """
@@ -57,8 +60,10 @@ class Settings:
     anchor: Callable[[], str | None] = lambda: None
     holds_anchor: Callable[[str], bool] = lambda _: True
     close: Callable[[], None] = lambda: None
+    ended: Callable[[BaseException | None], None] = lambda error: None
     randomness: Randomness = field(default_factory=SystemRandomness)
     countersigner: Countersigner | None = None
+    nodes: Nodes = field(default_factory=Nodes)
     prepared: Prepared | None = None
     fleet: Callable[[bytes], Fleet] | None = None
 
@@ -72,6 +77,10 @@ def build_server_app(settings_of: Callable[[Context], Settings]) -> ServerApp:
         settings = settings_of(context)
         try:
             run_federation(settings, grid)
+            settings.ended(None)
+        except BaseException as error:
+            settings.ended(error)
+            raise
         finally:
             settings.close()
 
@@ -111,6 +120,7 @@ def run_federation(settings: Settings, grid: Grid) -> None:
             clerk.commit,
             taken_part,
             settings.countersigner,
+            settings.nodes,
             clerk.open,
             _fleet(settings, job),
             _virtual_time(journal),
@@ -236,14 +246,17 @@ class _Clerk:
             job.journal.record("accuracy", "known")
 
     def open(self, cohort: list[int]) -> list[int]:
-        """Record who is about to be asked; return everyone who was in this round."""
-        return sorted(int(node) for node in self._job.journal.open([str(n) for n in cohort]))
+        """Record who is about to be asked; return every device that was in this round."""
+        devices = {self._settings.nodes.identity(node) for node in cohort}
+        return sorted(int(device) for device in self._job.journal.open([str(d) for d in devices]))
 
     def commit(self, state: ServerState, tally: Tally, seconds: float) -> None:
         federation = self._job.plan.federation
         tested = state.round % federation.eval_every == 0 or state.round == federation.rounds
+        known = self._settings.nodes.identity
         clients, asked = (
-            [str(n) for n in sorted(nodes)] for nodes in (tally.accepted, tally.nodes)
+            [str(n) for n in sorted(devices)]
+            for devices in ({known(node) for node in tally.accepted}, tally.devices)
         )
         metrics: dict[str, Any] = {
             **figures(state.round, tally),

@@ -75,7 +75,7 @@ class BufferedAveraging(PrivateAveraging):
         release = self._next_release(number, grid)
         self._tally = self._new_tally()
         self._cohort = list(release.started)
-        self._tally.nodes = tuple(self._opened(self._cohort))
+        self._tally.devices = tuple(self._opened(self._cohort))
         self._count(release)
         for given, nodes in _grouped(release.used):
             self._train(number, given, nodes, grid)

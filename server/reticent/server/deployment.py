@@ -4,13 +4,15 @@ The run configuration holds ``plan``, the plan as TOML text; ``run-dir``, the ru
 server; and ``state-dir``, what ``reticent server init`` made: the key and the record with which the
 server countersigns devices' ledgers, over all its runs. Without a ``state-dir`` each run keeps its
 own, in its directory. A run directory that is already there is resumed; one that is in use is
-refused.
+refused. ``attempt``, which ``reticent server run`` sets, names the process in what it reports
+(:mod:`.attempt`).
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from reticent.core.plan import parse_plan
 from reticent.core.run import Run, create_run, locked, open_run
 
 from .app import Settings, build_server_app
+from .attempt import Teller
 from .countersign import Countersigner, create_state, open_state
+from .nodes import Nodes, polled
+from .registry import Registry, read_registry
 
 
 def _settings(context: Context) -> Settings:
@@ -35,7 +40,18 @@ def _settings(context: Context) -> Settings:
     run = open_run(folder, plan) if known else create_run(folder, plan)
     held = ExitStack()
     held.enter_context(locked(run))  # the same app submitted twice must not write one journal
-    countersigner = _countersigner(run, str(context.run_config.get("state-dir", "")))
+    teller = Teller(run, str(context.run_config.get("attempt", "")))
+    try:
+        return _serving(context, run, teller, held)
+    except BaseException as error:
+        teller.failed(error)
+        held.close()
+        raise
+
+
+def _serving(context: Context, run: Run, teller: Teller, held: ExitStack) -> Settings:
+    state = str(context.run_config.get("state-dir", ""))
+    countersigner = _countersigner(run, state)
     held.callback(countersigner.close)
     return Settings(
         run=run,
@@ -43,17 +59,53 @@ def _settings(context: Context) -> Settings:
         say=_say,
         progress=_show,
         close=held.close,
+        ended=lambda error: teller.failed(error) if error else teller.finished(),
         countersigner=countersigner,
+        nodes=_nodes(Path(state).expanduser() if state else None, teller),
     )
+
+
+def _nodes(state: Path | None, teller: Teller) -> Nodes:
+    """Return who the nodes are; devices that are enrolled meanwhile are known in the next round."""
+    known = [Registry()]
+
+    def seen(nodes: Sequence[int]) -> str:
+        known[0] = Registry() if state is None else read_registry(state / "devices.json")
+        missing = missing_devices(known[0], nodes)
+        teller.seen(len(nodes), ", ".join(missing))
+        return f"; not connected: {', '.join(missing)}" if missing else ""
+
+    return Nodes(
+        gather=polled, identity=lambda node: known[0].identities().get(node, node), seen=seen
+    )
+
+
+def missing_devices(registry: Registry, nodes: Sequence[int]) -> list[str]:
+    """Return the names of the devices that are welcome and not connected."""
+    names = registry.by_node()
+    connected = {names.get(node) for node in nodes}
+    welcome = (name for name, device in registry.devices.items() if device.revoked is None)
+    return sorted(name for name in welcome if name not in connected)
 
 
 def _countersigner(run: Run, given: str) -> Countersigner:
     if given:
-        return open_state(Path(given).expanduser())
+        folder = Path(given).expanduser()
+        _use_artifact_key(run, folder / "keys" / "artifacts")
+        return open_state(folder)
     folder = run.folder / "state"
     if not (folder / "keys" / "signing_key.pem").exists():  # the folder alone tells of a crash
         create_state(folder)
     return open_state(folder)
+
+
+def _use_artifact_key(run: Run, key: Path) -> None:
+    """Let the run sign its artifact with the server's key, which devices know.
+
+    By a link: the run directory is handed around, the key must not be.
+    """
+    if key.is_dir() and not run.keys.exists() and not run.keys.is_symlink():
+        run.keys.symlink_to(key.absolute())
 
 
 def _say(line: str) -> None:

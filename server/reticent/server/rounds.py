@@ -77,7 +77,7 @@ class Tally:
         accepted: The nodes they came from.
         failed: Nodes of which no reply was used; disjoint from ``accepted``.
         dropped: Replies that were not used, by reason.
-        nodes: The nodes that were asked, also before the round failed and was run again.
+        devices: Who was asked, by identity, also before the round failed and was run again.
         asked: Messages sent, repetitions included.
         bytes_up: Encoded bytes of the accepted updates; with unit ``client`` not noised.
         bytes_down: Bytes of the broadcast, to all.
@@ -92,7 +92,7 @@ class Tally:
     accepted: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
-    nodes: tuple[int, ...] = ()
+    devices: tuple[int, ...] = ()
     asked: int = 0
     bytes_up: int = 0
     bytes_down: int = 0

@@ -15,6 +15,7 @@ from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import NetworkError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order, Refusal
+from reticent.core.seeds import numpy_generator
 
 from .client_level import client_level_for
 from .control import ControlVariates
@@ -22,6 +23,7 @@ from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .fleet import Fleet, Virtual
 from .folding import Folder, FoldingGrid, Kept, Rules, payload_of
+from .nodes import Nodes
 from .optimizer import Accumulator, Floats, ServerState, apply_round
 from .rounds import BudgetsSpent, RoundPlan, Tally
 from .sampling import Sampler, cohort_in_time
@@ -49,7 +51,8 @@ class PrivateAveraging(Strategy):
         committed: Committed,
         taken_part: Mapping[int, int] | None = None,
         countersigner: Countersigner | None = None,
-        opened: Opened = tuple,
+        nodes: Nodes | None = None,
+        opened: Opened | None = None,
         fleet: Fleet | None = None,
         now: float = 0.0,
     ) -> None:
@@ -60,11 +63,12 @@ class PrivateAveraging(Strategy):
             constants: Public constants of every round.
             state: State after the last committed round.
             committed: Makes an applied round durable.
-            taken_part: Rounds that each node was asked in so far.
+            taken_part: Rounds that each device was asked in so far, by identity.
             countersigner: Judges the ledger statements of real devices; None in a simulation,
                 whose devices make none.
-            opened: Makes durable who is about to be asked, and returns everyone who was in this
-                round, also before it failed or was interrupted.
+            nodes: Who the nodes are and how their replies are gathered; a simulation's when None.
+            opened: Makes durable which nodes are about to be asked, and returns every device that
+                was in this round, also before it failed or was interrupted, by identity.
             fleet: The simulated fleet, which decides whose update arrives in time; None for all.
             now: Its virtual time at the end of the last committed round.
         """
@@ -83,7 +87,8 @@ class PrivateAveraging(Strategy):
         self._informed: set[int] = set()
         self._taken_part = Counter(taken_part or {})
         self._countersigner = countersigner
-        self._opened = opened
+        self._nodes = nodes or Nodes()
+        self._opened: Opened = opened or (lambda nodes: map(self._nodes.identity, nodes))
         self._sampler = Sampler(plan, constants.randomness, constants.run)
         self._fleet = fleet
         self._time = now
@@ -128,7 +133,7 @@ class PrivateAveraging(Strategy):
         federation = self._plan.federation
         self._tally = self._new_tally()
         self._cohort = self.cohort(number, grid)
-        self._tally.nodes = tuple(self._opened(self._cohort))
+        self._tally.devices = tuple(self._opened(self._cohort))
         self._begun.clear()
         if self._countersigner is not None:
             self._countersigner.begin()
@@ -157,21 +162,24 @@ class PrivateAveraging(Strategy):
         if self._countersigner is not None:
             self._countersigner.commit()
         # Everyone asked: a device charges the round when it trains, not when its reply arrives.
-        self._taken_part.update(self._tally.nodes)
+        self._taken_part.update(self._tally.devices)
         self.state = state
 
     def _gather(self, number: int, messages: Iterable[Message], grid: Grid) -> None:
         """Send ``messages`` and fold what comes back, here or, where the grid can, in its workers.
 
-        A countersigner judges replies one by one, and its devices are not simulated.
+        A countersigner judges replies one by one, and its devices are not simulated; and where a
+        round closes early, who is in it follows from the order of the replies.
         """
-        if isinstance(grid, FoldingGrid) and self._countersigner is None:
+        early = self._plan.federation.enough is not None
+        if isinstance(grid, FoldingGrid) and self._countersigner is None and not early:
             kept = Kept(self._constants.constants, self.state.held)
             for part in grid.fold(messages, self._rules(number), kept):
                 self._tally.merge(part)
             return
         timeout = self._plan.federation.timeout
-        self.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))
+        replies = self._nodes.gather(grid, messages, timeout, self._closed)
+        self.aggregate_train(number, replies)
 
     def _applied(self, number: int) -> ServerState:
         """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
@@ -224,13 +232,24 @@ class PrivateAveraging(Strategy):
         shared = self._constants.shared(self.state.weights)
         self._sent = self._downlink.broadcast(shared, self.state.held, server_round)
         order = ConfigRecord({**self._order(server_round).to_config()})
-        cohort = [n for n in self._cohort if n not in self._tally.accepted]
+        cohort = [n for n in self._asked_first(server_round) if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
         if self._fleet is not None:
             cohort = self._in_time(server_round, cohort, self._fleet)
         messages = self._messages(cohort, order, server_round)
         # Flower's own grids go through the messages twice, so they get a list; records are shared.
         return messages if isinstance(grid, FoldingGrid) else list(messages)
+
+    def _asked_first(self, number: int) -> list[int]:
+        """Return the cohort in the order it is asked in.
+
+        Where a round closes early and replies come in that order, as in a simulation, nobody must
+        be left out more often than others.
+        """
+        if self._plan.federation.enough is None:
+            return self._cohort
+        generator = numpy_generator(self._plan.seed, "first", number)
+        return [self._cohort[i] for i in generator.permutation(len(self._cohort))]
 
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent
@@ -300,8 +319,11 @@ class PrivateAveraging(Strategy):
             NetworkError: If fewer nodes are connected than the quorum, or may be asked.
         """
         nodes = self._wait_for_nodes(grid)
+        asked: Mapping[int, int] = self._taken_part
+        if not isinstance(nodes, range):  # of a simulation, whose nodes are its devices
+            asked = {node: self._taken_part[self._nodes.identity(node)] for node in nodes}
         chosen, self._time = cohort_in_time(
-            self._sampler, number, nodes, self._taken_part, self._fleet, self._time
+            self._sampler, number, nodes, asked, self._fleet, self._time
         )
         return chosen
 
@@ -312,6 +334,7 @@ class PrivateAveraging(Strategy):
             nodes = grid.get_node_ids()
             if not isinstance(nodes, range):  # a simulation's, however many, take no memory
                 nodes = sorted(nodes)
+            missing = self._nodes.seen(nodes)
             if len(nodes) >= federation.clients_per_round:
                 return nodes
             if time.monotonic() > deadline:
@@ -319,18 +342,26 @@ class PrivateAveraging(Strategy):
                     return nodes
                 raise NetworkError(
                     f"{len(nodes)} clients are connected after {federation.timeout:g} s, "
-                    f"{federation.quorum} are needed"
+                    f"{federation.quorum} are needed{missing}"
                 )
             time.sleep(1.0)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold each reply as it arrives; what is broken is dropped and counted by reason."""
+        """Fold each reply as it arrives; what is broken is dropped and counted by reason.
+
+        The round is closed once it has ``federation.enough`` replies; what comes later is not used.
+        """
         folder = Folder(self._codec, self._rules(server_round))
         for reply in replies:
-            folder.take(reply, self._tally, self._judge)
+            if not self._closed():
+                folder.take(reply, self._tally, self._judge)
         return None, None
+
+    def _closed(self) -> bool:
+        enough = self._plan.federation.enough
+        return enough is not None and len(self._tally.accepted) >= enough
 
     def _rules(self, number: int) -> Rules:
         constants, mechanism = self._constants, self._mechanism

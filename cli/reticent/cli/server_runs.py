@@ -1,0 +1,160 @@
+"""``reticent server start``, ``run`` and ``status``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .output import Progress, emit, epsilon_text, human_bytes, table
+from .servers import device_table, directory_option, server, superlink_nodes
+from .simulations import overrides_option, read_plan
+
+
+@server.command()
+@directory_option
+def start(folder: Path) -> None:
+    """Run the SuperLink in the foreground, as the systemd unit does.
+
+    Devices that were enrolled or revoked meanwhile are registered or refused first.
+    """
+    from reticent.core.errors import NetworkError
+    from reticent.server.certificates import utc_now
+    from reticent.server.enrolment import synchronize
+    from reticent.server.flower import Flower, answers, superlink
+    from reticent.server.home import open_home
+    from reticent.server.status import warnings
+
+    home = open_home(folder)
+    _stop_when_told()
+    for warning in warnings(home, utc_now()):
+        click.echo(f"warning: {warning}", err=True)
+    if answers(home):
+        raise NetworkError(f"port {home.port}: this server's SuperLink runs already")
+    with superlink(home) as link:
+        synchronize(home, Flower(home), utc_now(), click.echo)
+        click.echo(f"SuperLink ready at {home.address}")
+        status = link.wait() if link else 0
+    raise NetworkError(f"the SuperLink ended with status {status}")
+
+
+@server.command()
+@click.argument("plan_file", required=False, type=click.Path(path_type=Path), metavar="[PLAN]")
+@directory_option
+@overrides_option
+@click.option("--run", "where", type=click.Path(path_type=Path), help="The run directory.")
+@click.option("--resume", is_flag=True, help="Continue the run in --run after its last round.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve /metrics on 127.0.0.1.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def run(
+    plan_file: Path | None,
+    folder: Path,
+    overrides: tuple[str, ...],
+    where: Path | None,
+    resume: bool,
+    metrics_port: int | None,
+    as_json: bool,
+) -> None:
+    """Run PLAN with the enrolled devices: rounds, artifact and figures end in --run.
+
+    A ServerApp or SuperLink that dies is started again, and the run goes on at the next round. The
+    exit status is 0 only if the run came to its end.
+    """
+    from reticent.core.errors import PlanError
+    from reticent.core.run import open_run
+    from reticent.server.exposition import exposed
+    from reticent.server.home import open_home
+    from reticent.server.operate import prepare_operation
+
+    if resume and where is None:
+        raise PlanError("--resume: needs --run, the directory of the run to continue")
+    own = resume and plan_file is None and not overrides
+    plan = open_run(where).plan() if own and where else read_plan(plan_file, overrides)
+    home = open_home(folder)
+    name = f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}"
+    target = (where or home.folder / "runs" / name).absolute()
+    show = Progress(plan.federation.rounds, as_json)
+    show.say(f"plan {plan.digest[:12]}, run directory {target}")
+    _stop_when_told()
+    try:
+        operation = prepare_operation(home, plan, target, resume, show.say, show.round)
+        with exposed(operation.run, metrics_port):
+            operation.serve()
+    except KeyboardInterrupt:
+        show.clear()
+        again = f"reticent server run --dir {home.folder} --run {target} --resume"
+        click.echo(f"interrupted: committed rounds are kept; continue with `{again}`", err=True)
+        raise SystemExit(130) from None
+    finally:
+        show.clear()
+    summary = operation.run.read_summary()
+    if as_json:
+        click.echo(json.dumps({"run": str(target), **summary}))
+        return
+    _close(target, summary)
+
+
+def _close(target: Path, summary: dict[str, Any]) -> None:
+    accuracy, privacy = summary["accuracy"], summary["privacy"]
+    best = accuracy.get("int8", accuracy["fp32"])
+    click.echo(f"accuracy  {best:.1%}, public data alone {accuracy['public_only']:.1%}")
+    if privacy["trust"] != "off":
+        click.echo(f"privacy   ε {epsilon_text(privacy['epsilon'])} at δ {privacy['delta']:g}")
+    click.echo(f"artifact  {'none' if 'no_artifact' in summary else target / 'artifact'}")
+    click.echo(f"report    `reticent report {target}` writes it")
+
+
+@server.command()
+@directory_option
+@click.option("--run", "where", type=click.Path(path_type=Path), help="A run; else the last one.")
+@click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
+def status(folder: Path, where: Path | None, as_json: bool) -> None:
+    """Show devices, certificates and the run: round, replies, bytes, why replies were not used."""
+    from reticent.core.run import Run
+    from reticent.server.certificates import utc_now
+    from reticent.server.home import open_home
+    from reticent.server.status import last_run, run_status, server_status
+
+    home = open_home(folder)
+    shown = server_status(home, superlink_nodes(home), utc_now())
+    found = Run(where) if where else last_run(home)
+    progress = None if found is None else run_status(found)
+    if as_json:
+        emit({"server": shown, "run": progress})
+        return
+    click.echo(f"server {shown['address']}, SuperLink {shown['superlink']}")
+    ends = [f"{c['file']} until {c['expires'][:10]}" for c in shown["certificates"]]
+    click.echo(", ".join(ends))
+    for warning in shown["warnings"]:
+        click.echo(f"warning: {warning}")
+    click.echo("\n" + device_table(shown["devices"]))
+    if progress is not None:
+        click.echo("\n" + table(["run", progress["folder"]], _rows(progress)))
+
+
+def _rows(run: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        ["state", run["state"]],
+        ["round", f"{run['round']} of {run['rounds']}"],
+        ["replies used", f"{run['replies']} of {run['asked']} orders"],
+        ["sent up, down", f"{human_bytes(run['bytes_up'])}, {human_bytes(run['bytes_down'])}"],
+    ]
+    rows += [[f"not used: {why}", str(count)] for why, count in sorted(run["dropped"].items())]
+    if run["epsilon"] is not None:
+        rows.append(["ε so far", epsilon_text(run["epsilon"])])
+    if run["accuracy"] is not None:
+        rows.append(["accuracy", f"{run['accuracy']:.1%}"])
+    if run["state"] == "running" and run["missing"]:
+        rows.append(["not connected", run["missing"]])
+    if run["reason"]:
+        rows.append(["why", run["reason"]])
+    return rows
+
+
+def _stop_when_told() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that what was started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

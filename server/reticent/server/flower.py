@@ -1,0 +1,234 @@
+"""Flower's command lines: the SuperLink's process, and what it is told and asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reticent.core.errors import NetworkError
+
+from .home import CONNECTION, Home
+
+START_SECONDS = 60.0
+_RETURN_SECONDS = 30.0
+_CALL_SECONDS = 120.0
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the SuperLink knows about a node.
+
+    Attributes:
+        id: Its id.
+        status: ``registered`` (never seen), ``online``, ``offline`` or ``unregistered``.
+        changed: When it last came online or went offline, as the SuperLink writes it; or None.
+    """
+
+    id: int
+    status: str
+    changed: str | None
+
+
+class Flower:
+    """Flower's ``flwr`` command, speaking to this server's SuperLink."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def register(self, public: Path) -> int:
+        """Tell the SuperLink about a node key and return the node's id."""
+        return int(self._call("supernode", "register", str(public), CONNECTION)["node-id"])
+
+    def unregister(self, node: int) -> None:
+        """Let the SuperLink refuse a node from now on."""
+        self._call("supernode", "unregister", str(node), CONNECTION)
+
+    def nodes(self) -> list[Node]:
+        """Return every node that the SuperLink lists."""
+        listed = self._call("supernode", "list", CONNECTION)["nodes"]
+        return [_node(entry) for entry in listed]
+
+    def submit(self, app: Path, overrides: dict[str, str]) -> str:
+        """Start the app in a folder and return the id of Flower's run."""
+        words = " ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items())
+        return str(self._call("run", str(app), CONNECTION, "--run-config", words)["run-id"])
+
+    def stop(self, run: str) -> None:
+        """Stop a run of Flower's; one that has ended already is no error."""
+        with suppress(NetworkError):
+            self._call("stop", run, CONNECTION)
+
+    def _call(self, *words: str) -> dict[str, Any]:
+        command = [program("flwr"), *words, "--format", "json"]
+        what = f"flwr {' '.join(words[:2])}"
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                env=environment(self._home),
+                timeout=_CALL_SECONDS,
+                check=False,
+                text=True,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise NetworkError(f"{what}: no answer in {_CALL_SECONDS:g} s") from error
+        answer = _json(done.stdout)
+        if answer is None or done.returncode or answer.get("success") is not True:
+            said = (answer or {}).get("error-message") or done.stderr or done.stdout
+            raise NetworkError(f"{what}: {' '.join(str(said).split())[-500:]}")
+        return answer
+
+
+def _node(entry: dict[str, Any]) -> Node:
+    status = str(entry["status"])
+    seen = entry["offline-at"] if status != "online" else entry["online-at"]
+    return Node(int(entry["node-id"]), status, None if seen in ("N/A", None) else str(seen))
+
+
+def _json(text: str) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def answers(home: Home) -> bool:
+    """Return whether something on the SuperLink's port shows a certificate of our authority."""
+    trusting = ssl.create_default_context(cafile=str(home.tls / "ca.crt"))
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", home.port), 5) as raw,
+            trusting.wrap_socket(raw, server_hostname="127.0.0.1"),
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def wait_for(home: Home) -> None:
+    """Give a SuperLink that somebody else keeps running the time to come back."""
+    deadline = time.monotonic() + _RETURN_SECONDS
+    while not answers(home) and time.monotonic() < deadline:
+        time.sleep(1.0)
+
+
+class SuperLink:
+    """This server's SuperLink as a child process."""
+
+    def __init__(self, home: Home, output: Path | None) -> None:
+        """Start it; its output is appended to a file, or goes where ours goes."""
+        self._home, self._output = home, output
+        with ExitStack() as stack:
+            log = None if output is None else stack.enter_context(output.open("ab"))
+            self._process = subprocess.Popen(
+                [program("flower-superlink"), *arguments(home)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT if log else None,
+                env=environment(home),
+                umask=0o077,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            NetworkError: If it ends, or does not answer in time; with the end of its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(self._home):
+            if (status := self._process.poll()) is not None:
+                raise NetworkError(f"the SuperLink ended with status {status}{self._log()}")
+            if time.monotonic() > deadline:
+                raise NetworkError(f"no SuperLink after {START_SECONDS:g} s{self._log()}")
+            time.sleep(0.25)
+
+    def ended(self) -> bool:
+        """Return whether the process is gone."""
+        return self._process.poll() is not None
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit status."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End it and the processes that it started."""
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _log(self) -> str:
+        if self._output is None:
+            return ""
+        text = self._output.read_text(errors="replace")
+        return ": " + "\n".join(text.splitlines()[-12:])
+
+
+@contextmanager
+def superlink(home: Home, output: Path | None = None) -> Iterator[SuperLink | None]:
+    """Hold a SuperLink: None is one that was running already, which is left running.
+
+    Args:
+        home: The server.
+        output: File that its output is appended to; None for where ours goes.
+
+    Raises:
+        NetworkError: If none can be started.
+    """
+    if answers(home):
+        yield None
+        return
+    started = SuperLink(home, output)
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.stop()
+
+
+def arguments(home: Home) -> Sequence[str]:
+    """Return the arguments of ``flower-superlink``."""
+    return (
+        *("--ssl-ca-certfile", str(home.tls / "ca.crt")),
+        *("--ssl-certfile", str(home.tls / "server.crt")),
+        *("--ssl-keyfile", str(home.tls / "server.key")),
+        *("--host", home.listens_on, "--port", str(home.port)),
+        *("--database", str(home.database)),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+    )
+
+
+def environment(home: Home) -> dict[str, str]:
+    """Return the environment of every command of Flower's."""
+    # The commands of this interpreter's environment come first: Flower starts more of them.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **_QUIET, "FLWR_HOME": str(home.flower), "PATH": path}
+
+
+def program(name: str) -> str:
+    """Return the path of a command that is installed beside this interpreter."""
+    return str(Path(sys.executable).parent / name)

@@ -1,0 +1,251 @@
+"""Driving a real run: a SuperLink, a ServerApp, and what to do when either of them dies."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from reticent.core.bundle import sign_plan
+from reticent.core.errors import NetworkError, ProvisionError, ReticentError, RunError
+from reticent.core.plan import Plan
+from reticent.core.run import Run, create_run, open_run, without_none, write_atomic
+from reticent.core.signing import PRIVATE_KEY, read_private_key
+
+from .attempt import FAILED, FINISHED, Attempt, error_of, read_attempt
+from .certificates import utc_now
+from .enrolment import synchronize
+from .flower import START_SECONDS, Flower, SuperLink, answers, superlink, wait_for
+from .home import Home
+from .status import warnings
+
+_POLL_SECONDS = 0.5
+_MOST_DEATHS = 5
+CLIENT_APP = "reticent.client.deployment:app"
+
+
+@dataclass
+class Operation:
+    """One call of ``reticent server run``.
+
+    Attributes:
+        home: The server.
+        run: The run directory.
+        plan: Its plan.
+        say: Takes a line for a person.
+        progress: Takes each committed round's metrics, from those of the first round on.
+        client_app: What runs on the devices; another one only in tests.
+    """
+
+    home: Home
+    run: Run
+    plan: Plan
+    say: Callable[[str], None]
+    progress: Callable[[dict[str, Any]], None]
+    client_app: str = CLIENT_APP
+    _shown: int = 0
+    _waited_for: str = ""
+    _flower_run: str = ""
+    _flower: Flower = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._flower = Flower(self.home)
+
+    def serve(self) -> None:
+        """Serve the run to its end.
+
+        A ServerApp or a SuperLink that dies is started again, and the run goes on at the next
+        round, up to :data:`_MOST_DEATHS` times in a row without a committed round. On leaving, the
+        ServerApp and a SuperLink that was started here are stopped; committed rounds are kept.
+
+        Raises:
+            ReticentError: Why it did not come to its end.
+        """
+        deaths = 0
+        while True:
+            with superlink(self.home, self.home.log) as link:
+                self.say(f"SuperLink {'started' if link else 'found running'}: {self.home.address}")
+                synchronize(self.home, self._flower, utc_now(), self.say)
+                while link is None or not link.ended():
+                    before = self._shown
+                    why = self._attempt(link)
+                    if not why:
+                        return
+                    deaths = 1 if self._shown > before else deaths + 1
+                    self._pause(why, deaths)
+                    if link is None and not answers(self.home):
+                        wait_for(self.home)
+                        break
+
+    def _pause(self, why: str, deaths: int) -> None:
+        """Wait before another attempt.
+
+        Raises:
+            NetworkError: If there were enough of them.
+        """
+        if deaths >= _MOST_DEATHS:
+            raise NetworkError(
+                f"{why}, {deaths} times in a row without a committed round; see {self.home.log}"
+            )
+        self.say(f"{why}; going on after round {self._shown}")
+        time.sleep(min(2**deaths, 30))
+
+    def _attempt(self, link: SuperLink | None) -> str:
+        """Let a ServerApp serve the run to its end; return what died before, if anything did.
+
+        Raises:
+            ReticentError: What the ServerApp failed with.
+        """
+        token = self._found() or self._submitted()
+        try:
+            return self._watch(token, link)
+        except BaseException:
+            self._abandon(token)
+            raise
+
+    def _found(self) -> str | None:
+        """Return the token of a ServerApp that an earlier call started and that still runs."""
+        attempt = read_attempt(self.run)
+        if attempt is None or not attempt.alive():
+            return None
+        self.say("found its ServerApp running")
+        return attempt.token
+
+    def _submitted(self) -> str:
+        if self._flower_run:
+            self._flower.stop(self._flower_run)
+        token = secrets.token_hex(8)
+        where = {"run-dir": str(self.run.folder), "state-dir": str(self.home.folder)}
+        self._flower_run = self._flower.submit(self._write_app(), {**where, "attempt": token})
+        return token
+
+    def _abandon(self, token: str) -> None:
+        """Leave no ServerApp behind that still asks devices."""
+        attempt = read_attempt(self.run)
+        if attempt is not None and attempt.token == token:
+            if not attempt.alive():
+                return
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(attempt.pid, signal.SIGTERM)
+        if self._flower_run and answers(self.home):
+            self._flower.stop(self._flower_run)
+
+    def _watch(self, token: str, link: SuperLink | None) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            attempt = read_attempt(self.run)
+            mine = attempt if attempt is not None and attempt.token == token else None
+            self._show(mine)
+            lost = link is not None and link.ended()
+            if mine is None and (lost or time.monotonic() > deadline):
+                return "the SuperLink died" if lost else "the ServerApp did not begin"
+            if mine is not None and mine.state == FINISHED:
+                return ""
+            if mine is not None and mine.state == FAILED:
+                return _failure(mine)
+            if mine is not None and not mine.alive():
+                return "the SuperLink died" if lost else "the ServerApp died"
+            time.sleep(_POLL_SECONDS)
+
+    def _show(self, attempt: Attempt | None) -> None:
+        for metrics in committed(self.run)[self._shown :]:
+            self.progress(metrics)
+            self._shown += 1
+        waited = "" if attempt is None else attempt.missing
+        if waited != self._waited_for:
+            self._waited_for = waited
+            if waited and attempt is not None:
+                self.say(f"{attempt.online} nodes connected; not connected: {waited}")
+
+    def _write_app(self) -> Path:
+        """Write the Flower app, which is a ``pyproject.toml`` only, and return its folder."""
+        folder = self.home.folder / "app"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        text = tomli_w.dumps(_app(self.plan, self.home, self.client_app), multiline_strings=True)
+        write_atomic(folder / "pyproject.toml", text.encode())
+        return folder
+
+
+def prepare_operation(
+    home: Home,
+    plan: Plan,
+    folder: Path,
+    resume: bool,
+    say: Callable[[str], None],
+    progress: Callable[[dict[str, Any]], None],
+    client_app: str = CLIENT_APP,
+) -> Operation:
+    """Make or open the run directory, and check what would make the run fail later.
+
+    Raises:
+        RunError: If the run directory cannot be used.
+        ProvisionError: If the server's certificate has expired.
+    """
+    now = utc_now()
+    if home.certificate_ends("server.crt") <= now:
+        raise ProvisionError(
+            "the server's certificate has expired: renew it with `reticent server rotate`"
+        )
+    for warning in warnings(home, now):
+        say(f"warning: {warning}")
+    run = open_run(folder, plan) if resume else create_run(folder, plan)
+    if run.summary.is_file():
+        raise RunError(f"{folder}: the run has finished: there is nothing to continue")
+    write_atomic(home.last_run, str(folder.absolute()).encode())
+    known = Run(folder.absolute())
+    return Operation(home, known, plan, say, progress, client_app, len(committed(known)))
+
+
+def committed(run: Run) -> list[dict[str, Any]]:
+    """Return the metrics of committed rounds while another process may be adding one."""
+    try:
+        return run.read_metrics()
+    except RunError:
+        return []  # a line that is being written; the next look finds it whole
+
+
+def _failure(attempt: Attempt) -> str:
+    """Return why the ServerApp died, if trying again may help.
+
+    Raises:
+        ReticentError: If it knew what was wrong.
+    """
+    error = error_of(attempt)
+    if error.exit_code != ReticentError.exit_code:
+        raise error
+    return f"the ServerApp failed ({error})"  # a SuperLink that went away looks like this
+
+
+def _app(plan: Plan, home: Home, client_app: str) -> dict[str, Any]:
+    signer = read_private_key(home.keys / "plans" / PRIVATE_KEY)
+    config = {
+        "plan": tomli_w.dumps(without_none(plan.model_dump(mode="json"))),
+        "plan-signature": sign_plan(signer, plan.digest),
+        "run-dir": "",
+        "state-dir": "",
+        "attempt": "",
+    }
+    app = {
+        "publisher": "reticent",
+        "components": {
+            "serverapp": "reticent.server.deployment:app",
+            "clientapp": client_app,
+        },
+        "config": config,
+    }
+    project = {
+        "name": "reticent-run",
+        "version": "0.1.0",
+        "description": "A run of reticent",
+        "license": "Apache-2.0",
+        "dependencies": ["reticent"],
+    }
+    return {"project": project, "tool": {"flwr": {"app": app}}}

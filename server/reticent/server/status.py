@@ -1,0 +1,150 @@
+"""What a server and its last run are doing, from files and, if it runs, from the SuperLink."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from reticent.core.errors import NetworkError
+from reticent.core.run import Run
+
+from .attempt import FAILED, FINISHED, read_attempt
+from .certificates import WARNING_DAYS, expiry_warning
+from .flower import Node
+from .home import Home
+from .registry import Device, read_registry
+
+_RENEWALS = {
+    "ca.crt": "make a new server and enroll the devices again",
+    "server.crt": "renew it with `reticent server rotate`",
+}
+_NAMES = {"ca.crt": "the certificate authority", "server.crt": "the server's certificate"}
+
+
+def warnings(home: Home, now: datetime) -> list[str]:
+    """Return what expired or soon does: certificates, and keys of devices that are welcome."""
+    found = [
+        expiry_warning(_NAMES[name], home.certificate_ends(name), now, how)
+        for name, how in _RENEWALS.items()
+    ]
+    for name, device in read_registry(home.devices).devices.items():
+        if device.revoked is None:
+            ends = datetime.fromisoformat(device.key.expires)
+            how = f"`reticent server renew {name}`"
+            found.append(expiry_warning(f"the key of {name}", ends, now, how))
+    return [warning for warning in found if warning is not None]
+
+
+def server_status(home: Home, nodes: list[Node] | None, now: datetime) -> dict[str, Any]:
+    """Return the server's state as JSON values.
+
+    Args:
+        home: The server.
+        nodes: What the SuperLink lists; None if it does not run.
+        now: The time.
+    """
+    return {
+        "address": home.address,
+        "superlink": "down" if nodes is None else "up",
+        "certificates": [_certificate(home, name, now) for name in _RENEWALS],
+        "devices": devices_status(home, nodes, now),
+        "warnings": warnings(home, now),
+        "warning_days": WARNING_DAYS,
+    }
+
+
+def devices_status(home: Home, nodes: list[Node] | None, now: datetime) -> list[dict[str, Any]]:
+    """Return every enrolled device, by name."""
+    known = {node.id: node for node in nodes or []}
+    devices = sorted(read_registry(home.devices).devices.items())
+    return [_device(name, device, known, nodes is None, now) for name, device in devices]
+
+
+def run_status(run: Run) -> dict[str, Any]:
+    """Return a run's progress; only what it has released: its metrics, and how it ended.
+
+    Raises:
+        RunError: If there is no run, or it is damaged.
+    """
+    plan = run.plan()
+    metrics = run.read_metrics()
+    dropped = Counter[str]()
+    for line in metrics:
+        dropped.update(line["dropped"])
+    claimed = [line["epsilon"] for line in metrics if line["epsilon"] is not None]
+    return {
+        "folder": str(run.folder),
+        "plan": plan.digest,
+        **_activity(run),
+        "round": len(metrics),
+        "rounds": plan.federation.rounds,
+        "replies": sum(line["replies"] for line in metrics),
+        "asked": sum(line["asked"] for line in metrics),
+        "dropped": dict(dropped),
+        "bytes_up": sum(line["bytes_up"] for line in metrics),
+        "bytes_down": sum(line["bytes_down"] + line["bytes_constants"] for line in metrics),
+        "accuracy": next((m["accuracy"] for m in reversed(metrics) if m["accuracy"]), None),
+        "epsilon": claimed[-1] if claimed else None,
+    }
+
+
+def last_run(home: Home) -> Run | None:
+    """Return the run that this server served last; None if there was none."""
+    try:
+        return Run(Path(home.last_run.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise NetworkError(f"{home.last_run}: cannot be read: {error}") from error
+
+
+def _activity(run: Run) -> dict[str, Any]:
+    attempt = read_attempt(run)
+    if run.summary.is_file():
+        return {"state": FINISHED, "online": None, "missing": "", "reason": ""}
+    if attempt is None:
+        return {"state": "not begun", "online": None, "missing": "", "reason": ""}
+    if attempt.state == FAILED:
+        return {"state": FAILED, "online": None, "missing": "", "reason": attempt.reason}
+    if not attempt.alive():
+        why = "its ServerApp is gone; continue with `reticent server run --resume`"
+        return {"state": "stopped", "online": None, "missing": "", "reason": why}
+    seen = {"online": attempt.online, "missing": attempt.missing}
+    return {"state": "running", **seen, "reason": ""}
+
+
+def _certificate(home: Home, name: str, now: datetime) -> dict[str, Any]:
+    ends = home.certificate_ends(name)
+    return {"file": name, "expires": ends.isoformat(), "days": (ends - now).days}
+
+
+def _device(
+    name: str, device: Device, known: dict[int, Node], down: bool, now: datetime
+) -> dict[str, Any]:
+    nodes = [known[key.node] for key in device.keys if key.node in known]
+    seen = [node.changed for node in nodes if node.changed is not None]
+    return {
+        "name": name,
+        "index": device.index,
+        "state": _state(device, nodes, down, now),
+        "last_seen": max(seen, default=None),
+        "key_expires": device.key.expires,
+        "node": None if device.key.node is None else str(device.key.node),
+        "revoked": device.revoked,
+    }
+
+
+def _state(device: Device, nodes: list[Node], down: bool, now: datetime) -> str:
+    if device.revoked is not None:
+        return "revoked"
+    if device.key.expired(now):
+        return "expired"
+    if down:
+        return "unknown"
+    if any(node.status == "online" for node in nodes):
+        return "online"
+    if device.key.node is None:
+        return "not registered"
+    return "offline" if any(node.changed for node in nodes) else "never seen"

@@ -1,0 +1,49 @@
+"""The systemd unit that keeps a server's SuperLink running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reticent.core.errors import ProvisionError
+
+NAME = "reticent-server.service"
+
+
+def server_unit(folder: Path, command: Path) -> str:
+    """Return the unit; ``command`` is the absolute path of the ``reticent`` command.
+
+    The service sees the system read-only and may write to ``folder`` alone.
+
+    Raises:
+        ProvisionError: If a path holds what a unit file cannot.
+    """
+    where, runs = _quoted(folder), _quoted(command)
+    return f"""[Unit]
+Description=reticent server ({folder.name})
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart={runs} server start {where}
+Restart=on-failure
+RestartSec=5
+KillMode=mixed
+UMask=0077
+NoNewPrivileges=true
+PrivateTmp=true
+ProtectSystem=strict
+ProtectKernelTunables=true
+ProtectControlGroups=true
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+ReadWritePaths={where}
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def _quoted(path: Path) -> str:
+    text = str(path)
+    if not text.isprintable() or set(text) & set("\"'\\%$"):
+        raise ProvisionError(f"{path}: a systemd unit cannot hold such a path: choose another")
+    return f'"{text}"' if " " in text else text

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reticent.cli import main as command
+from reticent.core.plan import load_plan
+from reticent.core.run import create_run
+from reticent.core.signing import read_public_key
+from reticent.server.certificates import SERVER_DAYS, utc_now
+from reticent.server.home import create_home, open_home, rotate_certificate
+from reticent.server.operate import committed
+
+Capture = pytest.CaptureFixture[str]
+PLAN = Path(__file__).resolve().parent.parent / "examples" / "deployment" / "plan.toml"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr("sys.argv", ["reticent", "server", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "server"
+    create_home(folder, ["127.0.0.1"], port, utc_now())
+    monkeypatch.setenv("RETICENT_SERVER", str(folder))
+    return folder
+
+
+def test_a_server_is_set_up_without_a_superlink(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert call(monkeypatch, "enroll", "a", "b") == 0
+    printed = capsys.readouterr().out
+    checksum = json.loads((server / "bundles" / "a.bundle").read_text())["checksum"]
+    assert checksum in printed and "does not run" in printed
+    assert call(monkeypatch, "renew", "a") == 0
+    assert call(monkeypatch, "revoke", "b") == 0
+    assert call(monkeypatch, "rotate") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {d["name"]: d["state"] for d in listed} == {"a": "unknown", "b": "revoked"}
+    assert call(monkeypatch, "status") == 0
+    assert "SuperLink down" in capsys.readouterr().out
+
+
+def test_nothing_that_is_printed_or_logged_holds_a_private_key(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, caplog: Any
+) -> None:
+    with caplog.at_level(0):
+        for words in (["enroll", "a"], ["renew", "a"], ["status"], ["list"], ["rotate"]):
+            assert call(monkeypatch, *words) == 0
+        assert call(monkeypatch, "enroll", "a") == 11
+    printed = capsys.readouterr()
+    secrets = [
+        line
+        for path in server.rglob("*")
+        if path.is_file() and b"PRIVATE KEY" in path.read_bytes()
+        for line in path.read_text().replace("\\n", "\n").splitlines()
+        if len(line) > 40 and "-----" not in line and '"' not in line
+    ]
+    assert len(secrets) >= 5
+    for secret in secrets:
+        assert secret not in printed.out + printed.err + caplog.text
+
+
+def test_a_policy_is_taken_from_a_file_and_must_be_toml(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("budget-epsilon =")
+    assert call(monkeypatch, "enroll", "a", "--policy", policy) == 11
+    assert "must be a TOML file" in capsys.readouterr().err
+    policy.write_text("budget-epsilon = 1.0\n")
+    assert call(monkeypatch, "enroll", "a", "--policy", policy) == 0
+    bundle = json.loads((server / "bundles" / "a.bundle").read_text())
+    assert bundle["policy"] == policy.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("run", "--resume"), 3, "needs --run"),
+        (("run", "absent.toml"), 3, "absent.toml"),
+        (("list", "--dir", "/nonexistent"), 11, "server init"),
+        (("revoke", "nobody"), 11, "is not enrolled"),
+        (("enroll",), 2, "Missing argument"),
+        (("init", "x", "--host", "a b"), 11, "host name or an IP address"),
+    ],
+)
+def test_failures_say_why_and_have_a_status(
+    server: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    words: tuple[str, ...],
+    status: int,
+    said: str,
+) -> None:
+    assert call(monkeypatch, *words) == status
+    assert said in capsys.readouterr().err
+
+
+def test_an_expired_certificate_ends_a_run_before_it_begins(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    rotate_certificate(open_home(server), utc_now() - timedelta(days=SERVER_DAYS + 1))
+    assert call(monkeypatch, "run", PLAN, "--run", tmp_path / "run") == 11
+    assert "server rotate" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_something_else_uses_ends_a_run_with_the_reason(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    with socket.create_server(("127.0.0.1", open_home(server).port)):
+        assert call(monkeypatch, "run", PLAN, "--run", tmp_path / "run") == 6
+    assert "the SuperLink ended with status" in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_not_begun_again(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    run = create_run(tmp_path / "run", load_plan(PLAN))
+    assert call(monkeypatch, "run", PLAN, "--run", run.folder) == 8
+    assert "--resume" in capsys.readouterr().err
+    run.summary.write_text("{}")
+    assert call(monkeypatch, "run", "--run", run.folder, "--resume") == 8
+    assert "has finished" in capsys.readouterr().err
+    assert call(monkeypatch, "status", "--run", run.folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["run"]["state"] == "finished"
+
+
+def test_a_line_of_metrics_that_is_being_written_is_read_later(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", load_plan(PLAN))
+    run.metrics.write_text('{"round": 1}\n{"rou')
+    assert committed(run) == []
+    run.metrics.write_text('{"round": 1}\n{"round": 2}\n')
+    assert [m["round"] for m in committed(run)] == [1, 2]
+
+
+def test_the_artifact_is_signed_by_the_servers_key_and_the_run_holds_no_copy(
+    server: Path, tmp_path: Path
+) -> None:
+    from reticent.server.deployment import _countersigner
+
+    run = create_run(tmp_path / "run", load_plan(PLAN))
+    for _ in range(2):
+        _countersigner(run, str(server)).close()
+    assert run.keys.is_symlink()
+    own = read_public_key(run.keys / "signing_key.pub.pem")
+    assert own == read_public_key(server / "keys" / "artifacts" / "signing_key.pub.pem")

@@ -73,6 +73,17 @@ def test_the_stream_of_one_by_one_deals_the_same_cohorts() -> None:
         assert sorted(next(stream) for _ in range(5)) == cohort
 
 
+@pytest.mark.parametrize("sampling", ["passes", "fixed"])
+def test_nodes_may_have_any_id_of_64_bits(sampling: str) -> None:
+    """As those of real devices have: whoever is chosen is one of them."""
+    nodes = sorted([1, 2**63 - 1, 2**63, 2**64 - 1, 11106844511284742700])
+    plan = plan_of(5, 2, f"federation.sampling={sampling}", "federation.rounds=2")
+    sampler = sampler_of(plan)
+    chosen = [sampler.cohort(number, nodes, {2**64 - 1: 10**6}) for number in (1, 2)]
+    assert all(len(found) == 2 and set(found) < set(nodes) for found in chosen)
+    assert all(2**64 - 1 not in found for found in chosen)
+
+
 def test_a_fixed_cohort_is_uniform_and_has_its_size() -> None:
     plan = plan_of(20, 4, "federation.sampling=fixed", "federation.rounds=2000")
     dealt = cohorts(plan, 2000)

@@ -446,7 +446,7 @@ def test_who_was_asked_before_a_round_failed_is_not_asked_beyond_the_bound(
     )
     with pytest.raises(NetworkError, match="connected clients have been asked in fewer than"):
         again.strategy.start(others)
-    assert set(again.tallies[0].nodes) == known > set(again.script.nodes(1))
+    assert set(again.tallies[0].devices) == known > set(again.script.nodes(1))
 
 
 def test_too_few_nodes_are_an_error_that_counts_them() -> None:

@@ -120,10 +120,10 @@ def run_federation(settings: Settings, grid: Grid) -> None:
             clerk.commit,
             taken_part,
             settings.countersigner,
-            settings.nodes,
             clerk.open,
             _fleet(settings, job),
             _virtual_time(journal),
+            settings.nodes,
         )
         if isinstance(strategy, BufferedAveraging):
             strategy.follow(lambda n: journal.after(n).weights if n else start.weights)

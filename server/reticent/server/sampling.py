@@ -113,7 +113,8 @@ class Sampler:
             some = some[self._eligible(number, some)]
             if admits is not None:
                 some = some[admits(some)]
-            yield from (node for node in some.tolist() if asked.get(node, 0) < most)
+            found = (node % 2**64 for node in some.tolist())
+            yield from (node for node in found if asked.get(node, 0) < most)
 
     def _eligible(self, number: int, nodes: Nodes) -> NDArray[np.bool_]:
         federation = self.plan.federation
@@ -189,7 +190,8 @@ def cohort_in_time(
 def _at(nodes: Sequence[int], positions: Nodes) -> Nodes:
     if isinstance(nodes, range):
         return nodes.start + nodes.step * positions
-    return np.array([nodes[i] for i in positions.tolist()], dtype=np.int64)
+    # Ids of real nodes have 64 bits and no sign; _free takes the sign away again.
+    return np.array([nodes[i] for i in positions.tolist()], dtype=np.uint64).view(np.int64)
 
 
 def _pieces(order: Nodes, size: int) -> Iterator[Nodes]:

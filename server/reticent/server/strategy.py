@@ -51,10 +51,10 @@ class PrivateAveraging(Strategy):
         committed: Committed,
         taken_part: Mapping[int, int] | None = None,
         countersigner: Countersigner | None = None,
-        nodes: Nodes | None = None,
         opened: Opened | None = None,
         fleet: Fleet | None = None,
         now: float = 0.0,
+        nodes: Nodes | None = None,
     ) -> None:
         """Continue from ``state``.
 
@@ -66,11 +66,11 @@ class PrivateAveraging(Strategy):
             taken_part: Rounds that each device was asked in so far, by identity.
             countersigner: Judges the ledger statements of real devices; None in a simulation,
                 whose devices make none.
-            nodes: Who the nodes are and how their replies are gathered; a simulation's when None.
             opened: Makes durable which nodes are about to be asked, and returns every device that
                 was in this round, also before it failed or was interrupted, by identity.
             fleet: The simulated fleet, which decides whose update arrives in time; None for all.
             now: Its virtual time at the end of the last committed round.
+            nodes: Who the nodes are and how their replies are gathered; a simulation's when None.
         """
         self._plan = plan
         self._constants = constants

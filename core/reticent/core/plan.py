@@ -487,6 +487,43 @@ class Local(Section):
         return self
 
 
+class Robust(Section):
+    """How the updates of a round become one, where some clients may send what they like.
+
+    Guarantees and sources are those of :mod:`reticent.server.robust`.
+
+    Attributes:
+        kind: ``mean``: the plain average, which one client can move anywhere. ``trimmed-mean``: of
+            every coordinate without its ``attackers`` largest and smallest values (Yin et al.
+            2018). ``median``: of every coordinate. ``multi-krum``: the mean of the updates that are
+            nearest to others (Blanchard et al. 2017).
+        attackers: f, the most clients of a round that may send anything; of ``trimmed-mean`` and
+            ``multi-krum``. A median takes whatever is less than half.
+    """
+
+    kind: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
+    attackers: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def fewest(self) -> int:
+        """Fewest updates with which the rule holds what it promises."""
+        return {"multi-krum": 2 * self.attackers + 3}.get(self.kind, 2 * self.attackers + 1)
+
+    @model_validator(mode="after")
+    def _attackers_have_effect(self) -> Self:
+        counted = self.kind in ("trimmed-mean", "multi-krum")
+        if counted and not self.attackers:
+            raise ValueError(
+                f'robust.attackers=0: must be at least 1 when robust.kind is "{self.kind}"'
+            )
+        if self.attackers and not counted:
+            raise ValueError(
+                f'robust.attackers={self.attackers}: must be left out when robust.kind is "'
+                f'{self.kind}": only "trimmed-mean" and "multi-krum" depend on it'
+            )
+        return self
+
+
 class Federation(Section):
     """The schedule. Everything here is a public constant.
 
@@ -504,6 +541,7 @@ class Federation(Section):
         eval_every: The server tests the model after every so many rounds, and after the last.
         server: The server's optimizer.
         local: What local steps do besides following the gradient.
+        robust: How the updates of a round become one.
         average: Decay of an exponential moving average of the models (a function of released
             models, so it costs no privacy); the average is what is deployed. 0 deploys the last
             model.
@@ -520,12 +558,28 @@ class Federation(Section):
     eval_every: Count = 5
     server: Optimizer = Optimizer()
     local: Local = Local()
+    robust: Robust = Robust()
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     @property
     def quorum(self) -> int:
         """Fewest valid replies for a round to be applied."""
         return self.min_replies or -(-9 * self.clients_per_round // 10)
+
+    @model_validator(mode="after")
+    def _robust_rule_holds(self) -> Self:
+        rule = self.robust
+        if self.quorum < rule.fewest:
+            raise ValueError(
+                f"robust.attackers={rule.attackers}: federation.min_replies (here {self.quorum}) "
+                f'must be at least {rule.fewest} for "{rule.kind}" to hold against so many'
+            )
+        if rule.kind != "mean" and self.local.scaffold:
+            raise ValueError(
+                f'robust.kind="{rule.kind}": must be "mean" when local.scaffold is true: the '
+                "server's control variate is the mean of all devices' variates"
+            )
+        return self
 
     @model_validator(mode="after")
     def _proximal_term_has_effect(self) -> Self:
@@ -670,6 +724,8 @@ class Plan(Section):
             )
         if shares:
             _only_the_broadcast_model(f.local)
+        if p != "off" and p.trust == "aggregator":
+            _only_the_sum(f.robust, p)
         return self
 
     def _teachers_fit(self) -> None:
@@ -739,6 +795,27 @@ def _only_the_broadcast_model(local: Local) -> None:
             "sum taken at the broadcast model, and a personal layer is not broadcast; use "
             'privacy.trust="local" or privacy.unit="client"'
         )
+
+
+def _only_the_sum(robust: Robust, privacy: Privacy) -> None:
+    """Refuse what looks at single updates where the noise is meant for their sum.
+
+    Raises:
+        ValueError: Naming the key and the reason.
+    """
+    if robust.kind == "mean":
+        return
+    why = (
+        "a single update holds a noise share only, and what is chosen among updates is no function "
+        'of their sum; use privacy.trust="local"'
+        if privacy.unit == "example"
+        else "the noise is calibrated to how far one client moves a mean of bounded updates, and "
+        "it moves a median or a choice among updates further"
+    )
+    raise ValueError(
+        f'federation.robust.kind="{robust.kind}": must be "mean" when privacy.trust is '
+        f'"aggregator" and privacy.unit is "{privacy.unit}": {why}'
+    )
 
 
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:

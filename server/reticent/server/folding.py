@@ -35,6 +35,7 @@ class Rules:
         bound: Largest L2 norm of an update that is accepted; may be infinite.
         clip: What updates are bounded to before they are added (unit ``client``); None for not.
         bit: Whether a payload starts with the bit of an adaptive bound.
+        keep: Whether the updates are kept beside their sum.
     """
 
     round: int
@@ -42,6 +43,7 @@ class Rules:
     bound: float
     clip: float | None = None
     bit: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True)

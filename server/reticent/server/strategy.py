@@ -25,7 +25,8 @@ from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .folding import Folder, FoldingGrid, Kept, Rules, payload_of
-from .optimizer import Accumulator, Floats, ServerState, apply_round
+from .optimizer import Floats, ServerState, apply_round
+from .robust import combined, needs_all
 from .rounds import BudgetsSpent, RoundPlan, Tally
 
 Committed = Callable[[ServerState, Tally, float], None]
@@ -39,7 +40,8 @@ class PrivateAveraging(Strategy):
     and divided by the public number of clients (:mod:`.client_level`) instead of being averaged.
 
     Replies are folded one by one (:mod:`.folding`), or come folded from a simulation's workers, so
-    memory does not depend on the cohort. Nothing about a client but its encoded update is used: no
+    memory does not depend on the cohort, unless the plan asks for a rule that needs all updates of
+    a round at once (:mod:`.robust`). Nothing about a client but its encoded update is used: no
     example counts, no local metrics.
     """
 
@@ -83,7 +85,7 @@ class PrivateAveraging(Strategy):
         self._countersigner = countersigner
         self._opened = opened
         self._cohort: list[int] = []
-        self._tally = Tally(Accumulator(constants.layout.size))
+        self._tally = self._new_tally()
 
     def summary(self) -> None:
         """Log nothing: the run directory holds the configuration."""
@@ -118,7 +120,7 @@ class PrivateAveraging(Strategy):
     ) -> None:
         began = time.monotonic()
         federation = self._plan.federation
-        self._tally = Tally(Accumulator(self._constants.layout.size))
+        self._tally = self._new_tally()
         self._cohort = self.cohort(number, grid)
         self._tally.nodes = tuple(self._opened(self._cohort))
         if self._countersigner is not None:
@@ -139,6 +141,9 @@ class PrivateAveraging(Strategy):
         self._taken_part.update(self._tally.nodes)
         self.state = state
 
+    def _new_tally(self) -> Tally:
+        return Tally.begin(self._constants.layout.size, needs_all(self._plan.federation.robust))
+
     def _gather(self, number: int, messages: Iterable[Message], grid: Grid) -> None:
         """Send ``messages`` and fold what comes back, here or, where the grid can, in its workers.
 
@@ -155,6 +160,8 @@ class PrivateAveraging(Strategy):
     def _applied(self, number: int) -> ServerState:
         """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
         tally, federation = self._tally, self._plan.federation
+        if tally.vectors is not None:
+            return self._stepped(combined(federation.robust, tally.vectors), tally.sum.count)
         if self._mechanism is None:
             return self._stepped(tally.sum.mean(), tally.sum.count)
         noised = self._mechanism.release(
@@ -297,7 +304,8 @@ class PrivateAveraging(Strategy):
         constants, mechanism = self._constants, self._mechanism
         clip = None if mechanism is None else self._clip
         bit = mechanism is not None and mechanism.count_noise is not None
-        return Rules(number, constants.layout, constants.bound, clip, bit)
+        keep = needs_all(self._plan.federation.robust)
+        return Rules(number, constants.layout, constants.bound, clip, bit, keep)
 
     def _judge(self, node: int, reply: Message) -> None:
         """Check the ledger statement of a reply whose update is otherwise good.

@@ -61,7 +61,7 @@ class Work:
                 heads.append(None)
                 arrays[f"record:{index}"] = _bytes(_payload(record))
         shape = [layout.names, layout.shapes]
-        head = [heads, rules.round, shape, rules.bound, rules.clip, rules.bit]
+        head = [heads, rules.round, shape, rules.bound, rules.clip, rules.bit, rules.keep]
         return save(arrays | {"head": _bytes(json.dumps(head).encode())})
 
     @staticmethod
@@ -69,7 +69,7 @@ class Work:
         """Return what :meth:`encode` made ``data`` of."""
         arrays = load(data)
         head = json.loads(arrays["head"].tobytes())
-        heads, number, (names, shapes), bound, clip, bit = head
+        heads, number, (names, shapes), bound, clip, bit, keep = head
         records: list[Record] = [
             pack(arrays[f"record:{i}"].tobytes()) if config is None else ConfigRecord(config)
             for i, config in enumerate(heads)
@@ -77,7 +77,7 @@ class Work:
         mask = arrays["mask"].tobytes()
         layout = Layout(tuple(names), tuple(tuple(shape) for shape in shapes), mask)
         kept = Kept(arrays["constants"].tobytes(), arrays.get("model"))
-        return Work(tuple(records), Rules(number, layout, bound, clip, bit), kept)
+        return Work(tuple(records), Rules(number, layout, bound, clip, bit, keep), kept)
 
 
 class Packer:

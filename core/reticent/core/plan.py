@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .decoding import parse_json
 from .errors import PlanError
 
 DEFAULT_EPSILON = 8.0
@@ -842,7 +843,7 @@ def parse_plan(text: str, overrides: Iterable[str] = (), where: str = "plan") ->
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also where an integer is too long
         raise PlanError(f"{where}: not TOML: {error}") from error
     overrides = list(overrides)
     if "privacy" not in data and any(o.startswith("privacy.") for o in overrides):
@@ -863,7 +864,7 @@ def plan_from(data: Mapping[str, Any], where: str = "plan") -> Plan:
         problems = [e for e in error.errors() if not _other_branch(cast(dict[str, Any], e))]
         lines = [_explain(cast(dict[str, Any], e)) for e in problems]
         raise PlanError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{where}: {error}") from error
 
 
@@ -874,8 +875,8 @@ def plan_from_json(text: str) -> Plan:
         PlanError: If it is not JSON, or not a valid plan.
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise PlanError(f"plan: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise PlanError("plan: must be a JSON object")
@@ -902,7 +903,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

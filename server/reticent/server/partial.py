@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from reticent.core.decoding import parse_json
 from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
 
 from .optimizer import Accumulator, Floats
 from .rounds import Tally
+
+_MALFORMED = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def encode_tally(tally: Tally) -> bytes:
@@ -45,10 +48,10 @@ def decode_tally(data: bytes, size: int, keep: bool = False) -> Tally:
         arrays = load(data)
         high, low = arrays["high"], arrays["low"]
         accepted, failed = (set(arrays[name].tolist()) for name in ("accepted", "failed"))
-        head = json.loads(arrays["head"].tobytes())
+        head = parse_json(arrays["head"].tobytes())
         dropped = Counter({str(k): int(v) for k, v in head["dropped"].items()})
         numbers = int(head["bytes_up"]), int(head["inside"])
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise PayloadError("a partial sum cannot be decoded") from error
     for part in (high, low):
         if part.dtype != np.float64 or part.shape != (size,) or not np.isfinite(part).all():

@@ -294,10 +294,18 @@ class PrivateAveraging(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold each reply as it arrives; what is broken is dropped and counted by reason."""
+        """Fold each reply as it arrives; what is broken is dropped and counted by reason.
+
+        Of a node that was asked one reply is read each time it is asked, and of any other none: a
+        node can cost the server no more than :attr:`.Federation.retries` + 1 decodings a round.
+        """
         folder = Folder(self._codec, self._rules(server_round))
+        waiting = set(self._cohort) - self._tally.accepted
         for reply in replies:
-            folder.take(reply, self._tally, self._judge)
+            about = reply.metadata
+            if about.group_id == str(server_round) and about.src_node_id in waiting:
+                waiting.discard(about.src_node_id)
+                folder.take(reply, self._tally, self._judge)
         return None, None
 
     def _rules(self, number: int) -> Rules:

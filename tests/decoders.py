@@ -275,7 +275,7 @@ def _plans() -> Iterator[Decoder]:
 
 def _npz(**arrays: np.ndarray) -> bytes:
     out = io.BytesIO()
-    np.savez_compressed(out, **arrays)
+    np.savez_compressed(out, **arrays)  # pyright: ignore[reportArgumentType]
     return out.getvalue()
 
 

@@ -33,14 +33,14 @@ def test_what_was_encoded_is_accepted(decoder: Decoder) -> None:
 
 
 @every_decoder
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=400))
 def test_arbitrary_bytes_end_in_a_typed_error_or_a_value(decoder: Decoder, data: bytes) -> None:
     holds(decoder, data)
 
 
 @every_decoder
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**64 - 1))
 def test_changed_inputs_end_in_a_typed_error_or_a_value(decoder: Decoder, seed: int) -> None:
     holds(decoder, mutated(decoder, random.Random(seed)))

@@ -74,6 +74,29 @@ def test_partial_sums_in_any_order_are_the_streamed_sum_bit_for_bit(
     assert merged.bytes_up == streamed.bytes_up > 0
 
 
+def test_kept_updates_cross_with_the_partial_sums_and_merge_by_node() -> None:
+    rules, all_ = Rules(1, LAYOUT, 1e30, keep=True), replies(20)
+    folder, whole, merged = Folder(CODEC, rules), *(Tally.begin(LAYOUT.size, True) for _ in "ab")
+    for reply in all_:
+        folder.take(reply, whole)
+    for part in (2, 0, 1):
+        own = Tally.begin(LAYOUT.size, True)
+        for reply in all_[part::3]:
+            folder.take(reply, own)
+        data = encode_tally(own)
+        merged.merge(decode_tally(data, LAYOUT.size, keep=True))
+    assert whole.vectors is not None and merged.vectors is not None
+    assert set(merged.vectors) == merged.accepted == set(whole.vectors)
+    assert all((merged.vectors[n] == whole.vectors[n]).all() for n in whole.vectors)
+    bare = encode_tally(folded(all_, rules))
+    with pytest.raises(PayloadError, match="without its updates"):
+        decode_tally(bare, LAYOUT.size, keep=True)
+    assert own.vectors is not None
+    own.vectors[min(own.vectors)] = np.full(LAYOUT.size, np.nan)
+    with pytest.raises(PayloadError, match="not finite"):
+        decode_tally(encode_tally(own), LAYOUT.size, keep=True)
+
+
 def test_naive_sums_would_depend_on_the_parts() -> None:
     vectors = [
         CODEC.decode(r.content["update"]["payload"].data, LAYOUT.blocks)  # type: ignore[index]

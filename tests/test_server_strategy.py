@@ -237,6 +237,21 @@ def test_a_repeated_reply_counts_once() -> None:
     assert_is_step_along(federation, plan, mean_of([node_of(c) for c in range(4)]))
 
 
+def test_one_reply_of_a_node_is_read_each_time_it_is_asked_and_none_of_others() -> None:
+    """A flood of broken replies costs one decoding an attempt, and a stranger's none."""
+
+    def flood(message: Message) -> list[Message]:
+        stranger = Message(message.content, node_of(77), "train", group_id="1")
+        stranger.metadata.__dict__["_message_id"] = "stranger"
+        return [*[reply(message, b"broken")] * 50, *honest(message), *honest(stranger)]
+
+    plan = plan_of(4, 4, 1, "federation.retries=2", "federation.min_replies=4")
+    federation = Federation(plan, but(node_of(1), flood))
+    with pytest.raises(NetworkError, match="3 x the payload cannot be decoded"):
+        federation.run()
+    assert federation.strategy._tally.accepted == {node_of(0), node_of(2), node_of(3)}
+
+
 def test_a_reply_of_another_round_does_not_count() -> None:
     def late(message: Message) -> list[Message]:
         node = message.metadata.dst_node_id

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from reticent.compression.artifact import TaskInfo
+from reticent.core.decoding import parse_npy
 from reticent.core.errors import DataError
 from reticent.core.tasks.idx import read_idx
 
@@ -43,7 +44,7 @@ def _array(path: Path) -> np.ndarray:
         raise DataError(f"{path}: no such file")
     try:
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
+            return parse_npy(path.read_bytes())
         if path.suffix == ".safetensors":
             return load(path.read_bytes())["inputs"]
     except (OSError, ValueError, EOFError, SafetensorError) as error:

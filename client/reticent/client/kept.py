@@ -44,7 +44,7 @@ class Kept:
         path = self._path(max(rounds))
         try:
             vector = load(path.read_bytes())["vector"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise DataError(
                 f"{path}: not a vector that was kept here; delete it to go on without"
             ) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from reticent.core.decoding import parse_json
 from reticent.core.errors import ArtifactError, PlanError
 from reticent.core.plan import Quantize
 
@@ -102,7 +102,7 @@ def require_dynamic_form(model: nn.Module, section: Quantize) -> None:
 
 def _is_dynamic(text: bytes) -> bool:
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError:
         return False
     return isinstance(data, dict) and "activations" in data

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .decoding import parse_json
 from .errors import PlanError
 from .fleet import Buffered, Fleet
 from .population import check_population
@@ -484,6 +485,43 @@ class Local(Section):
         return self
 
 
+class Robust(Section):
+    """How the updates of a round become one, where some clients may send what they like.
+
+    Guarantees and sources are those of :mod:`reticent.server.robust`.
+
+    Attributes:
+        kind: ``mean``: the plain average, which one client can move anywhere. ``trimmed-mean``: of
+            every coordinate without its ``attackers`` largest and smallest values (Yin et al.
+            2018). ``median``: of every coordinate. ``multi-krum``: the mean of the updates that are
+            nearest to others (Blanchard et al. 2017).
+        attackers: f, the most clients of a round that may send anything; of ``trimmed-mean`` and
+            ``multi-krum``. A median takes whatever is less than half.
+    """
+
+    kind: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
+    attackers: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def fewest(self) -> int:
+        """Fewest updates with which the rule holds what it promises."""
+        return {"multi-krum": 2 * self.attackers + 3}.get(self.kind, 2 * self.attackers + 1)
+
+    @model_validator(mode="after")
+    def _attackers_have_effect(self) -> Self:
+        counted = self.kind in ("trimmed-mean", "multi-krum")
+        if counted and not self.attackers:
+            raise ValueError(
+                f'robust.attackers=0: must be at least 1 when robust.kind is "{self.kind}"'
+            )
+        if self.attackers and not counted:
+            raise ValueError(
+                f'robust.attackers={self.attackers}: must be left out when robust.kind is "'
+                f'{self.kind}": only "trimmed-mean" and "multi-krum" depend on it'
+            )
+        return self
+
+
 class Federation(Section):
     """The schedule. Everything here is a public constant.
 
@@ -503,6 +541,7 @@ class Federation(Section):
         eval_every: The server tests the model after every so many rounds, and after the last.
         server: The server's optimizer.
         local: What local steps do besides following the gradient.
+        robust: How the updates of a round become one.
         average: Decay of an exponential moving average of the models (a function of released
             models, so it costs no privacy); the average is what is deployed. 0 deploys the last
             model.
@@ -526,6 +565,7 @@ class Federation(Section):
     eval_every: Count = 5
     server: Optimizer = Optimizer()
     local: Local = Local()
+    robust: Robust = Robust()
     average: Annotated[float, Field(ge=0, lt=1)] = 0.9
     sampling: Literal["passes", "fixed", "poisson"] = "passes"
     limit: Count | None = None
@@ -538,6 +578,21 @@ class Federation(Section):
         if self.sampling == "poisson":
             return 0
         return self.min_replies or -(-9 * self.clients_per_round // 10)
+
+    @model_validator(mode="after")
+    def _robust_rule_holds(self) -> Self:
+        rule = self.robust
+        if self.quorum < rule.fewest:
+            raise ValueError(
+                f"robust.attackers={rule.attackers}: federation.min_replies (here {self.quorum}) "
+                f'must be at least {rule.fewest} for "{rule.kind}" to hold against so many'
+            )
+        if rule.kind != "mean" and self.local.scaffold:
+            raise ValueError(
+                f'robust.kind="{rule.kind}": must be "mean" when local.scaffold is true: the '
+                "server's control variate is the mean of all devices' variates"
+            )
+        return self
 
     @model_validator(mode="after")
     def _proximal_term_has_effect(self) -> Self:
@@ -708,6 +763,8 @@ class Plan(Section):
             _only_the_broadcast_model(f.local)
         check_population(self)
         self._closes_late_enough()
+        if p != "off" and p.trust == "aggregator":
+            _only_the_sum(f.robust, p)
         return self
 
     @property
@@ -812,6 +869,7 @@ _LATER: dict[str, Any] = {
     "federation.window": 1,
     "federation.buffered": None,
     "federation.local": Local().model_dump(mode="json"),
+    "federation.robust": Robust().model_dump(mode="json"),
     "federation.server.second_momentum": 0.99,
     "federation.server.adaptivity": 1e-8,
     "privacy.secret_cohort": False,
@@ -829,6 +887,27 @@ def _without_later(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict) and section[key] == default:
             del section[key]
     return data
+
+
+def _only_the_sum(robust: Robust, privacy: Privacy) -> None:
+    """Refuse what looks at single updates where the noise is meant for their sum.
+
+    Raises:
+        ValueError: Naming the key and the reason.
+    """
+    if robust.kind == "mean":
+        return
+    why = (
+        "a single update holds a noise share only, and what is chosen among updates is no function "
+        'of their sum; use privacy.trust="local"'
+        if privacy.unit == "example"
+        else "the noise is calibrated to how far one client moves a mean of bounded updates, and "
+        "it moves a median or a choice among updates further"
+    )
+    raise ValueError(
+        f'federation.robust.kind="{robust.kind}": must be "mean" when privacy.trust is '
+        f'"aggregator" and privacy.unit is "{privacy.unit}": {why}'
+    )
 
 
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
@@ -855,7 +934,7 @@ def parse_plan(text: str, overrides: Iterable[str] = (), where: str = "plan") ->
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also where an integer is too long
         raise PlanError(f"{where}: not TOML: {error}") from error
     overrides = list(overrides)
     if "privacy" not in data and any(o.startswith("privacy.") for o in overrides):
@@ -876,7 +955,7 @@ def plan_from(data: Mapping[str, Any], where: str = "plan") -> Plan:
         problems = [e for e in error.errors() if not _other_branch(cast(dict[str, Any], e))]
         lines = [_explain(cast(dict[str, Any], e)) for e in problems]
         raise PlanError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{where}: {error}") from error
 
 
@@ -887,8 +966,8 @@ def plan_from_json(text: str) -> Plan:
         PlanError: If it is not JSON, or not a valid plan.
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise PlanError(f"plan: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise PlanError("plan: must be a JSON object")
@@ -915,7 +994,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from .decoding import parse_json
 from .errors import PlanError, RunError
 from .plan import Plan, load_plan
 
@@ -190,8 +190,8 @@ def _read_text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise RunError(f"{path}: damaged: {error}") from error
     if not isinstance(data, dict):
         raise RunError(f"{path}: damaged: must hold a JSON object")

@@ -240,9 +240,9 @@ def event_from_json(text: str) -> Event:
     """
     try:
         data: Any = json.loads(text)
+        return _from_data(data, 0)
     except (ValueError, TypeError, RecursionError) as error:
         raise PrivacyError(f"event {text[:200]!r}: must be a JSON object with a kind") from error
-    return _from_data(data, 0)
 
 
 def _from_data(data: Any, depth: int) -> Event:

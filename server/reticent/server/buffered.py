@@ -128,6 +128,7 @@ class BufferedAveraging(PrivateAveraging):
         self._weight = (1 + behind) ** -0.5 if scaled else 1.0
         self._sent = self._broadcast(given)
         order = ConfigRecord({**self._order(given + 1).to_config()})
+        self._waiting = set(nodes)
         self._gather(number, list(self._messages(nodes, order, number)), grid)
 
     def _broadcast(self, given: int) -> Broadcast:

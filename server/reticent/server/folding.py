@@ -36,6 +36,7 @@ class Rules:
         clip: What updates are bounded to before they are added (unit ``client``); None for not.
         bit: Whether a payload starts with the bit of an adaptive bound.
         weight: What every update is multiplied by before it is added, in (0, 1].
+        keep: Whether the updates are kept beside their sum.
     """
 
     round: int
@@ -44,6 +45,7 @@ class Rules:
     clip: float | None = None
     bit: bool = False
     weight: float = 1.0
+    keep: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from reticent.core.decoding import parse_json
 from reticent.core.errors import RunError
 from reticent.core.run import Run, write_atomic
 
@@ -149,7 +150,11 @@ class Journal:
             ).fetchone()
         if row is None:
             return None
-        return _state(row[0], self._read(f"round-{row[0]:06d}", row[1]))
+        name = f"round-{row[0]:06d}"
+        try:
+            return _state(row[0], self._read(name, row[1]))
+        except (TypeError, ValueError, IndexError) as error:
+            raise RunError(f"{self._path(name)}: holds no state of a round: {error}") from error
 
     def after(self, number: int) -> ServerState:
         """Return the state after a committed round, one of the last that are kept.
@@ -182,7 +187,7 @@ class Journal:
         with _explained(self._run.journal):
             rows = self._db.execute("SELECT metrics FROM rounds ORDER BY round").fetchall()
         try:
-            return [json.loads(r[0]) for r in rows]
+            return [parse_json(r[0]) for r in rows]
         except (ValueError, TypeError) as error:
             raise RunError(f"{self._run.journal}: damaged: {error}") from error
 
@@ -234,7 +239,7 @@ class Journal:
             raise RunError(f"{path}: truncated or altered (its SHA-256 is not the journal's)")
         try:
             return load(data)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: damaged: {error}") from error
 
     @contextmanager

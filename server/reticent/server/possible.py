@@ -13,6 +13,7 @@ from reticent.core.plan import Plan
 from reticent.core.tasks import Task
 
 from .distillation import new_student, new_teacher
+from .robust import needs_all, require_room
 from .shrinking import sketch
 
 
@@ -21,13 +22,16 @@ def require_possible(plan: Plan, task: Task) -> None:
 
     Raises:
         PlanError: If the student cannot be quantized dynamically as the plan says, a change of its
-            layers cannot be made, or pruning must empty one of them.
+            layers cannot be made, pruning must empty one of them, or a round's updates do not fit
+            into memory where they are needed all at once (all parameters are taken to travel).
         DataError: If a model that the task makes was trained before.
     """
     require_dynamic_form(folded(new_student(plan, task).eval()), plan.student.quantize)
     prune = plan.student.prune
     if prune.kind != "none":
         require_weights_left(sketch(plan, task), prune.sparsity)
+    if needs_all(plan.federation.robust):
+        require_room(plan.federation, sum(p.numel() for p in sketch(plan, task).parameters()))
     require_new_models(plan, task)
 
 

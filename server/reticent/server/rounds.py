@@ -86,6 +86,8 @@ class Tally:
             sum not to be shown, only its noised fraction is.
         noised: With unit ``client``, what the round releases.
         virtual: What the round costs on a simulated fleet; None without one.
+        vectors: The accepted updates by node, where the plan's rule needs them all
+            (:mod:`.robust`); None where a sum is enough, and memory then does not grow with them.
     """
 
     sum: Accumulator
@@ -100,10 +102,18 @@ class Tally:
     inside: int = 0
     noised: Noised | None = None
     virtual: Virtual | None = None
+    vectors: dict[int, Vector | Floats] | None = None
+
+    @staticmethod
+    def begin(size: int, keep: bool = False) -> Tally:
+        """Return an empty tally of updates of length ``size``, which are kept on demand."""
+        return Tally(Accumulator(size), vectors={} if keep else None)
 
     def add(self, node: int, reading: Reading) -> None:
         """Count an update, and the bits it came with, as accepted from ``node``."""
         self.sum.add(reading.vector)
+        if self.vectors is not None:
+            self.vectors[node] = reading.vector
         self.accepted.add(node)
         self.failed.discard(node)
         self.bytes_up += reading.size
@@ -120,6 +130,8 @@ class Tally:
         Only what :meth:`add` and :meth:`drop` count is taken over.
         """
         self.sum.merge(part.sum)
+        if self.vectors is not None:
+            self.vectors.update(part.vectors or {})
         self.accepted |= part.accepted
         self.failed = (self.failed | part.failed) - self.accepted
         self.dropped += part.dropped

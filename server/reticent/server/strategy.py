@@ -24,7 +24,8 @@ from .downlink import Broadcast, Downlink
 from .fleet import Fleet, Virtual
 from .folding import Folder, FoldingGrid, Kept, Rules, payload_of
 from .nodes import Nodes
-from .optimizer import Accumulator, Floats, ServerState, apply_round
+from .optimizer import Floats, ServerState, apply_round
+from .robust import combined, needs_all
 from .rounds import BudgetsSpent, RoundPlan, Tally
 from .sampling import Sampler, cohort_in_time
 
@@ -39,7 +40,8 @@ class PrivateAveraging(Strategy):
     and divided by the public number of clients (:mod:`.client_level`) instead of being averaged.
 
     Replies are folded one by one (:mod:`.folding`), or come folded from a simulation's workers, so
-    memory does not depend on the cohort. Nothing about a client but its encoded update is used: no
+    memory does not depend on the cohort, unless the plan asks for a rule that needs all updates of
+    a round at once (:mod:`.robust`). Nothing about a client but its encoded update is used: no
     example counts, no local metrics.
     """
 
@@ -96,7 +98,8 @@ class PrivateAveraging(Strategy):
         self._begun = set[int]()  # charged in this round, with no update yet
         self._weight = 1.0  # of every update that is folded now
         self._cohort: list[int] = []
-        self._tally = Tally(Accumulator(constants.layout.size))
+        self._waiting = set[int]()  # asked last, and nothing was read of them since
+        self._tally = self._new_tally()
 
     def summary(self) -> None:
         """Log nothing: the run directory holds the configuration."""
@@ -148,7 +151,8 @@ class PrivateAveraging(Strategy):
         self._close(number, began)
 
     def _new_tally(self) -> Tally:
-        tally = Tally(Accumulator(self._constants.layout.size))
+        keep = needs_all(self._plan.federation.robust)
+        tally = Tally.begin(self._constants.layout.size, keep)
         if self._fleet is not None:
             tally.virtual = Virtual(ends=self._time, began=self._time)
         return tally
@@ -184,6 +188,8 @@ class PrivateAveraging(Strategy):
     def _applied(self, number: int) -> ServerState:
         """Return the state after the round; with unit ``client`` its noise is drawn here, once."""
         tally, federation = self._tally, self._plan.federation
+        if tally.vectors is not None:
+            return self._stepped(combined(federation.robust, tally.vectors), tally.sum.count)
         if self._mechanism is None:
             # A Poisson cohort has a public denominator too: its own size is random, or zero.
             if federation.sampling == "poisson":
@@ -236,6 +242,7 @@ class PrivateAveraging(Strategy):
         self._tally.asked += len(cohort)
         if self._fleet is not None:
             cohort = self._in_time(server_round, cohort, self._fleet)
+        self._waiting = set(cohort)
         messages = self._messages(cohort, order, server_round)
         # Flower's own grids go through the messages twice, so they get a list; records are shared.
         return messages if isinstance(grid, FoldingGrid) else list(messages)
@@ -352,10 +359,16 @@ class PrivateAveraging(Strategy):
         """Fold each reply as it arrives; what is broken is dropped and counted by reason.
 
         The round is closed once it has ``federation.enough`` replies; what comes later is not used.
+        Of a node that was asked one reply is read each time it is asked, and of any other none: a
+        node can cost the server no more than :attr:`.Federation.retries` + 1 decodings a round.
         """
         folder = Folder(self._codec, self._rules(server_round))
+        waiting = self._waiting
         for reply in replies:
-            if not self._closed():
+            about = reply.metadata
+            known = about.group_id == str(server_round) and about.src_node_id in waiting
+            if known and not self._closed():
+                waiting.discard(about.src_node_id)
                 folder.take(reply, self._tally, self._judge)
         return None, None
 
@@ -367,7 +380,8 @@ class PrivateAveraging(Strategy):
         constants, mechanism = self._constants, self._mechanism
         clip = None if mechanism is None else self._clip
         bit = mechanism is not None and mechanism.count_noise is not None
-        return Rules(number, constants.layout, constants.bound, clip, bit, self._weight)
+        keep = needs_all(self._plan.federation.robust)
+        return Rules(number, constants.layout, constants.bound, clip, bit, self._weight, keep)
 
     def _judge(self, node: int, reply: Message) -> None:
         """Check the ledger statement of a reply whose update is otherwise good.

@@ -16,10 +16,12 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from reticent.client.app import pack
-from reticent.core.errors import PayloadError
+from reticent.core.decoding import parse_json
+from reticent.core.errors import PayloadError, PrivacyError
 from reticent.core.update import Layout
 from reticent.privacy.ledger import Grants
 from reticent.server.folding import Kept, Rules
@@ -28,6 +30,10 @@ from .devices import device_name
 from .grid import client_of, numbered
 
 Record = ArrayRecord | ConfigRecord
+_MALFORMED = (
+    *(SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
+    PrivacyError,
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +67,27 @@ class Work:
                 heads.append(None)
                 arrays[f"record:{index}"] = _bytes(_payload(record))
         shape = [layout.names, layout.shapes]
-        head = [heads, rules.round, shape, rules.bound, rules.clip, rules.bit, rules.weight]
+        head = [heads, rules.round, shape, rules.bound, rules.clip, rules.bit]
+        head += [rules.weight, rules.keep]
         return save(arrays | {"head": _bytes(json.dumps(head).encode())})
 
     @staticmethod
     def decode(data: bytes) -> Work:
-        """Return what :meth:`encode` made ``data`` of."""
+        """Return what :meth:`encode` made ``data`` of.
+
+        Raises:
+            PayloadError: If it did not.
+        """
+        try:
+            return Work._decoded(data)
+        except _MALFORMED as error:
+            raise PayloadError(f"the work of a round cannot be decoded: {error}") from error
+
+    @staticmethod
+    def _decoded(data: bytes) -> Work:
         arrays = load(data)
-        head = json.loads(arrays["head"].tobytes())
-        heads, number, (names, shapes), bound, clip, bit, weight = head
+        head = parse_json(arrays["head"].tobytes())
+        heads, number, (names, shapes), bound, clip, bit, weight, keep = head
         records: list[Record] = [
             pack(arrays[f"record:{i}"].tobytes()) if config is None else ConfigRecord(config)
             for i, config in enumerate(heads)
@@ -77,7 +95,7 @@ class Work:
         mask = arrays["mask"].tobytes()
         layout = Layout(tuple(names), tuple(tuple(shape) for shape in shapes), mask)
         kept = Kept(arrays["constants"].tobytes(), arrays.get("model"))
-        rules = Rules(number, layout, bound, clip, bit, weight)
+        rules = Rules(number, layout, bound, clip, bit, weight, keep)
         return Work(tuple(records), rules, kept)
 
 
@@ -120,8 +138,19 @@ class Packer:
 
 
 def messages_in(share: bytes, work: Work, folder: Path) -> tuple[list[Message], Grants]:
-    """Return the messages that :meth:`Packer.share` packed, and the charges of their clients."""
-    kind, group, contents, nodes, chosen, grants = json.loads(share)
+    """Return the messages that :meth:`Packer.share` packed, and the charges of their clients.
+
+    Raises:
+        PayloadError: If it did not pack them, or for other work.
+    """
+    try:
+        return _unpacked(share, work, folder)
+    except _MALFORMED as error:
+        raise PayloadError(f"a share of a round cannot be decoded: {error}") from error
+
+
+def _unpacked(share: bytes, work: Work, folder: Path) -> tuple[list[Message], Grants]:
+    kind, group, contents, nodes, chosen, grants = parse_json(share)
     messages = [
         numbered(
             Message(

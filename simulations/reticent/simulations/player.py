@@ -9,7 +9,6 @@ from reticent.core.plan import plan_from_json
 from reticent.core.update import Layout
 from reticent.privacy.ledger import Grants
 from reticent.server.folding import Folder
-from reticent.server.optimizer import Accumulator
 from reticent.server.partial import encode_tally
 from reticent.server.rounds import Tally
 
@@ -45,7 +44,7 @@ class Player:
             raise ValueError("a share came before its work")
         messages, self._site.ledger = messages_in(share, work, self._folder)
         folder = Folder(self._codec(work.rules.layout), work.rules)
-        tally = Tally(Accumulator(work.rules.layout.size))
+        tally = Tally.begin(work.rules.layout.size, work.rules.keep)
         for reply in self._site.answer_many(messages):
             folder.take(reply, tally)
         return encode_tally(tally)

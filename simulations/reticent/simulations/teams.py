@@ -61,7 +61,7 @@ class TeamGrid(InProcessGrid):
     def fold(self, messages: Iterable[Message], rules: Rules, kept: Kept) -> Iterator[Tally]:
         """Yield partial sums as workers finish them; a window of clients is out at a time."""
         for part in self._team.play(self._tasks(messages, Packer(rules, kept))):
-            yield decode_tally(part, rules.layout.size)
+            yield decode_tally(part, rules.layout.size, rules.keep)
 
     def _tasks(self, messages: Iterable[Message], packer: Packer) -> Iterator[Task]:
         pending = iter(messages)

@@ -12,6 +12,7 @@ from reticent.core.errors import ArtifactError
 
 _LEVEL = 19
 _LARGEST = 1 << 30
+_ANYWAY, _PER_BYTE = 16 << 20, 256  # what a short frame may hold, and what each byte of it adds
 
 
 def framed(plain: bytes) -> bytes:
@@ -23,14 +24,18 @@ def unframed(data: bytes, name: str) -> bytes:
     """Undo :func:`framed`; the size is checked in the frame's header before any allocation.
 
     Raises:
-        ArtifactError: If ``data`` are not one whole frame of at most 1 GiB; ``name`` is the file's.
+        ArtifactError: If ``data`` are not one whole frame that declares its size, at most 1 GiB and
+            at most 16 MiB and 256 times its own; ``name`` is the file's.
     """
+    most = min(_LARGEST, _ANYWAY + _PER_BYTE * len(data))
     try:
         frame = zstandard.get_frame_parameters(data)
-        if frame.content_size > _LARGEST or frame.window_size > _LARGEST:
-            raise ArtifactError(f"{name}: must be a zstandard frame of at most {_LARGEST} bytes")
+        if frame.content_size > most or frame.window_size > _LARGEST:
+            raise ArtifactError(
+                f"{name}: must be a zstandard frame of {len(data)} bytes that holds at most {most}"
+            )
         return zstandard.ZstdDecompressor().decompress(
-            data, max_output_size=_LARGEST, allow_extra_data=False
+            data, max_output_size=most, allow_extra_data=False
         )
     except zstandard.ZstdError as error:
         raise ArtifactError(f"{name}: is not a zstandard frame: {error}") from error

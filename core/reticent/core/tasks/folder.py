@@ -56,5 +56,5 @@ def restore(folder: Path, name: str, hint: str) -> Arrays:
         raise DataError(f"{name}: {path} is not there: {hint}")
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise DataError(f"{path}: is damaged: {error}; add the data again: {hint}") from error

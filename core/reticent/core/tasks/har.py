@@ -12,8 +12,10 @@ import functools
 import hashlib
 import io
 import json
+import struct
 import zipfile
 import zlib
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import models
+from ..decoding import parse_npy
 from ..errors import DataError
 from .folder import Arrays, data_folder, restore, store
 from .owned import OwnedArrays, OwnedSource
@@ -42,6 +45,11 @@ _WINDOW = (6, 128)
 # Rounded public constants: gravity along the first axis, and typical deviations, in g and rad/s.
 _MEAN = (0.8, 0.0, 0.0, 0.0, 0.0, 0.0)
 _STD = (0.4, 0.4, 0.4, 0.4, 0.4, 0.4)
+
+_UNREADABLE = (
+    *(OSError, ValueError, OverflowError, EOFError, zipfile.BadZipFile, zlib.error, LZMAError),
+    *(NotImplementedError, RuntimeError, struct.error),  # a zip of another version, or encrypted
+)
 
 
 def add_har(path: Path) -> tuple[Path, bool]:
@@ -78,13 +86,13 @@ def _read(path: Path) -> tuple[bytes, Arrays]:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             size = sum(part.file_size for part in parts.infolist())
-        if size > _MAX_BYTES:
-            raise DataError(f"{path}: holds {size:,} bytes: must be at most {_MAX_BYTES:,}")
-        with np.load(io.BytesIO(content), allow_pickle=False) as held:
-            return content, {name: held[name] for name in ("signals", "label", "user")}
+            if size > _MAX_BYTES:
+                raise DataError(f"{path}: holds {size:,} bytes: must be at most {_MAX_BYTES:,}")
+            names = ("signals", "label", "user")
+            return content, {name: parse_npy(parts.read(f"{name}.npy")) for name in names}
     except KeyError as error:
         raise DataError(f"{path}: must hold arrays signals, label and user: {error}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as .npz: {error}") from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from reticent.core.decoding import parse_json
 from reticent.core.errors import LedgerError
 
 from ..events import Event, event_from_json
@@ -88,7 +89,7 @@ class Grants:
     @staticmethod
     def from_json(folder: Path, text: str) -> Grants:
         """Return what :meth:`to_json` made ``text`` of."""
-        run, round, event, charged, refused, before = json.loads(text)
+        run, round, event, charged, refused, before = parse_json(text)
         found = None if event is None else event_from_json(event)
         first = None if before is None else Grants.from_json(folder, before)
         return Grants(folder, run, round, found, charged, refused, first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -70,7 +71,7 @@ def _refuse(constant: str) -> NoReturn:
 
 def _number(value: Any) -> bool:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and math.isfinite(value)
+    return known and abs(value) <= sys.float_info.max  # an integer may be one that no float holds
 
 
 def _count(value: Any) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.resources import files
@@ -108,7 +108,8 @@ def _is_type(value: Any, kind: str | list[str]) -> bool:
     if isinstance(kind, list):
         return any(_is_type(value, k) for k in kind)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = number and math.isfinite(value)  # JSON has no other numbers, Python's parser has
+    # JSON has no infinity and no NaN, Python's parser has; and integers that no float holds.
+    number = number and abs(value) <= sys.float_info.max
     return {
         "object": isinstance(value, dict),
         "array": isinstance(value, list),

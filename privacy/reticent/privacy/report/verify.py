@@ -90,9 +90,9 @@ def _parsed(run: Run, content: bytes) -> dict[str, Any]:
     path = run.folder / "report.json"
     try:
         data = json.loads(content)
+        wrong = problems(data)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: is not JSON: {error}") from error
-    wrong = problems(data)
     if wrong:
         raise ArtifactError(f"{path}: is not as its schema says: {'; '.join(wrong[:3])}")
     return data

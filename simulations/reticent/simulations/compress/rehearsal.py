@@ -33,13 +33,16 @@ def require_rehearsal(plan: Plan) -> None:
 
     Raises:
         PlanError: If its unit is a client, whose updates depend on how data are dealt to clients,
-            or its devices do more than follow the gradient, which one client cannot show.
+            or its devices do more than follow the gradient, or its server more than average, which
+            one client cannot show.
     """
-    if plan.federation.local != Local():
-        raise PlanError(
-            "federation.local: a search rehearses rounds as one client, to which it means nothing: "
-            "leave it out, and simulate the winner with it"
-        )
+    f = plan.federation
+    for key, differs in (("local", f.local != Local()), ("robust", f.robust.kind != "mean")):
+        if differs:
+            raise PlanError(
+                f"federation.{key}: a search rehearses rounds as one client, to which it means "
+                "nothing: leave it out, and simulate the winner with it"
+            )
     if plan.private is not None and plan.private.unit == "client":
         raise PlanError(
             'privacy.unit="client": a search rehearses rounds on public examples, which are dealt '

@@ -38,10 +38,10 @@ def unpack(path: Path, folder: Path) -> Bundle:
 
 def supernode(bundle: Bundle, folder: Path, port: int) -> list[str]:
     """Return the command of the device's SuperNode; ``port`` is one of the loopback interface."""
-    policy = tomllib.loads(bundle.policy)
+    budget = tomllib.loads(bundle.policy)["budget"]
     settings = (
         f'partition-id={bundle.index} state-dir="{folder / "state"}" '
-        f"budget-epsilon={policy['budget-epsilon']} budget-delta={policy['budget-delta']} "
+        f"budget-epsilon={budget['epsilon']} budget-delta={budget['delta']} "
         f'server-key="{folder / "countersign.pub.pem"}"'
     )
     return [

@@ -16,11 +16,11 @@ from reticent.privacy.release import Public, Released
 
 from .environment import Environment
 from .identity import RolledBack
-from .round import Refused, run_round
+from .order import Refused
 
 EnvironmentOf = Callable[[Context], Environment]
 PlanOf = Callable[[Context], str]
-Tell = Callable[[Exception], None]
+Tell = Callable[[Exception, Message, Context], None]
 
 
 def pack(payload: bytes) -> ArrayRecord:
@@ -42,7 +42,9 @@ def unpack(content: RecordDict, name: str) -> bytes:
 
 
 def build_client_app(
-    environment_of: EnvironmentOf, plan_of: PlanOf, tell: Tell = lambda error: None
+    environment_of: EnvironmentOf,
+    plan_of: PlanOf,
+    tell: Tell = lambda error, message, context: None,
 ) -> ClientApp:
     """Return a ClientApp.
 
@@ -58,7 +60,7 @@ def build_client_app(
         try:
             return run(message, context)
         except Exception as error:
-            tell(error)
+            tell(error, message, context)
             raise
 
     def run(message: Message, context: Context) -> Message:
@@ -70,11 +72,16 @@ def build_client_app(
         except (PayloadError, KeyError) as error:
             raise Refused(Refusal.BAD_ORDER) from error
         constants = _constants(content, context, order)
-        environment = environment_of(context)
+        environment, plan = environment_of(context), plan_of(context)
+        guard = environment.guard
+        if guard is not None:
+            guard.admit(order, plan)
         _check_anchor(environment, content)
-        released = run_round(
-            order, plan_of(context), constants, payload, environment, marks, context.state
-        )
+        from .round import run_round  # imports torch: only for an order that is followed
+
+        released = run_round(order, plan, constants, payload, environment, marks, context.state)
+        if guard is not None:
+            guard.released(order)
         return egress(message, released, _statement(environment, order, released))
 
     return app

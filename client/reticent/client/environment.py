@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import Randomness
 
+from .guard import Guard
 from .identity import Identity
 
 
@@ -25,6 +26,7 @@ class Environment:
             gives the same bytes.
         identity: The device's key and the anchors it has met; None in a simulation, where one
             ledger holds every device and its head is anchored in the run's journal.
+        guard: Holds the owner's policy against every order; None in a simulation.
     """
 
     client: int
@@ -34,3 +36,4 @@ class Environment:
     randomness: Randomness
     keeps_releases: bool
     identity: Identity | None = None
+    guard: Guard | None = None

@@ -11,29 +11,21 @@ from flwr.app import RecordDict
 
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
-from reticent.core.plan import Plan, plan_from_json
+from reticent.core.plan import Plan
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
 from reticent.core.update import Vector
-from reticent.privacy.client_level import ClipRule, clipped, finite, is_within, with_bit
-from reticent.privacy.events import Event, NonPrivate
+from reticent.privacy.client_level import clipped, finite, is_within, with_bit
+from reticent.privacy.events import Event
 from reticent.privacy.ledger import BudgetExceeded
 from reticent.privacy.release import Released
-from reticent.privacy.schedule import schedule_with
 
 from .downlink import ModelMissing, changed, remember
 from .environment import Environment
+from .order import Refused, check_order, plan_of, round_event
 from .residuals import Residuals
 from .training import LocalTrainer
 from .wire import Wire, noisy_step, wire_of
-
-
-class Refused(Exception):
-    """The round is not trained, for a reason that has a fixed code."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.text)
-        self.refusal = refusal
 
 
 @dataclass(frozen=True)
@@ -48,14 +40,9 @@ class Site:
     delta: Codec | None
 
 
-@lru_cache(maxsize=4)
-def _plan(text: str) -> Plan:
-    return plan_from_json(text)
-
-
 @lru_cache(maxsize=2)
 def _site(plan_text: str, constants: bytes) -> Site:
-    plan = _plan(plan_text)
+    plan = plan_of(plan_text)
     task = load_task(plan.task, plan.seed)
     trainer = LocalTrainer(plan, task, Constants.decode(constants))
     updates, layout = plan.updates, trainer.layout
@@ -67,33 +54,6 @@ def _site(plan_text: str, constants: bytes) -> Site:
 @lru_cache(maxsize=2)
 def _broadcast(codec: Codec, payload: bytes, blocks: tuple[int, ...]) -> Vector:
     return codec.decode(payload, blocks)
-
-
-def check_order(order: Order, plan_text: str) -> Plan:
-    """Return the client's own plan if the order belongs to it.
-
-    Raises:
-        Refused: If the order names another plan, or its noise or clip contradicts the plan.
-    """
-    try:
-        plan = _plan(plan_text)
-    except PlanError as error:
-        raise Refused(Refusal.WRONG_PLAN) from error
-    if order.plan != plan.digest:
-        raise Refused(Refusal.WRONG_PLAN)
-    if (order.noise_multiplier > 0) != (plan.private is not None):
-        raise Refused(Refusal.BAD_ORDER)
-    if not allows_clip(plan, order.clip):
-        raise Refused(Refusal.BAD_ORDER)
-    return plan
-
-
-def allows_clip(plan: Plan, clip: float) -> bool:
-    """Return whether an order of ``plan`` may have this bound: the plan's, or one it can become."""
-    privacy = plan.private
-    if privacy is None:
-        return clip == 0
-    return ClipRule(privacy.clip, privacy.clip_quantile).allows(clip)
 
 
 def _model(site: Site, payload: bytes, marks: bytes, state: RecordDict) -> Vector:
@@ -143,6 +103,9 @@ def run_round(
         raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
         raise Refused(Refusal.BAD_BROADCAST) from error
+    if environment.guard is not None:
+        needed = site.trainer.needed_bytes(site.task.nominal_examples)
+        environment.guard.require_room(needed)
     try:
         event = _charge(order, plan, environment)
         if stored := _stored(order, environment):
@@ -154,17 +117,6 @@ def run_round(
     except PrivacyError as error:  # damaged, or it counts in another unit or relation
         raise Refused(Refusal.LEDGER) from error
     return Released(encoded, event)
-
-
-def round_event(plan: Plan, noise_multiplier: float) -> Event:
-    """Return the event that one round of ``plan`` is charged as on every device.
-
-    Raises:
-        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
-        PrivacyError: If no event may have this noise multiplier.
-    """
-    schedule = schedule_with(plan, noise_multiplier)
-    return NonPrivate() if schedule is None else schedule.round_event()
 
 
 def _charge(order: Order, plan: Plan, environment: Environment) -> Event:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -74,15 +75,12 @@ def build_client_app(
         constants = _constants(content, context, order)
         environment, plan = environment_of(context), plan_of(context)
         guard = environment.guard
-        if guard is not None:
-            guard.admit(order, plan)
-        _check_anchor(environment, content)
-        from .round import run_round  # imports torch: only for an order that is followed
+        with guard.following(order, plan) if guard else nullcontext():
+            _check_anchor(environment, content)
+            from .round import run_round  # imports torch: only for an order that is followed
 
-        released = run_round(order, plan, constants, payload, environment, marks, context.state)
-        if guard is not None:
-            guard.released(order)
-        return egress(message, released, _statement(environment, order, released))
+            released = run_round(order, plan, constants, payload, environment, marks, context.state)
+            return egress(message, released, _statement(environment, order, released))
 
     return app
 

@@ -28,6 +28,7 @@ Randomness comes from the operating system; no message can change that.
 from __future__ import annotations
 
 import logging
+import traceback
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -144,7 +145,10 @@ def _tell_owner(error: Exception, message: Message, context: Context) -> None:
     """Write to the device's own log why a round was not run; the server gets a code."""
     reason = error.__cause__ or error
     known = isinstance(reason, ReticentError | Refused)
-    _log.error("round not run: %s", reason, exc_info=None if known else reason)
+    # An unforeseen error's text may hold data, and logs travel: where it happened is enough.
+    where = "".join(traceback.format_tb(reason.__traceback__))
+    said = reason if known else f"unexpected {type(reason).__name__} at\n{where}"
+    _log.error("round not run: %s", said)
     if "device-dir" in context.node_config:
         _write_down(error, str(reason), message, context)
 

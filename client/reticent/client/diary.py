@@ -21,7 +21,8 @@ from reticent.privacy.ledger.files import alone
 
 MOST_LINES = 500
 MOST_TEXT = 300
-BEGUN, RELEASED, REFUSED, FAILED = "begun", "released", "refused", "failed"
+BEGUN, RELEASED, ENDED = "begun", "released", "ended"
+REFUSED, FAILED = "refused", "failed"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Line:
 
     Attributes:
         at: Seconds since 1970.
-        what: ``begun``, ``released``, ``refused`` or ``failed``.
+        what: ``begun``, then ``released`` or, if it was refused later, ``ended``; ``refused`` or
+            ``failed``, and why.
         reason: Why, for a person.
         plan: Digest of the plan that the order named.
         round: The order's round.
@@ -88,18 +90,18 @@ class Diary:
     def failures(self, plan: str) -> tuple[int, float]:
         """Return how often in a row a round of this plan was begun and came to no end, and when.
 
-        A process that was killed leaves no other trace. A refusal is an end, but says nothing about
-        whether the next round works.
+        A process that was killed leaves no other trace. A round that was refused after it began is
+        at an end, but says nothing about whether the next one works.
         """
-        count, last, open_ = 0, 0.0, False
+        count, last = 0, 0.0
         for line in (line for line in self.lines() if line.plan == plan):
             if line.what == BEGUN:
-                count, last, open_ = count + 1, line.at, True
+                count, last = count + 1, line.at
             elif line.what == RELEASED:
-                count, open_ = 0, False
-            elif line.what == REFUSED and open_:
-                count, open_ = count - 1, False
-        return count, last
+                count = 0
+            elif line.what == ENDED:
+                count -= 1
+        return max(0, count), last
 
     def refusals(self) -> dict[str, int]:
         """Return how often each reason was given, the commonest first."""

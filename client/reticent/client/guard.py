@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -16,7 +17,7 @@ from reticent.core.protocol import Order, Refusal
 from reticent.privacy.ledger import Budget, Ledger
 
 from .budget import DEVICE
-from .diary import BEGUN, RELEASED, Diary
+from .diary import BEGUN, ENDED, RELEASED, Diary
 from .order import Refused, plan_of, round_event
 from .policy import Policy
 from .resources import LIBRARIES, Memory, disk_free
@@ -60,8 +61,27 @@ class Guard:
     memory: Memory = field(default_factory=Memory)
     now: Callable[[], datetime] = datetime.now
 
+    @contextmanager
+    def following(self, order: Order, plan_text: str) -> Iterator[None]:
+        """Admit an order, and write down that its round begins and how it ends.
+
+        An exception that is no refusal, or a process that is killed, leaves a begun round without
+        an end, which counts as a failure.
+
+        Raises:
+            Refused: As :meth:`admit`.
+        """
+        self.admit(order, plan_text)
+        self.diary.add(BEGUN, plan=order.plan, round=order.round)
+        try:
+            yield
+        except Refused:
+            self.diary.add(ENDED, plan=order.plan, round=order.round)
+            raise
+        self.diary.add(RELEASED, plan=order.plan, round=order.round)
+
     def admit(self, order: Order, plan_text: str) -> None:
-        """Let an order through, and note that its round begins.
+        """Let an order through.
 
         Raises:
             Refused: With the code; its cause says why, for the owner alone.
@@ -70,13 +90,14 @@ class Guard:
             plan = plan_of(plan_text)
         except PlanError as error:
             raise Refused(Refusal.WRONG_PLAN) from error
+        if order.plan != plan.digest:
+            raise Refused(Refusal.WRONG_PLAN)
         if not any(is_signed_plan(key, self.signature, plan.digest) for key in self.signers):
             raise _refused(Refusal.UNSIGNED, [Refusal.UNSIGNED.text])
         _require(Refusal.POLICY, against_plan(self.policy, plan, order))
         self._require_spending(order, plan)
         _require(Refusal.NOT_NOW, self.against_now())
         self._require_that_it_ends(plan.digest)
-        self.diary.add(BEGUN, plan=plan.digest, round=order.round)
 
     def against_now(self) -> list[str]:
         """Return why the device would not take part at this moment, whatever the order."""
@@ -91,10 +112,6 @@ class Guard:
             Refused: If so.
         """
         _require(Refusal.NOT_NOW, self._against_room(needed))
-
-    def released(self, order: Order) -> None:
-        """Note that a round ended well."""
-        self.diary.add(RELEASED, plan=order.plan, round=order.round)
 
     def _against_room(self, needed: int) -> list[str]:
         disk = disk_free(self.ledger.folder)

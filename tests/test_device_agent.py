@@ -20,6 +20,7 @@ from reticent.cli import main as command
 from reticent.client.agent import MOST_LOG_BYTES, append, environment, supernode
 from reticent.client.backoff import Backoff
 from reticent.client.folder import Device, create_device, is_held, open_device, renew_device
+from reticent.client.launcher import write_launcher
 from reticent.client.unit import device_unit
 from reticent.core.bundle import Bundle, read_bundle, write_bundle
 from reticent.core.errors import PolicyError, ProvisionError
@@ -284,3 +285,34 @@ def test_commands_from_bundle_to_policy(
     assert call(monkeypatch, "status", "--dir", tmp_path / "nowhere") == 11
     text = "".join(p.read_text() for p in folder.iterdir() if p.is_file() and p.name != "node.key")
     assert bundle.node_key not in text
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_code_that_a_server_sent_is_not_run(tmp_path: Path, inside: bool) -> None:
+    """Not as a module, nor in the place of an installed one; code elsewhere runs as ever."""
+    home = tmp_path / "flower"
+    app = home / "apps" / "app" if inside else tmp_path / "installed"
+    app.mkdir(parents=True)
+    (app / "evil.py").write_text("import os; os._exit(66)")
+    script = (
+        "import sys, importlib\n"
+        "from pathlib import Path\n"
+        "from reticent.client.launcher import forbid_code_in\n"
+        "forbid_code_in(Path(sys.argv[1]))\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "importlib.import_module('evil')\n"
+    )
+    words = [sys.executable, "-c", script, str(home), str(app)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if inside else 66)
+    assert ("came from the server" in done.stderr) is inside
+
+
+def test_flower_finds_the_launcher_first_and_it_is_flowers_own_program(device: Device) -> None:
+    write_launcher(device.programs)
+    settings = environment(device)
+    found = shutil.which("flwr-clientapp", path=settings["PATH"])
+    assert found == str(device.programs / "flwr-clientapp")
+    words = [found, "--help"]
+    done = subprocess.run(words, env=dict(settings), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage: flwr-clientapp" in done.stdout

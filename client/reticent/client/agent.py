@@ -22,6 +22,7 @@ from reticent.core.run import write_atomic
 from .backoff import Backoff
 from .family import Child, adopt_orphans, end_children
 from .folder import Device, held
+from .launcher import write_launcher
 
 MOST_LOG_BYTES = 1_000_000
 _GRACE_SECONDS = 15.0
@@ -89,6 +90,7 @@ class Agent:
         """
         with held(self.device):
             self.device.owners_policy()
+            write_launcher(self.device.programs)
             adopt_orphans()
             with self._signals():
                 try:
@@ -169,8 +171,10 @@ def supernode(device: Device, port: int) -> list[str]:
 
 def environment(device: Device) -> Mapping[str, str]:
     """Return the SuperNode's environment."""
-    # The commands of this interpreter's environment come first: Flower starts more of them.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Our launcher comes first, then the commands of this interpreter's environment: Flower starts
+    # them by name.
+    places = [str(device.programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    path = os.pathsep.join(places)
     return {**os.environ, **_QUIET, "FLWR_HOME": str(device.flower), "PATH": path}
 
 

@@ -93,6 +93,11 @@ class Device:
         return self.folder / "flower"
 
     @property
+    def programs(self) -> Path:
+        """Folder that comes first in the SuperNode's PATH."""
+        return self.folder / "bin"
+
+    @property
     def unit(self) -> Path:
         """The systemd unit."""
         return self.folder / UNIT

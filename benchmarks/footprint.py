@@ -97,6 +97,7 @@ def measure(folder: Path, rounds: int, plain: bool) -> None:
         time.sleep(5)
         idle = len(sampler.samples)
         changes = {
+            "task.clients": 1,
             "federation.rounds": rounds,
             "federation.clients_per_round": 1,
             "federation.min_replies": 1,

@@ -34,17 +34,17 @@ class Sampler(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._pid, self._stop = pid, threading.Event()
+        self._pid, self._end = pid, threading.Event()
         self.samples: list[tuple[float, dict[str, int]]] = []
 
     def run(self) -> None:
         """Sample."""
-        while not self._stop.wait(0.2):
+        while not self._end.wait(0.2):
             self.samples.append((time.time(), memory(self._pid)))
 
     def stop(self) -> None:
         """End the thread."""
-        self._stop.set()
+        self._end.set()
         self.join()
 
 

@@ -11,6 +11,7 @@ MICROBATCH = 64
 LIBRARIES = 220 * 2**20
 """What loading torch and this package adds to a ClientApp's process (measured: 190 MB and more)."""
 
+_KERNELS = 16 * 2**20  # what torch sets up at the first pass
 _NUMBER = 4
 _COPIES = 16  # of the parameters: model, gradient sums, noise and coding, some in float64
 _PASSES = 6  # of the activations of one example: kept, their gradients, and what a layer unfolds
@@ -73,7 +74,8 @@ def training_bytes(parameters: int, activations: int, batch: float, bounded: boo
     """
     at_once = math.ceil(batch + 4 * math.sqrt(batch) + 1)
     at_once = min(MICROBATCH, at_once) if bounded else at_once
-    return _NUMBER * (_COPIES * parameters + at_once * (_PASSES * activations + parameters))
+    numbers = _COPIES * parameters + at_once * (_PASSES * activations + parameters)
+    return _KERNELS + _NUMBER * numbers
 
 
 def _along(base: Path, path: str, limit: str, usage: str, droppable: str) -> list[int | None]:

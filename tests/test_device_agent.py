@@ -283,6 +283,8 @@ def test_commands_from_bundle_to_policy(
     wrong.write_text("[budget]\n")
     assert call(monkeypatch, "policy", "check", wrong) == 12
     assert call(monkeypatch, "status", "--dir", tmp_path / "nowhere") == 11
+    assert call(monkeypatch, "budget", folder, "--epsilon", "1") == 5
+    assert f"{folder / 'state'}: holds no ledger" in capsys.readouterr().err
     text = "".join(p.read_text() for p in folder.iterdir() if p.is_file() and p.name != "node.key")
     assert bundle.node_key not in text
 

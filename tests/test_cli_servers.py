@@ -76,14 +76,14 @@ def test_nothing_that_is_printed_or_logged_holds_a_private_key(
         assert secret not in printed.out + printed.err + caplog.text
 
 
-def test_a_policy_is_taken_from_a_file_and_must_be_toml(
+def test_a_policy_is_taken_from_a_file_and_must_be_one(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     policy = tmp_path / "policy.toml"
-    policy.write_text("budget-epsilon =")
-    assert call(monkeypatch, "enroll", "a", "--policy", policy) == 11
-    assert "must be a TOML file" in capsys.readouterr().err
-    policy.write_text("budget-epsilon = 1.0\n")
+    policy.write_text("[budget]\nepsilon = -1\ndelta = 1e-5\n")
+    assert call(monkeypatch, "enroll", "a", "--policy", policy) == 12
+    assert "budget.epsilon=-1" in capsys.readouterr().err
+    policy.write_text("[budget]\nepsilon = 1.0\ndelta = 1e-5\n")
     assert call(monkeypatch, "enroll", "a", "--policy", policy) == 0
     bundle = json.loads((server / "bundles" / "a.bundle").read_text())
     assert bundle["policy"] == policy.read_text()

@@ -30,7 +30,7 @@ from torch import nn
 
 from reticent.client.app import Outgoing, build_client_app, egress, gate, pack, unpack
 from reticent.client.environment import Environment
-from reticent.client.round import Refused
+from reticent.client.order import Refused
 from reticent.compression.codec import build_codec
 from reticent.core.errors import DataError, LedgerError, PayloadError, PrivacyError
 from reticent.core.plan import Plan, parse_plan

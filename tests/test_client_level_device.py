@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from reticent.client.environment import Environment
-from reticent.client.round import Refused, round_event, run_round
+from reticent.client.order import Refused, round_event
+from reticent.client.round import run_round
 from reticent.client.training import student_model
 from reticent.compression.codec import build_codec
 from reticent.core.plan import Plan, parse_plan

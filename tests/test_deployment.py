@@ -279,6 +279,8 @@ def test_two_devices_over_tls(tmp_path: Path, loopback: Any) -> None:
         with stranger(running, loopback):
             running.serve(seconds=150)
             check_nodes(running, loopback.NAMES)
+            check_status(running, loopback.NAMES)
+        check_policy(running, loopback.NAMES)
         check_revocation(running, loopback)
     run = Run(running.run)
     check_rounds(run)
@@ -323,16 +325,49 @@ def stranger(running: Any, loopback: Any) -> Iterator[None]:
         outsider.processes.stop()
 
 
+def agent_log(running: Any, name: str) -> str:
+    return (running.device(name) / "agent.log").read_text()
+
+
 REFUSED = "No SuperNode found with the given public key"
 
 
 def check_nodes(running: Any, names: tuple[str, ...]) -> None:
     """The stranger was turned away, and its device was never asked anything."""
     assert REFUSED in running.processes.logs(1000)
-    assert "round not run" not in running.processes.logs(1000)
+    assert all("round not run" not in agent_log(running, name) for name in names)
+    assert "SuperNode ID" not in agent_log(running, "stranger")
     listed = json.loads(running.reticent("list", "--json"))
     assert {d["name"]: d["state"] for d in listed} == dict.fromkeys(names, "online")
     assert not any((running.device("stranger") / "state").iterdir())
+
+
+def check_status(running: Any, names: tuple[str, ...]) -> None:
+    """Each device tells its owner what it did; the stranger's agent goes on trying."""
+    for name in (*names, "stranger"):
+        words = ("reticent", "device", "status", "--dir", running.device(name), "--json")
+        told = json.loads(running.processes.run("cli", *words))
+        assert told["rounds_released"] == (0 if name == "stranger" else 2)
+        assert (told["agent"]["connection"] == "connected") is (name != "stranger")
+        assert told["agent"]["state"] in {"running", "waiting"}
+        assert told["refusals"] == {}
+        assert told["accepts_now"]
+
+
+def check_policy(running: Any, names: tuple[str, ...]) -> None:
+    """What the owners do not allow is refused by their devices, for them to read."""
+    for name in names:
+        words = ("policy", "set", "limits.largest_rounds=1", "--dir", running.device(name))
+        running.processes.run("cli", "reticent", "device", *words)
+    quick = ("federation.retries=0", "teacher.epochs=1", "student.epochs=1")
+    changes = (word for change in quick for word in ("--set", change))
+    with pytest.raises(Exception, match="policy of the device's owner does not allow the plan"):
+        running.reticent("run", EXAMPLE / "plan.toml", "--run", running.folder / "second", *changes)
+    for name in names:
+        words = ("reticent", "device", "status", "--dir", running.device(name), "--json")
+        told = json.loads(running.processes.run("cli", *words))
+        assert told["refusals"] == {"federation.rounds=2: limits.largest_rounds is 1": 1}
+        assert told["budget"]["rounds"] == 2  # it cost nothing
 
 
 def check_revocation(running: Any, loopback: Any) -> None:

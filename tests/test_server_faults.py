@@ -52,7 +52,7 @@ def devices(tmp_path: Path, loopback: Any) -> Iterator[Any]:
     try:
         running.processes.run("cli", "reticent", "server", "init", running.server, "--port", port)
         policy = tmp_path / "policy.toml"
-        policy.write_text("budget-epsilon = 99.0\nbudget-delta = 1e-5\n")
+        policy.write_text("[budget]\nepsilon = 99.0\ndelta = 1e-5\n")
         running.reticent("enroll", *loopback.NAMES, "--policy", policy)
         loopback.start_superlink(running)  # which admits the devices
         running.processes.stop()

@@ -19,7 +19,8 @@ from torch import nn
 from reticent.client.environment import Environment
 from reticent.client.kept import Kept
 from reticent.client.local_rules import LocalRule, variate_after
-from reticent.client.round import Refused, run_round
+from reticent.client.order import Refused
+from reticent.client.round import run_round
 from reticent.client.training import LocalTrainer, NoisyStep
 from reticent.compression.codec import build_codec
 from reticent.core.errors import PayloadError, PlanError

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from device import supernode, unpack
 from processes import Processes
 
 PLAN = Path(__file__).resolve().parent / "plan.toml"
@@ -89,11 +88,12 @@ def start_superlink(running: Deployment) -> None:
     running.processes.wait("the SuperLink", lambda: "ready" in log.read_text(), 60)
 
 
-def start_device(running: Deployment, name: str, bundle: str | None = None) -> None:
-    """Unpack a device's bundle, the newest by default, and start its SuperNode."""
-    path = running.server / "bundles" / f"{bundle or name}.bundle"
-    folder = running.device(name)
-    running.processes.start(name, *supernode(unpack(path, folder), folder, free_port()))
+def start_device(running: Deployment, name: str) -> None:
+    """Unpack a device's bundle, accept what the operator proposes, and start its agent."""
+    bundle, folder = running.server / "bundles" / f"{name}.bundle", running.device(name)
+    words = ("reticent", "device", "init", bundle, "--dir", folder, "--accept")
+    running.processes.run("cli", *words)
+    running.processes.start(name, "reticent", "device", "run", "--dir", folder)
 
 
 def free_port() -> int:

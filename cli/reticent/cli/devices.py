@@ -37,7 +37,7 @@ def budget(
     window_days: float | None,
     as_json: bool,
 ) -> None:
-    """Verify the ledger in STATE_DIR and show what was spent and what is left.
+    """Verify the ledger in STATE_DIR, or a device's folder; show what was spent and is left.
 
     It is compared with every countersigned head that the device has met, too.
     The budget is the one that the device last ran with, unless --epsilon is given.
@@ -45,6 +45,8 @@ def budget(
     from reticent.client.identity import require_met
     from reticent.privacy.ledger import Ledger
 
+    if (folder / "device.toml").is_file():
+        folder = folder / "state"
     if not (folder / "ledger.db").is_file():
         raise LedgerError(f"{folder}: holds no ledger: must be a device's state-dir")
     limit = _budget(folder, epsilon, delta, window_days)

@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
+from typing import cast
 
 import click
 
 from reticent.core.errors import ReticentError
 
-from .artifacts import bench, export, predict
-from .audits import audit
-from .compress import compress
-from .data import data
-from .devices import device
-from .plans import plan
-from .reports import report
-from .runs import runs
-from .server_runs import server
-from .simulations import simulate
-from .sweeps import sweep
-
 INTERRUPTED = 130
+_MODULES = {
+    "simulate": "simulations",
+    "sweep": "sweeps",
+    "runs": "runs",
+    "plan": "plans",
+    "compress": "compress",
+    "report": "reports",
+    "audit": "audits",
+    "export": "artifacts",
+    "bench": "artifacts",
+    "predict": "artifacts",
+    "data": "data",
+    "server": "server_runs",
+    "device": "device_policy",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Loads a command when it is used: an agent on a device must not hold torch in memory."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return every command's name."""
+        return sorted(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, or None if there is none of this name."""
+        if cmd_name not in _MODULES:
+            return None
+        module = importlib.import_module(f".{_MODULES[cmd_name]}", __package__)
+        return cast(click.Command, getattr(module, cmd_name))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="reticent", message="reticent %(version)s")
 def cli() -> None:
     """Federated learning for small devices that says no more than it must.
 
     Exit status: 0 success, 1 unexpected, 2 usage, 3 plan, 4 data, 5 privacy budget or ledger,
     6 network or too few clients, 7 artifact, 8 run directory, 9 payload, 10 missing extra,
-    11 keys, certificates or devices, 130 interrupted.
+    11 keys, certificates or devices, 12 the policy of a device's owner, 130 interrupted.
     """
-
-
-for command in (
-    simulate,
-    sweep,
-    runs,
-    plan,
-    compress,
-    report,
-    audit,
-    export,
-    bench,
-    predict,
-    data,
-    server,
-    device,
-):
-    cli.add_command(command)
 
 
 def main() -> None:

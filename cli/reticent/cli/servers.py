@@ -163,18 +163,13 @@ def _home(folder: Path) -> Home:
 
 
 def _policy(path: Path | None) -> str:
-    import tomllib
-
-    from reticent.core.errors import ProvisionError
+    from reticent.client.policy import parse_policy, read_text
     from reticent.server.enrolment import POLICY
 
     if path is None:
         return POLICY
-    try:
-        text = path.read_text(encoding="utf-8")
-        tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise ProvisionError(f"--policy {path}: must be a TOML file: {error}") from error
+    text = read_text(path)
+    parse_policy(text, f"--policy {path}")
     return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -16,11 +17,12 @@ from reticent.privacy.release import Public, Released
 
 from .environment import Environment
 from .identity import RolledBack
-from .round import Outcome, Refused, Request, run_rounds
+from .order import Refused
+from .request import Outcome, Request
 
 EnvironmentOf = Callable[[Context], Environment]
 PlanOf = Callable[[Context], str]
-Tell = Callable[[Exception], None]
+Tell = Callable[[Exception, Message, Context], None]
 
 
 def pack(payload: bytes) -> ArrayRecord:
@@ -42,7 +44,9 @@ def unpack(content: RecordDict, name: str) -> bytes:
 
 
 def build_client_app(
-    environment_of: EnvironmentOf, plan_of: PlanOf, tell: Tell = lambda error: None
+    environment_of: EnvironmentOf,
+    plan_of: PlanOf,
+    tell: Tell = lambda error, message, context: None,
 ) -> ClientApp:
     """Return a ClientApp.
 
@@ -58,12 +62,17 @@ def build_client_app(
         try:
             return run(message, context)
         except Exception as error:
-            tell(error)
+            tell(error, message, context)
             raise
 
     def run(message: Message, context: Context) -> Message:
         request = requested(message, context, environment_of)
-        return _answer(message, request, run_rounds(plan_of(context), [request])[0])
+        plan, guard = plan_of(context), request.environment.guard
+        with guard.following(request.order, plan) if guard else nullcontext():
+            _check_anchor(request.environment, message.content)
+            from .round import run_rounds  # imports torch: only for an order that is followed
+
+            return _answer(message, request, run_rounds(plan, [request])[0])
 
     return app
 
@@ -79,6 +88,8 @@ def answer_together(
     Each is what the ClientApp of that client would reply, through the same gate; see
     :func:`reticent.client.round.run_rounds` for what is done in common.
     """
+    from .round import run_rounds
+
     pairs = list(zip(messages, contexts, strict=True))
     asked = [_requested(*pair, environment_of) for pair in pairs]
     outcomes = iter(run_rounds(plan_text, [one for one in asked if isinstance(one, Request)]))
@@ -114,7 +125,6 @@ def requested(message: Message, context: Context, environment_of: EnvironmentOf)
         raise Refused(Refusal.BAD_ORDER) from error
     constants = _constants(content, context, order)
     environment = environment_of(context)
-    _check_anchor(environment, content)
     return Request(order, constants, payload, environment, marks, context.state, control)
 
 

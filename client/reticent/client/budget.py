@@ -11,8 +11,19 @@ from reticent.core.run import write_atomic
 from reticent.privacy.ledger import Budget
 from reticent.privacy.ledger.files import alone
 
+from .policy import Policy
+
 DEVICE = "device"
 """The one name in a real device's ledger; who it is towards servers is its key."""
+
+_DAY = 86400
+
+
+def budget_of(policy: Policy) -> Budget:
+    """Return the budget of an owner's policy."""
+    chosen = policy.budget
+    window = None if chosen.window_days is None else chosen.window_days * _DAY
+    return Budget(chosen.epsilon, chosen.delta, window)
 
 
 def remember_budget(folder: Path, budget: Budget) -> None:

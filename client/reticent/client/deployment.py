@@ -1,6 +1,12 @@
 """The ClientApp of a real device, as a Flower app refers to it.
 
-The device's owner sets, in the SuperNode's ``--node-config``:
+The agent (:mod:`.agent`) sets one key in the SuperNode's ``--node-config``:
+
+``device-dir``
+    The device's folder (:mod:`.folder`). Everything comes from it, and the owner's policy in it is
+    held against every order (:mod:`.guard`).
+
+Without an agent, and without a policy beyond the budget, an owner sets instead:
 
 ``state-dir``
     Folder of the device's ledger. It must outlive the SuperNode.
@@ -15,21 +21,24 @@ The device's owner sets, in the SuperNode's ``--node-config``:
     PEM file with the server's public key. The device then refuses to go on with a ledger that
     lacks what that server has countersigned (:mod:`reticent.privacy.anchor`).
 
-The server sets, in the run configuration, ``plan``: the plan as TOML text. Randomness comes from
-the operating system; no message can change that.
+The server sets, in the run configuration, ``plan``: the plan as TOML text, and ``plan-signature``.
+Randomness comes from the operating system; no message can change that.
 """
 
 from __future__ import annotations
 
 import logging
+import traceback
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from flwr.app import Context
+from flwr.app import Context, Message
 
-from reticent.core.errors import LedgerError, PlanError, ReticentError
+from reticent.core.errors import DataError, LedgerError, PlanError, ReticentError
 from reticent.core.plan import parse_plan
 from reticent.core.protocol import Refusal
 from reticent.core.signing import read_public_key
@@ -37,10 +46,13 @@ from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SystemRandomness
 
 from .app import build_client_app
-from .budget import DEVICE, remember_budget
+from .budget import DEVICE, budget_of, remember_budget
+from .diary import FAILED, REFUSED, Diary
 from .environment import Environment
+from .folder import open_device
+from .guard import Guard
 from .identity import open_identity
-from .round import Refused
+from .order import Refused
 
 _log = logging.getLogger("reticent.device")
 _T = TypeVar("_T", int, float, str)
@@ -60,20 +72,38 @@ def _environment(context: Context) -> Environment:
 
 
 def _read(context: Context) -> Environment:
+    if "device-dir" in context.node_config:
+        return _guarded(context)
     folder = Path(_setting(context, "state-dir", str)).expanduser()
-    budget = _budget(context)
+    index = _setting(context, "partition-id", int)
+    return _device(folder, index, _budget(context), _servers(context))
+
+
+def _guarded(context: Context) -> Environment:
+    """Return the device of a folder, under its owner's policy as it is at this moment."""
+    device = open_device(Path(_setting(context, "device-dir", str)))
+    policy = device.owners_policy()
+    own = _device(device.state, device.index, budget_of(policy), [device.key("countersign")])
+    signature = str(context.run_config.get("plan-signature", ""))
+    guard = Guard(policy, device.signers(policy), signature, own.own_ledger, Diary(device.state))
+    return replace(own, guard=guard)
+
+
+def _device(
+    folder: Path, index: int, budget: Budget, servers: list[Ed25519PublicKey]
+) -> Environment:
     ledger = _ledger(folder)
     if budget.window is not None:
         ledger.tick()
     remember_budget(folder, budget)
     return Environment(
-        client=_setting(context, "partition-id", int),
+        client=index,
         device=DEVICE,
         ledger=ledger,
         budget=budget,
         randomness=SystemRandomness(),
         keeps_releases=True,
-        identity=open_identity(folder, _servers(context)),
+        identity=open_identity(folder, servers),
     )
 
 
@@ -111,11 +141,40 @@ def _plan(context: Context) -> str:
     return parse_plan(str(context.run_config.get("plan", "")), where="run-config plan").canonical()
 
 
-def _tell_owner(error: Exception) -> None:
+def _tell_owner(error: Exception, message: Message, context: Context) -> None:
     """Write to the device's own log why a round was not run; the server gets a code."""
     reason = error.__cause__ or error
     known = isinstance(reason, ReticentError | Refused)
-    _log.error("round not run: %s", reason, exc_info=None if known else reason)
+    # An unforeseen error's text may hold data, and logs travel: where it happened is enough.
+    where = "".join(traceback.format_tb(reason.__traceback__))
+    said = reason if known else f"unexpected {type(reason).__name__} at\n{where}"
+    _log.error("round not run: %s", said)
+    if "device-dir" in context.node_config:
+        _write_down(error, str(reason), message, context)
+
+
+def _write_down(error: Exception, reason: str, message: Message, context: Context) -> None:
+    """Add the refusal to the diary; the text of an unforeseen error may hold data: not kept."""
+    code = _code(error)
+    foreseen = isinstance(error, Refused | ReticentError)
+    order = message.content.config_records.get("order") if message.has_content() else None
+    given = dict(order) if order is not None else {}
+    plan, number = given.get("plan"), given.get("round")
+    state = Path(str(context.node_config["device-dir"])) / "state"
+    with suppress(OSError):  # a full disk: the server still gets the code
+        Diary(state).add(
+            REFUSED if foreseen else FAILED,
+            reason if foreseen else f"unexpected {type(error).__name__}",
+            plan if isinstance(plan, str) else "",
+            number if isinstance(number, int) else 0,
+            int(code),
+        )
+
+
+def _code(error: Exception) -> Refusal:
+    if isinstance(error, Refused):
+        return error.refusal
+    return Refusal.NO_DATA if isinstance(error, DataError) else Refusal.FAILED
 
 
 app = build_client_app(_environment, _plan, _tell_owner)

@@ -8,6 +8,7 @@ from reticent.core.errors import LedgerError
 from reticent.privacy.ledger import Budget, Grants, Ledger
 from reticent.privacy.randomness import Randomness
 
+from .guard import Guard
 from .identity import Identity
 
 
@@ -26,6 +27,7 @@ class Environment:
             gives the same bytes.
         identity: The device's key and the anchors it has met; None in a simulation, where one
             ledger holds every device and its head is anchored in the run's journal.
+        guard: Holds the owner's policy against every order; None in a simulation.
     """
 
     client: int
@@ -35,6 +37,7 @@ class Environment:
     randomness: Randomness
     keeps_releases: bool
     identity: Identity | None = None
+    guard: Guard | None = None
 
     @property
     def own_ledger(self) -> Ledger:

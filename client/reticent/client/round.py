@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
@@ -13,29 +13,22 @@ from flwr.app import RecordDict
 
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
-from reticent.core.plan import Plan, plan_from_json
+from reticent.core.plan import Plan
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.tasks import Task, load_task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.client_level import ClipRule, clipped, finite, is_within, with_bit
-from reticent.privacy.events import DeclaredPublic, Event, NonPrivate
+from reticent.privacy.client_level import clipped, finite, is_within, with_bit
+from reticent.privacy.events import Event
 from reticent.privacy.ledger import BudgetExceeded
 from reticent.privacy.release import Released
-from reticent.privacy.schedule import schedule_with
 
 from .downlink import ModelMissing, changed, remember
 from .environment import Environment
 from .local_state import LocalState, kept
+from .order import Refused, charges, check_order, plan_of
+from .request import Outcome, Request
 from .training import Client, LocalTrainer
 from .wire import Wire, noisy_step, wire_of
-
-
-class Refused(Exception):
-    """The round is not trained, for a reason that has a fixed code."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.text)
-        self.refusal = refusal
 
 
 @dataclass(frozen=True)
@@ -56,52 +49,9 @@ class Site:
         return self.trainer.split.travels
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one device is asked to do.
-
-    Attributes:
-        order: The order.
-        constants: The run's public constants.
-        payload: A whole model, or with ``marks`` a change of the one in ``state``.
-        environment: The device.
-        marks: See :mod:`.downlink`; ``b""`` with a whole model.
-        state: Flower's state of this client; simulated devices may share one.
-        control: The server's encoded control variate; ``b""`` where the plan has none.
-    """
-
-    order: Order
-    constants: bytes
-    payload: bytes
-    environment: Environment
-    marks: bytes = b""
-    state: RecordDict = field(default_factory=RecordDict)
-    control: bytes = b""
-
-    @property
-    def shared(self) -> tuple[Order, bytes, bytes, bytes, int, bytes]:
-        """Everything that decides what is trained, save for the device and its data."""
-        state = id(self.state)
-        return self.order, self.constants, self.payload, self.marks, state, self.control
-
-    @property
-    def path(self) -> tuple[str, int, int]:
-        """Names the device's streams."""
-        return self.order.run, self.environment.client, self.order.round
-
-
-Outcome = Released[bytes] | Exception
-"""What a device releases, or why it does not; of exceptions only :class:`Refused` has a code."""
-
-
-@lru_cache(maxsize=4)
-def _plan(text: str) -> Plan:
-    return plan_from_json(text)
-
-
 @lru_cache(maxsize=2)
 def _site(plan_text: str, constants: bytes) -> Site:
-    plan = _plan(plan_text)
+    plan = plan_of(plan_text)
     task = load_task(plan.task, plan.seed)
     trainer = LocalTrainer(plan, task, Constants.decode(constants))
     updates, layout = plan.updates, trainer.split.travels
@@ -113,33 +63,6 @@ def _site(plan_text: str, constants: bytes) -> Site:
 @lru_cache(maxsize=2)
 def _broadcast(codec: Codec, payload: bytes, blocks: tuple[int, ...]) -> Vector:
     return codec.decode(payload, blocks)
-
-
-def check_order(order: Order, plan_text: str) -> Plan:
-    """Return the client's own plan if the order belongs to it.
-
-    Raises:
-        Refused: If the order names another plan, or its noise or clip contradicts the plan.
-    """
-    try:
-        plan = _plan(plan_text)
-    except PlanError as error:
-        raise Refused(Refusal.WRONG_PLAN) from error
-    if order.plan != plan.digest:
-        raise Refused(Refusal.WRONG_PLAN)
-    if (order.noise_multiplier > 0) != (plan.private is not None):
-        raise Refused(Refusal.BAD_ORDER)
-    if not allows_clip(plan, order.clip):
-        raise Refused(Refusal.BAD_ORDER)
-    return plan
-
-
-def allows_clip(plan: Plan, clip: float) -> bool:
-    """Return whether an order of ``plan`` may have this bound: the plan's, or one it can become."""
-    privacy = plan.private
-    if privacy is None:
-        return clip == 0
-    return ClipRule(privacy.clip, privacy.clip_quantile).allows(clip)
 
 
 def _model(site: Site, payload: bytes, marks: bytes, state: RecordDict) -> Vector:
@@ -250,11 +173,14 @@ def _site_of(plan_text: str, request: Request) -> tuple[Site, Common]:
     try:
         site = _site(plan_text, request.constants)
         model = _model(site, request.payload, request.marks, request.state)
-        return site, Common(model, _control(site, request.control))
+        common = Common(model, _control(site, request.control))
     except ModelMissing as error:
         raise Refused(Refusal.MODEL_MISSING) from error
     except PayloadError as error:
         raise Refused(Refusal.BAD_BROADCAST) from error
+    if (guard := request.environment.guard) is not None:
+        guard.require_room(site.trainer.needed_bytes(site.task.nominal_examples))
+    return site, common
 
 
 def _begin(request: Request, plan: Plan) -> _Begun | Outcome:
@@ -345,37 +271,6 @@ def _with_code(error: Exception) -> Exception:
         return error
     refused.__cause__ = error
     return refused
-
-
-def round_event(plan: Plan, noise_multiplier: float) -> Event:
-    """Return the event of one round of ``plan``.
-
-    Raises:
-        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
-        PrivacyError: If no event may have this noise multiplier.
-    """
-    schedule = schedule_with(plan, noise_multiplier)
-    return NonPrivate() if schedule is None else schedule.round_event()
-
-
-def charges(plan: Plan, noise_multiplier: float, round: int) -> list[tuple[int, Event]]:
-    """Return the rounds to charge before ``round`` is trained, in order, each with its event.
-
-    One, the round itself, as :func:`round_event` says; except where the sampling of clients is
-    counted (``privacy.secret_cohort``). A sampled round costs a client what it does whether the
-    client is drawn or not, so charging only rounds in which it is would count too little: the
-    first order charges every round in which the client may be drawn, as round 0, and each round
-    itself is then an entry that spends nothing.
-
-    Raises:
-        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
-        PrivacyError: If no event may have this noise multiplier.
-    """
-    schedule, event = schedule_with(plan, noise_multiplier), round_event(plan, noise_multiplier)
-    if schedule is None or not schedule.secret:
-        return [(round, event)]
-    whole = schedule.over(event, schedule.participations)
-    return [(0, whole), (round, DeclaredPublic("a round of a run that was charged whole, before"))]
 
 
 def _charge(order: Order, plan: Plan, environment: Environment) -> Event:

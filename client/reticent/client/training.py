@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from reticent.privacy.clipping import ClippedGradients, Loss, chain_of
 from reticent.privacy.randomness import Randomness
 
 from .local_rules import PLAIN, LocalRule
+from .resources import training_bytes
 
 
 def student_model(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
@@ -115,7 +116,7 @@ class LocalTrainer:
             PlanError: If the plan's personal layers are no layers of the student, or all of them.
         """
         _check_soft_labels(constants, task)
-        self.plan = plan
+        self.plan, self._input_shape = plan, task.input_shape
         self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
@@ -130,6 +131,26 @@ class LocalTrainer:
     def steps(self) -> int:
         """Local steps of a round."""
         return self.plan.federation.steps_per_round
+
+    def needed_bytes(self, nominal_examples: int) -> int:
+        """Return an upper estimate of the memory of a round, from public constants alone."""
+        made: list[int] = []
+
+        def count(_: nn.Module, __: object, output: object) -> None:
+            made.extend(t.numel() for t in _tensors(output))
+
+        layers = [m for m in self._model.modules() if not list(m.children())]
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            with torch.no_grad():
+                self._model(torch.zeros(1, *self._input_shape))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        private = self.plan.private
+        clips = private is not None and private.unit == "example"
+        batch = self.plan.federation.sampling_rate * nominal_examples
+        return training_bytes(self.layout.total, sum(made), batch, bounded=clips)
 
     @cached_property
     def _clipped(self) -> ClippedGradients:
@@ -254,6 +275,14 @@ def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) ->
     with _same_draws():
         hooked = chain_of(student_model(task, plan, constants)) is None
     return _bounded_alone(plan) or (_HOOKED if hooked else None)
+
+
+def _tensors(output: object) -> list[torch.Tensor]:
+    """Return the tensors in what a layer returned: recurrent ones return tuples."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None = None) -> None:

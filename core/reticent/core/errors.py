@@ -69,3 +69,9 @@ class ProvisionError(ReticentError):
     """A device's bundle, or what a server keeps about devices and keys, cannot be used."""
 
     exit_code = 11
+
+
+class PolicyError(ReticentError):
+    """The policy of a device's owner is absent or not acceptable."""
+
+    exit_code = 12

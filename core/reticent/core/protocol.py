@@ -35,6 +35,9 @@ class Refusal(IntEnum):
     NOT_RELEASED = 1008
     ROLLED_BACK = 1009
     MODEL_MISSING = 1010
+    POLICY = 1011
+    NOT_NOW = 1012
+    UNSIGNED = 1013
 
     @property
     def text(self) -> str:
@@ -54,6 +57,9 @@ _REASONS = {
     Refusal.NOT_RELEASED: "the reply held something that was not released",
     Refusal.MODEL_MISSING: "the client does not hold the model that a change is against",
     Refusal.ROLLED_BACK: "the ledger of the device lacks a head that a server countersigned",
+    Refusal.POLICY: "the policy of the device's owner does not allow the plan",
+    Refusal.NOT_NOW: "the device does not take part at present",
+    Refusal.UNSIGNED: "the plan is not signed by a key that the device's owner accepts",
 }
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_key(seed: int, *path: str | int) -> bytes:
@@ -30,5 +33,7 @@ def numpy_generator(seed: int, *path: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *path: str | int) -> torch.Generator:
     """Return a CPU torch generator keyed by ``seed`` and ``path``."""
+    import torch  # here, because devices refuse orders before they need it
+
     key = int.from_bytes(derive_key(seed, *path)[:8], "big") >> 1
     return torch.Generator().manual_seed(key)

@@ -20,9 +20,24 @@ from .registry import Device, NodeKey, Registry, changing
 KEY_DAYS = 365
 POLICY = """\
 # What the operator proposes to the owner of this device. The owner decides.
-budget-epsilon = 10.0
-budget-delta = 1e-5
-# budget-window-days = 365
+[budget]
+epsilon = 10.0
+delta = 1e-5
+# window_days = 365
+# lifetime_epsilon = 30.0
+
+[limits]
+# least_noise_multiplier = 0.5
+# largest_rounds = 1000
+
+[allow]
+# tasks = ["digits"]
+trust = ["local", "aggregator"]
+
+[when]
+# hours = ["22:00-06:00"]
+# charging = true
+# unmetered = true
 """
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from flwr.app import Message
 
-from reticent.client.round import charges
+from reticent.client.order import charges
 from reticent.core.errors import LedgerError, PayloadError, PlanError, PrivacyError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Order

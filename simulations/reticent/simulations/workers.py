@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from reticent.client.app import answer_together, build_client_app, pack, unpack
 from reticent.client.downlink import MODEL, remember
 from reticent.client.environment import Environment
-from reticent.client.round import charges
+from reticent.client.order import charges
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
 from reticent.core.plan import plan_from_json
 from reticent.core.protocol import Order

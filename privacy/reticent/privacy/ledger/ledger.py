@@ -155,6 +155,31 @@ class Ledger(Account):
         store.marks.refuse([r.device for r in results if isinstance(r, BudgetExceeded)], run, round)
         return results
 
+    def affords(self, device: str, run: str, round: int, event: Event, budget: Budget) -> bool:
+        """Return whether :meth:`charge` would accept this round now; nothing is recorded.
+
+        For a second budget beside the one that is charged. It holds for the charge that follows as
+        long as nobody else charges the device in between.
+
+        Raises:
+            LedgerError: As :meth:`charge`.
+        """
+        _require_key(device, run, round)
+        with self._store.transaction():
+            if self._store.charge_of(device, run, round) is not None:
+                return True
+            now = self._store.observed(needed=budget.window is not None)
+            view = View.of(self._store, [device], budget, now.at)
+            spent = Afford(event, budget).refusal(view.lifetime(device), view.counted(device))
+            return spent is None
+
+    def rounds(self, device: str, run: str, round: int) -> int:
+        """Return how many rounds ``device`` was ever charged for, without this one."""
+        _require_key(device, run, round)
+        with mapped(self._store.folder):
+            this = self._store.charge_of(device, run, round) is not None
+            return self._store.rounds(device) - this
+
     def tick(self) -> None:
         """Observe device time, so that what has passed until now counts if power is lost next.
 

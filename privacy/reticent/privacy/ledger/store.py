@@ -138,6 +138,13 @@ class Store:
             (run, round, device),
         ).fetchone()
 
+    def rounds(self, device: str) -> int:
+        """Return how many rounds one device was ever charged for."""
+        (count,) = self.db.execute(
+            "SELECT coalesce(sum(charges), 0) FROM totals WHERE device = ?", (device,)
+        ).fetchone()
+        return count
+
     def add_charges(self, devices: Sequence[str], run: str, round: int, body: str, at: int) -> None:
         """Charge ``devices``, inside a transaction."""
         start = self.end().sequence + 1

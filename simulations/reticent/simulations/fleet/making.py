@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from reticent.client.round import charges
+from reticent.client.order import charges
 from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan
 from reticent.privacy.ledger import Ledger

@@ -1,0 +1,133 @@
+"""What happened on a device, for its owner: a short file that never leaves it.
+
+``diary.jsonl`` holds one JSON object a line, the newest last, and is kept below twice
+:data:`MOST_LINES` lines. It holds no data, no losses and no key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import time
+from typing import Any
+
+from reticent.core.run import write_atomic
+from reticent.privacy.ledger.files import alone
+
+MOST_LINES = 500
+MOST_TEXT = 300
+BEGUN, RELEASED, ENDED = "begun", "released", "ended"
+REFUSED, FAILED = "refused", "failed"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that happened.
+
+    Attributes:
+        at: Seconds since 1970.
+        what: ``begun``, then ``released`` or, if it was refused later, ``ended``; ``refused`` or
+            ``failed``, and why.
+        reason: Why, for a person.
+        plan: Digest of the plan that the order named.
+        round: The order's round.
+        code: What the server was told; 0 where nothing was refused.
+    """
+
+    at: float
+    what: str
+    reason: str = ""
+    plan: str = ""
+    round: int = 0
+    code: int = 0
+
+
+class Diary:
+    """The diary in a device's state folder; a crash loses at most the line that was being written.
+
+    Args:
+        folder: The state folder; it must exist.
+        clock: Returns seconds since 1970.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time) -> None:
+        self._folder, self._path, self.clock = folder, folder / "diary.jsonl", clock
+
+    def add(
+        self, what: str, reason: str = "", plan: str = "", round: int = 0, code: int = 0
+    ) -> None:
+        """Append a line; it is on disk on return.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        line = Line(self.clock(), what, reason[:MOST_TEXT], plan[:64], round, code)
+        data = json.dumps(asdict(line)).encode() + b"\n"
+        with alone(self._folder):  # each message is a process of its own
+            self._trim()
+            with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                if end and _last_byte(file, end) != b"\n":
+                    data = b"\n" + data  # the rest of a line that power took
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def lines(self) -> list[Line]:
+        """Return what is there, oldest first; what a crash left half written is left out."""
+        try:
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        found = (_parse(line) for line in text.splitlines())
+        return [line for line in found if line is not None]
+
+    def failures(self, plan: str) -> tuple[int, float]:
+        """Return how often in a row a round of this plan was begun and came to no end, and when.
+
+        A process that was killed leaves no other trace. A round that was refused after it began is
+        at an end, but says nothing about whether the next one works.
+        """
+        count, last = 0, 0.0
+        for line in (line for line in self.lines() if line.plan == plan):
+            if line.what == BEGUN:
+                count, last = count + 1, line.at
+            elif line.what == RELEASED:
+                count = 0
+            elif line.what == ENDED:
+                count -= 1
+        return max(0, count), last
+
+    def refusals(self) -> dict[str, int]:
+        """Return how often each reason was given, the commonest first."""
+        reasons = Counter(line.reason for line in self.lines() if line.what == REFUSED)
+        return dict(reasons.most_common())
+
+    def _trim(self) -> None:
+        with suppress(FileNotFoundError):
+            kept = self._path.read_bytes().splitlines(keepends=True)
+            if len(kept) >= 2 * MOST_LINES:
+                write_atomic(self._path, b"".join(kept[-MOST_LINES:]))
+                self._path.chmod(0o600)
+
+
+def _last_byte(file: Any, end: int) -> bytes:
+    file.seek(end - 1)
+    last = file.read(1)
+    file.seek(end)
+    return last
+
+
+def _parse(text: str) -> Line | None:
+    try:
+        line = Line(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    kinds = (type(line.reason), type(line.plan), type(line.what), type(line.round), type(line.code))
+    sound = kinds == (str, str, str, int, int) and isinstance(line.at, int | float)
+    return line if sound else None

@@ -1,0 +1,57 @@
+"""Stands in for ``flwr-clientapp`` on a device, so that a server cannot send code.
+
+A Flower app is a bundle of files that the server sends; ours is a ``pyproject.toml`` only, but a
+bundle may hold modules, which Flower would import with the rights of the device's owner. Here they
+are refused, by an audit hook (PEP 578), which cannot be taken off again: what a bundle may name is
+code that is installed on the device. Nothing of Flower is changed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from types import CodeType
+
+PROGRAM = "flwr-clientapp"
+
+
+def forbid_code_in(folder: Path) -> None:
+    """Refuse to run code whose file is in ``folder``, for the rest of this process.
+
+    Python modules, their compiled forms and extension modules are covered. Data files are not code.
+    """
+    inside = os.path.realpath(folder) + os.sep
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "exec" and isinstance(arguments[0], CodeType):
+            name: object = arguments[0].co_filename
+        elif event == "import" and len(arguments) > 1:
+            name = arguments[1]  # an extension module's file, or None
+        else:
+            return
+        if isinstance(name, str) and os.path.realpath(name).startswith(inside):
+            raise ImportError(f"{name}: came from the server, and is not run on this device")
+
+    sys.addaudithook(hook)
+
+
+def write_launcher(folder: Path) -> None:
+    """Write the program that Flower finds before its own; ``folder`` comes first in PATH."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / PROGRAM
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m {__spec__.name} "$@"\n')
+    path.chmod(0o700)
+
+
+def main() -> None:
+    """Run Flower's own program, under the hook."""
+    forbid_code_in(Path(os.environ["FLWR_HOME"]))
+    (program,) = importlib.metadata.entry_points(group="console_scripts", name=PROGRAM)
+    sys.argv[0] = PROGRAM
+    sys.exit(program.load()())
+
+
+if __name__ == "__main__":
+    main()

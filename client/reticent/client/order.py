@@ -1,0 +1,84 @@
+"""Whether an order may be followed at all; nothing here needs torch, so that saying no is cheap."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from reticent.core.errors import PlanError
+from reticent.core.plan import Plan, plan_from_json
+from reticent.core.protocol import Order, Refusal
+from reticent.privacy.client_level import ClipRule
+from reticent.privacy.events import DeclaredPublic, Event, NonPrivate
+from reticent.privacy.schedule import schedule_with
+
+
+class Refused(Exception):
+    """The round is not trained, for a reason that has a fixed code."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.text)
+        self.refusal = refusal
+
+
+@lru_cache(maxsize=4)
+def plan_of(text: str) -> Plan:
+    """Return the plan that ``text`` is the JSON of."""
+    return plan_from_json(text)
+
+
+def check_order(order: Order, plan_text: str) -> Plan:
+    """Return the client's own plan if the order belongs to it.
+
+    Raises:
+        Refused: If the order names another plan, or its noise or clip contradicts the plan.
+    """
+    try:
+        plan = plan_of(plan_text)
+    except PlanError as error:
+        raise Refused(Refusal.WRONG_PLAN) from error
+    if order.plan != plan.digest:
+        raise Refused(Refusal.WRONG_PLAN)
+    if (order.noise_multiplier > 0) != (plan.private is not None):
+        raise Refused(Refusal.BAD_ORDER)
+    if not allows_clip(plan, order.clip):
+        raise Refused(Refusal.BAD_ORDER)
+    return plan
+
+
+def allows_clip(plan: Plan, clip: float) -> bool:
+    """Return whether an order of ``plan`` may have this bound: the plan's, or one it can become."""
+    privacy = plan.private
+    if privacy is None:
+        return clip == 0
+    return ClipRule(privacy.clip, privacy.clip_quantile).allows(clip)
+
+
+def round_event(plan: Plan, noise_multiplier: float) -> Event:
+    """Return the event of one round of ``plan``.
+
+    Raises:
+        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
+        PrivacyError: If no event may have this noise multiplier.
+    """
+    schedule = schedule_with(plan, noise_multiplier)
+    return NonPrivate() if schedule is None else schedule.round_event()
+
+
+def charges(plan: Plan, noise_multiplier: float, round: int) -> list[tuple[int, Event]]:
+    """Return the rounds to charge before ``round`` is trained, in order, each with its event.
+
+    One, the round itself, as :func:`round_event` says; except where the sampling of clients is
+    counted (``privacy.secret_cohort``). A sampled round costs a client what it does whether the
+    client is drawn or not, so charging only rounds in which it is would count too little: the
+    first order charges every round in which the client may be drawn, as round 0, and each round
+    itself is then an entry that spends nothing.
+
+    Raises:
+        PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
+        PrivacyError: If no event may have this noise multiplier.
+    """
+    schedule, event = schedule_with(plan, noise_multiplier), round_event(plan, noise_multiplier)
+    if schedule is None or not schedule.secret:
+        return [(round, event)]
+    whole = schedule.over(event, schedule.participations)
+    return [(0, whole), (round, DeclaredPublic("a round of a run that was charged whole, before"))]

@@ -1,0 +1,96 @@
+"""Everything an owner may want to know about a device at one look."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from reticent.core.errors import ReticentError
+from reticent.privacy.ledger import Ledger
+
+from .agent import read_report
+from .budget import DEVICE, budget_of
+from .diary import RELEASED, Diary
+from .folder import Device, is_held
+from .identity import require_met
+from .policy import Policy
+from .resources import LIBRARIES, Memory, disk_free
+from .rules import against_now, against_room
+from .sensors import Sensors
+
+_WARN_DAYS = 30
+
+
+def device_status(
+    device: Device,
+    now: datetime,
+    sensors: Sensors | None = None,
+    memory: Memory | None = None,
+) -> dict[str, Any]:
+    """Return the state of a device, ready for JSON; what cannot be told says why in words.
+
+    Args:
+        device: The device.
+        now: The local time, with its zone.
+        sensors: Where the device's state comes from.
+        memory: Where free memory is looked up.
+    """
+    diary = Diary(device.state)
+    released = [line for line in diary.lines() if line.what == RELEASED]
+    seen, free = (sensors or Sensors()).read(), (memory or Memory()).free()
+    disk = disk_free(device.state)
+    try:
+        policy = device.owners_policy()
+        against = against_now(policy.when, seen, now)
+        against += against_room(policy, free, disk, LIBRARIES)
+        budget = _budget(device, policy)
+    except ReticentError as error:
+        against, budget = [str(error)], None
+    return {
+        "name": device.name,
+        "server": device.address,
+        "key_expires": device.expires,
+        "key_warning": _expiry(device, now),
+        "agent": _agent(device),
+        "last_round": asdict(released[-1]) if released else None,
+        "rounds_released": len(released),
+        "refusals": diary.refusals(),
+        "sensors": {**asdict(seen), "free_memory": free, "free_disk": disk},
+        "accepts_now": not against,
+        "against": against,
+        "budget": budget,
+    }
+
+
+def _agent(device: Device) -> dict[str, Any]:
+    report = read_report(device)
+    if not is_held(device):
+        told = {} if report is None else asdict(report)
+        return {**told, "state": "stopped", "connection": "none", "pid": 0, "supernode": 0}
+    return {"state": "starting"} if report is None else asdict(report)
+
+
+def _budget(device: Device, policy: Policy) -> dict[str, Any]:
+    limit = budget_of(policy)
+    chosen = {"epsilon": _number(limit.epsilon), "delta": limit.delta, "window": limit.window}
+    if not (device.state / "ledger.db").is_file():
+        return {**chosen, "spent": 0.0, "left": _number(limit.epsilon), "rounds": 0}
+    with Ledger.open(device.state) as ledger:
+        require_met(ledger, device.state)
+        found = ledger.overview(DEVICE, limit)
+    spent, left = _number(found.spent), _number(found.remaining)
+    return {**chosen, "spent": spent, "left": left, "rounds": found.charges}
+
+
+def _expiry(device: Device, now: datetime) -> str:
+    days = (datetime.fromisoformat(device.expires) - now).days
+    if days >= _WARN_DAYS:
+        return ""
+    told = "expired" if days < 0 else f"expires in {days} days"
+    return f"the node key {told}: ask the operator for a new bundle (`reticent server renew`)"
+
+
+def _number(value: float) -> float | str:
+    return "infinity" if math.isinf(value) else value

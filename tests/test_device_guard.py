@@ -1,0 +1,259 @@
+"""The owner's policy is enforced by the ClientApp, whatever a server sends, and costs no budget."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Context, RecordDict
+from test_deployment import PLAN, TASK, ask, order, released, scheduled
+
+from reticent.client import deployment, guard
+from reticent.client.diary import (
+    BEGUN,
+    ENDED,
+    FAILED,
+    MOST_LINES,
+    MOST_TEXT,
+    REFUSED,
+    RELEASED,
+    Diary,
+)
+from reticent.client.folder import Device, accept_policy, create_device
+from reticent.client.guard import MOST_FAILURES
+from reticent.client.resources import Memory, training_bytes
+from reticent.client.status import device_status
+from reticent.core.bundle import read_bundle, sign_plan
+from reticent.core.protocol import Refusal
+from reticent.core.signing import PRIVATE_KEY, read_private_key
+from reticent.privacy.accounting import epsilon
+from reticent.privacy.anchor import public_hex
+from reticent.privacy.ledger import Ledger
+from reticent.server.certificates import utc_now
+from reticent.server.enrolment import POLICY, enroll
+from reticent.server.home import create_home
+
+BUDGET = "[budget]\nepsilon = 99.0\ndelta = 1e-5\n"
+MEGABYTE = 2**20
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Device:
+    """A device whose owner accepted a budget and nothing more."""
+    home = create_home(tmp_path / "server", ["127.0.0.1"], 8000, utc_now())
+    (bundle,) = enroll(home, ["pi-1"], POLICY, utc_now())
+    made = create_device(tmp_path / "pi-1", read_bundle(bundle))
+    accept_policy(made, BUDGET, "test")
+    return made
+
+
+def signature(device: Device, key: Ed25519PrivateKey | None = None) -> str:
+    plans = device.folder.parent / "server" / "keys" / "plans" / PRIVATE_KEY
+    return sign_plan(key or read_private_key(plans), PLAN.digest)
+
+
+def context(device: Device, **run: Any) -> Context:
+    from test_deployment import CONFIG
+
+    config = {"plan": CONFIG["plan"], "plan-signature": signature(device), **run}
+    return Context(1, 2, {"device-dir": str(device.folder)}, RecordDict(), config)
+
+
+def charges(device: Device) -> int:
+    with Ledger.open(device.state) as ledger:
+        return ledger.overview("device", deployment.budget_of(device.owners_policy())).charges
+
+
+def refused(device: Device, given: Context | None = None, number: int = 1) -> tuple[int, str]:
+    """Return the code that the server gets and the reason that the owner reads."""
+    reply = ask(given or context(device), order(number))
+    assert reply.has_error()
+    assert reply.error.reason == Refusal(reply.error.code).text
+    line = Diary(device.state).lines()[-1]
+    assert (line.what, line.code, line.round) == (REFUSED, reply.error.code, number)
+    return reply.error.code, line.reason
+
+
+def test_what_the_policy_allows_is_run_and_written_down(device: Device) -> None:
+    given = context(device)
+    released(ask(given, order(1)))
+    released(ask(given, order(2)))
+    assert [line.what for line in Diary(device.state).lines()] == [BEGUN, RELEASED] * 2
+    assert charges(device) == 2
+
+
+REFUSALS = [
+    ("[limits]\nlargest_rounds = 1", Refusal.POLICY, "limits.largest_rounds is 1"),
+    ("[limits]\nleast_noise_multiplier = 90.0", Refusal.POLICY, "least_noise_multiplier is 90"),
+    ("[limits]\nlargest_sampling_rate = 0.1", Refusal.POLICY, "largest_sampling_rate is 0.1"),
+    ('[allow]\ntasks = ["fashion"]', Refusal.POLICY, "task digits: allow.tasks is fashion"),
+    ('[allow]\nmodels = ["other"]', Refusal.POLICY, "allow.models is other"),
+    ('[allow]\ntrust = ["aggregator"]', Refusal.POLICY, "trust local"),
+    ("[when]\nlargest_celsius = 0.001", Refusal.NOT_NOW, ""),
+    ("[resources]\nspare_memory_mb = 99999999", Refusal.NOT_NOW, "MB of memory free"),
+    ("[resources]\nspare_disk_mb = 99999999", Refusal.NOT_NOW, "MB of disk free"),
+]
+
+
+@pytest.mark.parametrize(("policy", "code", "said"), REFUSALS)
+def test_a_refusal_has_a_fixed_code_and_a_reason_for_the_owner_and_costs_no_budget(
+    device: Device, policy: str, code: Refusal, said: str
+) -> None:
+    accept_policy(device, BUDGET + policy, "test")
+    given, reason = refused(device)
+    assert given == code
+    assert said in reason
+    assert charges(device) == 0
+    status = device_status(device, datetime.now().astimezone())
+    assert status["refusals"] == {reason: 1}
+    assert status["budget"]["spent"] == 0.0
+    accept_policy(device, BUDGET, "test")  # an edit holds from the next order on
+    released(ask(context(device), order()))
+
+
+def test_unsigned_plans_and_those_of_other_keys_are_refused(device: Device) -> None:
+    other = Ed25519PrivateKey.generate()
+    for wrong in ("", "00" * 64, signature(device, other)):
+        given = context(device, **{"plan-signature": wrong})
+        assert refused(device, given)[0] == Refusal.UNSIGNED
+    assert charges(device) == 0
+    name = public_hex(other.public_key())
+    accept_policy(device, f'{BUDGET}[allow]\nsigners = ["{name}"]', "test")
+    assert refused(device)[0] == Refusal.UNSIGNED  # the owner chose another signer instead
+    released(ask(context(device, **{"plan-signature": signature(device, other)}), order()))
+
+
+def test_participations_are_counted_over_runs_and_a_retry_is_none(device: Device) -> None:
+    accept_policy(device, f"{BUDGET}[limits]\nlargest_participations = 2", "test")
+    given = context(device)
+    for run in ("a", "b", "b"):
+        released(ask(given, order(1, run=run)))
+    assert ask(given, order(1, run="c")).error.code == Refusal.POLICY
+    assert charges(device) == 2
+
+
+def test_a_budget_for_life_holds_beside_one_that_renews(device: Device) -> None:
+    once = epsilon([scheduled().round_event()], 1e-5)
+    renewing = f"{BUDGET}window_days = 1.0\nlifetime_epsilon = {once * 1.01}"
+    accept_policy(device, renewing, "test")
+    given = context(device)
+    first = released(ask(given, order(1)))
+    code, reason = refused(device, given, 2)
+    assert code == Refusal.BUDGET
+    assert "lifetime_epsilon" in reason
+    assert released(ask(given, order(1))) == first  # a retry of what was charged is no more
+    assert charges(device) == 1
+
+
+def test_without_an_accepted_policy_nothing_runs(device: Device) -> None:
+    device.policy.unlink()
+    code, reason = refused(device)
+    assert code == Refusal.FAILED
+    assert "accepted no policy" in reason
+    assert not (device.state / "ledger.db").exists()
+
+
+def test_an_order_that_fails_again_and_again_is_not_followed_any_more(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that dies leaves a begun round without an end, and so does an exception."""
+    from reticent.client import round as client_round
+
+    def broken(*_: object) -> Any:
+        raise MemoryError(f"of a client's {16 + 1} examples")
+
+    monkeypatch.setattr(client_round, "_charge", broken)
+    for number in range(1, MOST_FAILURES + 1):
+        assert ask(context(device), order(number)).error.code == Refusal.FAILED
+    diary = Diary(device.state)
+    assert diary.lines()[-1].what == FAILED
+    assert "17 examples" not in (device.state / "diary.jsonl").read_text() + caplog.text
+    assert "MemoryError" in caplog.text
+    monkeypatch.undo()
+    code, reason = refused(device, number=9)
+    assert code == Refusal.NOT_NOW
+    assert "failed 3 times in a row" in reason
+    assert refused(device, number=10)[0] == Refusal.NOT_NOW  # its own refusal forgives nothing
+    monkeypatch.setattr(guard, "FORGIVEN_AFTER", 0.0)  # a day later
+    released(ask(context(device), order(9)))
+    assert diary.failures(PLAN.digest)[0] == 0
+
+
+def test_a_release_forgives_and_an_early_refusal_does_not_count(tmp_path: Path) -> None:
+    diary = Diary(tmp_path)
+    for what in (BEGUN, FAILED, BEGUN, RELEASED, BEGUN):
+        diary.add(what, plan="p")
+    assert diary.failures("p")[0] == 1
+    diary.add(REFUSED, plan="p")  # by the policy, before it began
+    assert diary.failures("p")[0] == 1
+    diary.add(ENDED, plan="p")  # by the budget, after it began
+    diary.add(BEGUN, plan="other")
+    assert diary.failures("p")[0] == 0
+
+
+def test_the_diary_is_short_private_and_survives_a_torn_line(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 1.0)
+    path = tmp_path / "diary.jsonl"
+    path.write_text('{"at": 1.0, "what": "beg')
+    diary.add(REFUSED, "x" * 5000)
+    assert [line.what for line in diary.lines()] == [REFUSED]
+    assert len(diary.lines()[0].reason) == MOST_TEXT
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[1] * (2 * MOST_LINES))
+    diary.add(RELEASED)
+    assert len(diary.lines()) == MOST_LINES + 1
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_refusal_needs_no_torch(device: Device) -> None:
+    """So that saying no costs a device neither the time nor the memory of a training."""
+    script = (
+        "import sys, reticent.client.deployment, reticent.client.status, reticent.client.agent\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def put(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_free_memory_is_the_least_of_machine_and_groups(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    assert memory.free() is None
+    put(tmp_path, "proc/meminfo", "MemTotal: 9 kB\nMemAvailable:  1048576 kB\n")
+    assert memory.free() == 1024 * MEGABYTE
+    put(tmp_path, "proc/self/cgroup", "0::/system.slice/reticent-device.service\n")
+    group = "sys/fs/cgroup/system.slice"
+    put(tmp_path, f"{group}/reticent-device.service/memory.max", "max\n")
+    put(tmp_path, f"{group}/reticent-device.service/memory.current", "1\n")
+    assert memory.free() == 1024 * MEGABYTE
+    put(tmp_path, f"{group}/memory.max", f"{512 * MEGABYTE}\n")
+    put(tmp_path, f"{group}/memory.current", f"{500 * MEGABYTE}\n")
+    put(tmp_path, f"{group}/memory.stat", f"anon 5\ninactive_file {100 * MEGABYTE}\n")
+    assert memory.free() == 112 * MEGABYTE
+
+
+def test_free_memory_is_found_in_old_groups_too(tmp_path: Path) -> None:
+    put(tmp_path, "proc/self/cgroup", "5:cpu:/a\n4:memory:/device\n")
+    group = "sys/fs/cgroup/memory/device"
+    put(tmp_path, f"{group}/memory.limit_in_bytes", f"{64 * MEGABYTE}\n")
+    put(tmp_path, f"{group}/memory.usage_in_bytes", f"{60 * MEGABYTE}\n")
+    assert Memory(tmp_path).free() == 4 * MEGABYTE
+
+
+def test_the_estimate_of_memory_grows_until_the_microbatch(device: Device) -> None:
+    small, large, larger = (training_bytes(1000, 5000, n, bounded=True) for n in (1.0, 64.0, 1e6))
+    assert small < large == larger < training_bytes(1000, 5000, 1e6, bounded=False)
+    from test_deployment import CONSTANTS
+
+    from reticent.client.round import _site
+
+    site = _site(PLAN.canonical(), CONSTANTS)
+    assert 100_000 < site.trainer.needed_bytes(TASK.nominal_examples) < 200 * MEGABYTE

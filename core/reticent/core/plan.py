@@ -582,7 +582,7 @@ class Federation(Section):
     @model_validator(mode="after")
     def _robust_rule_holds(self) -> Self:
         rule = self.robust
-        if self.quorum < rule.fewest:
+        if rule.kind != "mean" and self.quorum < rule.fewest:
             raise ValueError(
                 f"robust.attackers={rule.attackers}: federation.min_replies (here {self.quorum}) "
                 f'must be at least {rule.fewest} for "{rule.kind}" to hold against so many'

@@ -192,12 +192,12 @@ class RecordingStream:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         values = self._stream.uniform(count)
-        self._log.draws.append((self._path, "uniform", values))
+        self._log.draws.append((self._path, "uniform", values.copy()))
         return values
 
     def normal(self, count: int) -> NDArray[np.float64]:
         values = self._stream.normal(count)
-        self._log.draws.append((self._path, "normal", values))
+        self._log.draws.append((self._path, "normal", values.copy()))
         return values
 
     def bytes(self, count: int) -> bytes:

@@ -144,14 +144,15 @@ def test_a_device_that_lost_its_model_gets_a_whole_one_in_the_same_round(
     model, _ = finished(tmp_path / "a")
     from reticent.simulations.workers import Site
 
-    answer = Site.answer
+    answer = Site.answer_many
 
-    def forgetful(self: Site, message: Any) -> Any:
-        if message.metadata.group_id == "2":
-            self._state.pop(MODEL, None)
-        return answer(self, message)
+    def forgetful(self: Site, messages: Any) -> Any:
+        for message in messages:  # one by one, as each forgets what the one before it learned
+            if message.metadata.group_id == "2":
+                self._state.pop(MODEL, None)
+            yield from answer(self, [message])
 
-    monkeypatch.setattr(Site, "answer", forgetful)
+    monkeypatch.setattr(Site, "answer_many", forgetful)
     with_loss, rounds = finished(tmp_path / "b")
     assert with_loss == model
     assert rounds[1]["dropped"] == {

@@ -186,7 +186,7 @@ def test_fedbuff_without_staleness_is_the_synchronous_run_to_the_last_bit(unit: 
         federation = scripted(plan)
         federation.run()
         ends.append(federation.states[-1])
-        cohorts.append([set(t.nodes) for t in federation.tallies])
+        cohorts.append([set(t.devices) for t in federation.tallies])
     assert all(cohort == cohorts[0] for cohort in cohorts)
     for end in ends[1:]:
         assert end.weights.tobytes() == ends[0].weights.tobytes()

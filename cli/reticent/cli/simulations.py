@@ -140,10 +140,14 @@ def _headline(plan: Plan) -> str:
     federation, privacy = plan.federation, plan.private
     if privacy is None:
         promise = "privacy off (ε = ∞)"
-    elif privacy.epsilon is not None:
-        promise = f"ε {privacy.epsilon:g} at δ {privacy.delta:g}, {privacy.trust} trust"
     else:
-        promise = f"noise multiplier {privacy.noise_multiplier:g}, {privacy.trust} trust"
+        given = (
+            f"noise multiplier {privacy.noise_multiplier:g}"
+            if privacy.epsilon is None
+            else f"ε {privacy.epsilon:g} at δ {privacy.delta:g}"
+        )
+        whom = f"one {privacy.unit}, {_RELATIONS[privacy.relation]}"
+        promise = f"{given} ({whom}), {privacy.trust} trust"
     return (
         f"{plan.task.name}, {plan.task.clients:,} clients, {federation.rounds} rounds of "
         f"{federation.clients_per_round:,}, {promise}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import heeds_ctrl_c
 from rich.console import Console
 
 from reticent.cli.dashboard import Board, frame_of, progress_for, sparkline
@@ -124,6 +125,7 @@ class Terminal:
             stderr=theirs,
             env={**environment, "TERM": "xterm-256color", **variables},
             start_new_session=True,
+            preexec_fn=heeds_ctrl_c,
         )
         self.seen = b""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
 from reticent.core.errors import NetworkError, PlanError, RunError
@@ -243,6 +244,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeds_ctrl_c,
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((tmp_path / "s").glob("*/journal.db")):

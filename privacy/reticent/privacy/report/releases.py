@@ -29,6 +29,10 @@ _REFUSAL_DEPENDS = {
     Refusal.NOT_RELEASED: "on the device's software: it had tried to send something else",
     Refusal.MODEL_MISSING: _ORDERS,
     Refusal.ROLLED_BACK: "on the state of the device's ledger, not on its examples",
+    Refusal.POLICY: "on what the device's owner allows, never on its examples",
+    Refusal.NOT_NOW: "on the hour, and on the device's power, network, heat and load: on how it is "
+    "used, not on its examples",
+    Refusal.UNSIGNED: _ORDERS,
 }
 _NOTHING = "not on any private example"
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from family import titled
-from ray.cluster_utils import Cluster
+from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 from runs import SMALL, model_of
 
 PLAN = [*SMALL, "federation.rounds=4", "federation.retries=0"]

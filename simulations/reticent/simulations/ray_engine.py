@@ -73,7 +73,7 @@ class RayTeam:
         """
         require_ray(plan)
         self._owns = _connect(plan)
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         self.size = worker_count(plan, int(ray.cluster_resources().get("CPU", 1)))
         self.where = f"{sum(node['Alive'] for node in ray.nodes())} Ray node(s)"
@@ -91,7 +91,7 @@ class RayTeam:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         for actor in {*self._idle, *(call.actor for call in self._calls.values())}:
             ray.kill(actor)
@@ -117,7 +117,7 @@ class RayTeam:
             yield from self._next_part()
 
     def _put(self, work: bytes) -> Any:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         self._works += 1
         return ray.put(np.frombuffer(work, dtype=np.uint8))  # an array is not copied by readers
@@ -128,8 +128,8 @@ class RayTeam:
 
     def _next_part(self) -> Iterator[bytes]:
         """Wait for a call to return; yield what it gave, unless it was lost or only started."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=_PATIENCE)
         if not done and all(call.task is None for call in self._calls.values()):
@@ -152,7 +152,7 @@ class RayTeam:
                 yield part
 
     def _start(self) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         actor = ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(*self._about)
         self._calls[actor.ready.remote()] = _Call(actor, None)
@@ -164,7 +164,7 @@ def _connect(plan: Plan) -> bool:
     Raises:
         NetworkError: If no cluster answers at the address.
     """
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     if ray.is_initialized():
         return False

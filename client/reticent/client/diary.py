@@ -23,6 +23,7 @@ MOST_LINES = 500
 MOST_TEXT = 300
 BEGUN, RELEASED, ENDED = "begun", "released", "ended"
 REFUSED, FAILED = "refused", "failed"
+INSTALLED = "installed"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Line:
     Attributes:
         at: Seconds since 1970.
         what: ``begun``, then ``released`` or, if it was refused later, ``ended``; ``refused`` or
-            ``failed``, and why.
+            ``failed``, and why; ``installed``, and which model.
         reason: Why, for a person.
         plan: Digest of the plan that the order named.
         round: The order's round.

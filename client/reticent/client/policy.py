@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from reticent.core.errors import PolicyError
+from reticent.core.offer import MOST_MODEL
 
 MOST_BYTES = 64 * 1024
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -158,6 +159,19 @@ class Resources(Section):
     spare_disk_mb: Megabytes = 64
 
 
+class Delivery(Section):
+    """Which models the device takes from its server.
+
+    Attributes:
+        accept: Whether it takes any; those of plans that ``allow`` names, and at times that
+            ``when`` allows.
+        largest_mb: The size of one.
+    """
+
+    accept: bool = True
+    largest_mb: Annotated[int, Field(ge=1, le=MOST_MODEL // 2**20)] = 64
+
+
 class Policy(Section):
     """A whole policy; only ``[budget]`` is required: a budget that nobody chose is no budget."""
 
@@ -166,6 +180,7 @@ class Policy(Section):
     allow: Allow = Allow()
     when: When = When()
     resources: Resources = Resources()
+    delivery: Delivery = Delivery()
 
 
 def parse_policy(text: str, where: str = "policy") -> Policy:

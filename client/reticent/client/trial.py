@@ -79,22 +79,12 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def main() -> None:
-    """Test one model; ends with status 0 and the word "passed" if it works."""
-    folder, key, plan, limit, seconds = sys.argv[1:]
-    # This process ends by itself, also when nobody is left to wait for it.
-    signal.alarm(int(seconds))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        _test(Path(folder), Path(key), plan)
-    except (ReticentError, MemoryError) as error:
-        sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
-    print(_PASSED)
+def check_model(folder: Path, key: Path, plan: str) -> None:
+    """Verify, assemble and try a model in this process.
 
-
-def _test(folder: Path, key: Path, plan: str) -> None:
+    Raises:
+        ReticentError: If it is not signed by the key, not of the plan, or does not work.
+    """
     import torch
 
     from reticent.compression.artifact import load_artifact
@@ -104,6 +94,21 @@ def _test(folder: Path, key: Path, plan: str) -> None:
     artifact = load_artifact(folder, read_public_key(key))
     if artifact.manifest.plan_digest != plan:
         raise ArtifactError("the artifact is of another plan than its offer says")
+
+
+def main() -> None:
+    """Test one model; ends with status 0 and the word "passed" if it works."""
+    folder, key, plan, limit, seconds = sys.argv[1:]
+    # This process ends by itself, also when nobody is left to wait for it.
+    signal.alarm(int(seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        check_model(Path(folder), Path(key), plan)
+    except (ReticentError, MemoryError) as error:
+        sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
+    print(_PASSED)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ _ANSWER_SECONDS = 300.0
 _AGAIN_SECONDS = {Refusal.NOT_NOW: 60.0, Refusal.NOT_STORED: 60.0}
 _PATIENCE = {Refusal.FAILED: 3, Refusal.DAMAGED: 3}
 _NOT_READY = 5.0
+_SMALL = 64 * 1024
+"""A model up to this size comes with its offer: asking first would take longer than sending it."""
 
 
 @dataclass
@@ -133,8 +135,9 @@ class _Trip:
 
     def next_part(self, data: bytes, chunk: int) -> tuple[int, bytes]:
         """Return where the next bytes belong, and the bytes; none, to ask what is there."""
-        offset = self.parcel.offset
-        return (offset, data[offset : offset + chunk]) if self.known else (0, b"")
+        if not self.known:
+            return 0, data if len(data) <= min(chunk, _SMALL) else b""
+        return self.parcel.offset, data[self.parcel.offset :][:chunk]
 
     def sent(self, message: str, until: float) -> None:
         self.message, self.until = message, until
@@ -206,16 +209,17 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     home = open_home(Path(str(config["state-dir"])))
     shipment = open_shipment(home, int(config["version"]))
+    courier = Courier(
+        shipment,
+        tuple(str(config["devices"]).split(",")),
+        int(config["chunk"]),
+        lambda: read_registry(home.devices),
+        shipment.write_progress,
+    )
     with locked(shipment.run):  # two of them would both send
+        shipment.write_progress(courier.parcels())  # before anybody is told that it began
         teller = Teller(shipment.run, str(config["attempt"]))
         try:
-            courier = Courier(
-                shipment,
-                tuple(str(config["devices"]).split(",")),
-                int(config["chunk"]),
-                lambda: read_registry(home.devices),
-                shipment.write_progress,
-            )
             courier.deliver(grid, float(config["timeout"]))
         except BaseException as error:
             teller.failed(error)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .output import emit, human_bytes
+from .output import human_bytes
 from .server_runs import server
 from .servers import directory_option
 
@@ -34,7 +35,7 @@ _KB = 1024
     show_default=True,
     help="Most of the model in one message; small for slow networks.",
 )
-@click.option("--json", "as_json", is_flag=True, help="JSON for machines, at the end.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object at the end.")
 def deliver(
     run: Path,
     folder: Path,
@@ -84,5 +85,6 @@ def deliver_run(
     parcels = Delivery(home, shipment, opened.plan(), devices, say, how).deliver()
     if as_json:
         shown = {name: asdict(parcel) for name, parcel in parcels.items()}
-        emit({"version": offer.version, "bytes": offer.size, "devices": shown})
+        told = {"version": offer.version, "bytes": offer.size, "devices": shown}
+        click.echo(json.dumps(told))
     require_delivered(shipment, parcels)

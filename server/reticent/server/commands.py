@@ -72,7 +72,9 @@ class Commands:
         self.close()
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __spec__.name, self._program],
                 stdin=subprocess.PIPE,

@@ -160,6 +160,20 @@ def test_the_base_ticks_as_soon_as_it_runs(device: Device) -> None:
     until(lambda: (device.state / "ledger.db").read_bytes() != before, 60)
 
 
+@pytest.mark.parametrize(("end", "status"), [("3", 3), ("None", 0), ("'why'", 1)])
+def test_a_message_ends_with_the_status_and_the_output_of_its_program(
+    end: str, status: int
+) -> None:
+    script = (
+        "import sys\nfrom reticent.client import nursery\n"
+        f"def run(words):\n    print(words)\n    sys.exit({end})\n"
+        "nursery.run = run\nnursery.leave(['program'])\n"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "['program']\n")
+
+
 @pytest.mark.parametrize(("warm", "short"), [(True, False), (True, True), (False, False)])
 def test_torch_is_loaded_beforehand_only_if_the_owner_says_so_and_there_is_room(
     device: Device, warm: bool, short: bool

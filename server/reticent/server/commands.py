@@ -89,8 +89,9 @@ def _done(run: Callable[[], int | None], words: list[str]) -> Done:
     """Run a command in a fork."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (pid := os.fork()):
-            for number, file in ((1, out), (2, err)):
-                os.dup2(file.fileno(), number)
+            nothing = os.open(os.devnull, os.O_RDONLY)  # what comes on ours is for us
+            for number, source in enumerate((nothing, out.fileno(), err.fileno())):
+                os.dup2(source, number)
             sys.argv = words
             sys.exit(run())
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

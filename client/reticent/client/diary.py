@@ -57,7 +57,7 @@ class Diary:
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time) -> None:
-        self._folder, self._path, self.clock = folder, folder / "diary.jsonl", clock
+        self.folder, self._path, self.clock = folder, folder / "diary.jsonl", clock
 
     def add(
         self, what: str, reason: str = "", plan: str = "", round: int = 0, code: int = 0
@@ -69,7 +69,7 @@ class Diary:
         """
         line = Line(self.clock(), what, reason[:MOST_TEXT], plan[:64], round, code)
         data = json.dumps(asdict(line)).encode() + b"\n"
-        with alone(self._folder):  # each message is a process of its own
+        with alone(self.folder):  # each message is a process of its own
             self._trim()
             with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
                 end = file.seek(0, os.SEEK_END)

@@ -85,6 +85,7 @@ class Limits(Section):
         largest_steps_per_round: Most local steps in a round.
         largest_rounds: Most rounds of a plan.
         largest_participations: Most rounds that the device is ever charged for, over all runs.
+        largest_orders_per_hour: Most rounds that are begun within an hour, over all runs.
     """
 
     least_noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -92,6 +93,7 @@ class Limits(Section):
     largest_steps_per_round: Count | None = None
     largest_rounds: Count | None = None
     largest_participations: Count | None = None
+    largest_orders_per_hour: Count | None = None
 
 
 class Allow(Section):
@@ -153,10 +155,12 @@ class Resources(Section):
     Attributes:
         spare_memory_mb: Memory to leave free beside what a round is estimated to need.
         spare_disk_mb: Disk space to leave free.
+        warm: Whether torch stays loaded between rounds, from the agent's next start on.
     """
 
     spare_memory_mb: Megabytes = 32
     spare_disk_mb: Megabytes = 64
+    warm: bool = False
 
 
 class Delivery(Section):

@@ -154,13 +154,11 @@ class Agent:
 
 def supernode(device: Device, port: int) -> list[str]:
     """Return the SuperNode's command; ``port`` is one of the loopback interface."""
-    program = Path(sys.executable).parent / "flower-supernode"
-    if not program.is_file():
-        raise ProvisionError(f"{program}: is missing: install flwr into this environment")
     if set(str(device.folder)) & set("\"'\\"):
         raise ProvisionError(f"{device.folder}: Flower cannot be given such a path: move it")
     return [
-        str(program),
+        *(sys.executable, "-P", "-m", f"{__package__}.nursery", str(device.folder)),
+        "flower-supernode",
         *("--root-certificates", str(device.authority)),
         *("--superlink", device.address),
         *("--auth-supernode-private-key", str(device.node_key)),

@@ -64,7 +64,11 @@ def memory(pid: int) -> dict[str, int]:
 def named(word: str) -> str:
     """Return what a word of a command line says which program it is; empty if it does not."""
     last = word.rpartition("/")[2]
-    names = {"reticent": "agent", "reticent.client.launcher": "flwr-clientapp"}
+    names = {
+        "reticent": "agent",
+        "reticent.client.launcher": "flwr-clientapp",
+        "reticent.client.supernode": "flower-supernode",
+    }
     known = {"flower-supernode", "flower-superexec", "flwr-clientapp"}
     return names.get(last, last if last in known else "")
 
@@ -76,7 +80,8 @@ def start_plain(running: loopback.Deployment, name: str) -> None:
     running.processes.run("cli", *words)
     told = tomllib.loads((folder / "device.toml").read_text())
     settings = (
-        f'partition-id=0 state-dir="{folder / "state"}" budget-epsilon=99.0 budget-delta=1e-5'
+        f'partition-id=0 state-dir="{folder / "state"}" budget-epsilon=99.0 budget-delta=1e-5 '
+        f'node-key="{folder / "node.key"}"'
     )
     running.processes.start(
         name,

@@ -38,10 +38,11 @@ TASKS = {
     "fashion": ["task.name=fashion"],
     "fashion-full": [
         "task.name=fashion-full",
-        "task.clients=1000",
-        "federation.clients_per_round=1000",
-        "federation.rounds=100",
-        "federation.server.learning_rate=0.008",
+        "task.clients=100",
+        "federation.clients_per_round=100",
+        "federation.rounds=50",
+        "federation.sampling_rate=0.05",
+        "federation.server.learning_rate=0.01",
     ],
     "har": [],
     "text": [],
@@ -53,7 +54,6 @@ TECHNIQUES: Rows = {
     "dense": DENSE,
     "default (half pruned)": [],
     "not distilled": ["student.distill.kind=none"],
-    "response+feature": ["student.distill.kind=response+feature"],
     "80 % pruned, rate-rewind": [
         "student.prune.sparsity=0.8",
         "student.prune.schedule=rate-rewind",
@@ -62,6 +62,7 @@ TECHNIQUES: Rows = {
     "factorize 0.9": [*DENSE, "student.factorize.kind=svd"],
     "lora 4": [*DENSE, "student.adapt.kind=lora"],
     "4-bit": ["student.quantize.bits=4"],
+    "3-bit": ["student.quantize.bits=3"],
     "2-bit": ["student.quantize.bits=2"],
     "1-bit": [*DENSE, "student.quantize.bits=1"],
     "updates 4 σ": ['updates.codec=["auto"]', "updates.step=4"],
@@ -73,6 +74,34 @@ TECHNIQUES: Rows = {
         'updates.codec=["auto"]',
         "updates.step=4",
     ],
+    "thin 0.5, 4-bit, 4 σ": [
+        *DENSE,
+        "student.thin.kind=taylor",
+        "student.thin.share=0.5",
+        "student.quantize.bits=4",
+        'updates.codec=["auto"]',
+        "updates.step=4",
+    ],
+}
+VARIANTS: Rows = {
+    "feature": ["student.distill.kind=feature"],
+    "response+feature": ["student.distill.kind=response+feature"],
+    "relation": ["student.distill.kind=relation"],
+    "online": ["student.distill.mode=online"],
+    "self": ["student.distill.mode=self"],
+    "reverse": ["student.distill.mode=reverse"],
+    "3 teachers": ["teacher.count=3"],
+    "200 labels, others the teacher's": ["task.public_labels=200"],
+    "200 labels, no others": ["task.public_examples=200", "student.distill.kind=none"],
+    "pruned by taylor": ["student.prune.kind=taylor"],
+    "pruned at random": ["student.prune.kind=random"],
+    "pruned gradually": ["student.prune.schedule=gradual"],
+    "pruned, weight-rewind": ["student.prune.schedule=weight-rewind"],
+    "thin 0.5 by taylor": [*DENSE, "student.thin.kind=taylor"],
+    "thin 0.5 by l1": [*DENSE, "student.thin.kind=l1"],
+    "thin 0.5 by shapley": [*DENSE, "student.thin.kind=shapley"],
+    "thin 0.5 at random": [*DENSE, "student.thin.kind=random"],
+    "static int8": ["student.quantize.kind=static"],
 }
 
 SIZES: Rows = {
@@ -119,7 +148,13 @@ SEQUENCES: Rows = {
     "gru, dynamic": ["student.model=gru", DYNAMIC],
     "attention, fp32": ["student.model=attention"],
 }
-GROUPS = {"sequences": SEQUENCES, "techniques": TECHNIQUES, "sizes": SIZES, "updates": UPDATES}
+GROUPS = {
+    "sequences": SEQUENCES,
+    "sizes": SIZES,
+    "techniques": TECHNIQUES,
+    "updates": UPDATES,
+    "variants": VARIANTS,
+}
 
 
 FIXED = (

@@ -3,13 +3,15 @@
     python benchmarks/fuzz.py --runs 1000000                       # outside CI; needs atheris
     python benchmarks/fuzz.py --runs 20000 --engine random         # without atheris
     python benchmarks/fuzz.py --only "plan as JSON" --runs 100000
+    python benchmarks/fuzz.py --runs 1000000 --done fuzz.jsonl     # again: goes on where it ended
 
 ``atheris`` (libFuzzer with coverage of the Python sources; ``pip install atheris``) makes inputs
 from the valid ones that reach new lines; ``random`` changes valid ones blindly. Each decoder runs
 in a process of its own, with at most ``ADDRESS_SPACE`` bytes, so native allocations are bounded
 too; a process that dies is a failure. Time is CPU time; traced memory is that of Python and numpy,
-measured once in ``EVERY`` executions. A failing input is written to ``--crashes``. Ends with status
-1 if there was a failure.
+measured once in ``EVERY`` executions. A failing input is written to ``--crashes``. Ends with
+status 1 if there was a failure. With ``--done`` a decoder that came through so many executions
+without a failure is written to that file, and left out the next time.
 """
 
 from __future__ import annotations
@@ -138,6 +140,14 @@ def apart(name: str, args: argparse.Namespace) -> dict[str, float] | None:
     return json.loads(found[-1]) if found else None
 
 
+def finished(path: Path | None, runs: int) -> set[str]:
+    """Return the decoders that came through at least ``runs`` executions before."""
+    if path is None or not path.exists():
+        return set()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["decoder"] for row in rows if row["done"] >= runs}
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -146,6 +156,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=["atheris", "random"], default="atheris")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--crashes", type=Path, default=Path("fuzz-crashes"))
+    parser.add_argument("--done", type=Path, help="decoders to leave out, and to add to")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -156,12 +167,16 @@ def main() -> int:
     failed = False
     print("| decoder | executions | accepted | failures | slowest, ms | peak, KiB |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name in args.only or decoders.DECODERS:
+    over = finished(args.done, args.runs)
+    for name in args.only or [name for name in decoders.DECODERS if name not in over]:
         row = apart(name, args)
         failed |= row is None or row["failures"] > 0
         if row is None:
             print(f"| {name} | the process died | | 1 | | |", flush=True)
             continue
+        if args.done and not row["failures"]:
+            with args.done.open("a") as file:
+                file.write(json.dumps({"decoder": name, **row}) + "\n")
         counts = " | ".join(f"{row[key]:,}" for key in ("done", "accepted", "failures"))
         costs = f"{1000 * row['slowest']:.1f} | {row['peak'] / 1024:,.0f}"
         print(f"| {name} | {counts} | {costs} |", flush=True)

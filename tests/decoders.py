@@ -42,6 +42,7 @@ from reticent.client.downlink import ModelMissing, changed, remember
 from reticent.client.folder import create_device, open_device, read_node_key
 from reticent.client.identity import open_identity, require_met
 from reticent.client.kept import Kept
+from reticent.client.models import Models
 from reticent.client.policy import load_policy
 from reticent.compression.artifact import TaskInfo, files_of
 from reticent.compression.artifact import _parse_manifest as parse_manifest
@@ -58,10 +59,12 @@ from reticent.compression.structure import describe
 from reticent.core.bundle import Bundle, read_bundle
 from reticent.core.bundle import _canonical as canonical
 from reticent.core.errors import PayloadError, ReticentError
+from reticent.core.offer import Receipt, offer_of, open_offer, parse_offer, sign_offer
 from reticent.core.plan import load_plan, parse_plan, plan_from_json
 from reticent.core.protocol import PROTOCOL, Constants, Order
 from reticent.core.run import Run
 from reticent.core.seeds import torch_generator
+from reticent.core.signing import SIGNATURE_BYTES
 from reticent.core.tasks.folder import restore
 from reticent.core.tasks.har import _read as read_har
 from reticent.core.tasks.idx import encode_idx, gzip_bytes, parse_idx
@@ -82,6 +85,7 @@ from reticent.server.folding import Folder, Rules
 from reticent.server.folding import Kept as Public
 from reticent.server.home import create_home, open_home
 from reticent.server.journal import Journal
+from reticent.server.offers import Shipment
 from reticent.server.optimizer import ServerState
 from reticent.server.partial import decode_tally, encode_tally
 from reticent.server.registry import changing, read_registry
@@ -240,6 +244,18 @@ def _statement() -> Decoder:
         return check_statement(Signed.decode(data), "run", 1, b"payload")
 
     return Decoder("ledger statement", decode, (signed.encode(),))
+
+
+def _offers() -> Iterator[Decoder]:
+    offer, _ = offer_of(3, "ab" * 32, {"manifest.json": b"{}", "model.safetensors": b"x" * 90})
+    signed = sign_offer(KEY, offer)
+
+    def decode(data: bytes) -> object:
+        return open_offer(KEY.public_key(), data)
+
+    yield Decoder("offer, signed", decode, (signed,))
+    yield Decoder("offer", parse_offer, (signed[SIGNATURE_BYTES:],), factor=256)
+    yield Decoder("receipt", Receipt.decode, (Receipt(3, 12345).encode(),))
 
 
 # ----- between the processes of a simulation -----
@@ -439,6 +455,10 @@ def _runs() -> Iterator[Decoder]:
     yield Decoder("summary.json", summary, (b'{"accuracy": 0.5}',), factor=256)
     lines = at("run/metrics.jsonl", lambda path: run.read_metrics())
     yield Decoder("metrics.jsonl", lines, (b'{"round": 1}\n{"round": 2}\n',), factor=256)
+    shipment = Shipment(FOLDER / "shipment", offer_of(1, "ab" * 32, {"model": b"x"})[0], b"")
+    progress = at("shipment/progress.json", lambda path: shipment.progress())
+    way = b'{"pi-1": {"state": "sending", "offset": 5, "reason": ""}}'
+    yield Decoder("progress.json", progress, (way,), factor=256)
     write_manifest(FOLDER / "sweep", manifest_of(Base("", (), "plan"), {"seed": ("1", "2")}, 1))
     sweep = (FOLDER / "sweep" / "sweep.json").read_bytes()
     yield Decoder("sweep.json", at("sweep/sweep.json", lambda p: read_manifest(p.parent)), (sweep,))
@@ -464,6 +484,10 @@ def _device() -> Iterator[Decoder]:
     create_tip(folder / "ledger.tip", bytes(32), Head(4, "ab" * 32))
     tip = at("device/ledger.tip", lambda path: read_tip(path, bytes(32)))
     yield Decoder("ledger.tip", tip, ((folder / "ledger.tip").read_bytes(),))
+    slots = [{"version": v, "plan": "ab" * 32, "sha256": "cd" * 32} for v in (3, 2)]
+    state = json.dumps({"slots": slots, "highest": 3, "tried": 0, "tries": 0}).encode()
+    models = at("device/models/state.json", lambda path: Models(path.parent).state())
+    yield Decoder("models/state.json", models, (state,))
     own = Kept(folder / "personal", "d", "run")
     own.keep(1, np.ones(4, dtype=np.float32))
     path = own._path(1)
@@ -557,6 +581,7 @@ DECODERS: dict[str, Decoder] = {
         _constants(),
         _order(),
         _statement(),
+        *_offers(),
         *_partial(),
         *_packets(),
         *_plans(),

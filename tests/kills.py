@@ -25,9 +25,9 @@ from reticent.server.attempt import read_attempt
 SERVER = ("ServerApp", "SuperLink")
 DEVICE = ("device", "SuperNode", "SuperExec", "ClientApp")
 _PROGRAMS = {
-    "SuperNode": "reticent.client.supernode",
+    "SuperNode": "flower-supernode",
     "SuperExec": "flower-superexec",
-    "ClientApp": "reticent.client.launcher",
+    "ClientApp": "flwr-clientapp",
 }
 _FIND_SECONDS = 90.0
 
@@ -147,7 +147,7 @@ def descendants(pid: int) -> list[int]:
 
 def _runs(pid: int, program: str) -> bool:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return False
-    return any(word.rpartition("/")[2] == program for word in words)
+    return name == program[:15]  # the kernel keeps no more

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reticent.client.app import Outgoing, build_client_app, egress, gate, pack, unpack
+from reticent.client.app import Outgoing, acknowledge, build_client_app, egress, gate, pack, unpack
 from reticent.client.environment import Environment
 from reticent.client.order import Refused
 from reticent.compression.codec import build_codec
@@ -258,9 +258,9 @@ def test_what_is_no_reply_at_all_is_a_refusal(reply: Any) -> None:
 
 
 def test_a_public_value_of_an_undeclared_kind_cannot_be_made() -> None:
-    with pytest.raises(PrivacyError, match="'accuracy': must be one of statement"):
+    with pytest.raises(PrivacyError, match="'accuracy': must be one of statement, receipt"):
         Public(b"0.93", "accuracy")
-    assert set(PUBLIC_KINDS) == {"statement"}
+    assert set(PUBLIC_KINDS) == {"statement", "receipt"}
 
 
 def makers(name: str) -> list[str]:
@@ -277,8 +277,37 @@ def makers(name: str) -> list[str]:
 
 def test_released_and_public_values_are_made_in_one_place_each() -> None:
     assert makers("Released") == ["client/reticent/client/round.py"]
-    assert makers("Public") == ["client/reticent/client/identity.py"]
-    assert makers("Outgoing") == ["client/reticent/client/app.py"]
+    assert makers("Public") == [
+        "client/reticent/client/delivery.py",
+        "client/reticent/client/identity.py",
+    ]
+    assert makers("Outgoing") == makers("Acknowledgement") == ["client/reticent/client/app.py"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(min_size=17, max_size=17))
+def test_a_receipt_travels_alone_and_has_one_length(told: bytes) -> None:
+    reply = through_gate(lambda asked: acknowledge(asked, Public(told, "receipt")))
+    assert list(reply.content) == ["receipt"]
+    assert unpack(reply.content, "receipt") == told
+    for wrong in (
+        Public(told + b"x", "receipt"),
+        Public(told, "statement"),
+        Public(bytearray(told), "receipt"),
+        Released(told, EVENT),
+        told,
+    ):
+        refused = through_gate(lambda asked, w=wrong: acknowledge(asked, w))  # pyright: ignore
+        assert refusal(refused) is Refusal.NOT_RELEASED
+
+
+def test_a_record_beside_a_receipt_stops_it() -> None:
+    def add(asked: Message) -> Message:
+        reply = acknowledge(asked, Public(bytes(17), "receipt"))
+        reply.content["loss"] = MetricRecord({"loss": 0.3})
+        return reply
+
+    assert refusal(through_gate(add)) is Refusal.NOT_RELEASED
 
 
 def test_what_the_gate_wraps_carries_no_words_of_the_app() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -277,9 +278,12 @@ def test_two_devices_over_tls(tmp_path: Path, loopback: Any) -> None:
     with loopback.deployment(tmp_path / "all") as running:
         check_certificate(running)
         with stranger(running, loopback):
-            running.serve(seconds=150)
+            words = ("--run", running.run, "--deliver")
+            told = running.reticent("run", EXAMPLE / "plan.toml", *words, timeout=200)
+            assert all(f"{name}: installed" in told for name in loopback.NAMES)
             check_nodes(running, loopback.NAMES)
             check_status(running, loopback.NAMES)
+        check_delivery(running, loopback.NAMES[0])
         check_policy(running, loopback.NAMES)
         check_revocation(running, loopback)
     run = Run(running.run)
@@ -352,6 +356,19 @@ def check_status(running: Any, names: tuple[str, ...]) -> None:
         assert told["agent"]["state"] in {"running", "waiting"}
         assert told["refusals"] == {}
         assert told["accepts_now"]
+        models = [(m["version"], m["plan"]) for m in told["model"]["installed"]]
+        assert models == ([] if name == "stranger" else [(1, PLAN.digest)])
+
+
+def check_delivery(running: Any, name: str) -> None:
+    """A device predicts with the model that was delivered, which is the run's."""
+    run = Run(running.run)
+    inputs = run.artifact / "self_test.safetensors"
+    words = ("reticent", "predict", "--dir", running.device(name), inputs, "--json")
+    told = json.loads(running.processes.run("cli", *words))
+    artifact = load_artifact(run.artifact, read_public_key(run.keys / "signing_key.pub.pem"))
+    expected = artifact.predict(torch.from_numpy(load_file(inputs)["inputs"]))
+    assert torch.equal(torch.tensor([one["logits"] for one in told]), expected)
 
 
 def check_policy(running: Any, names: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, RecordDict
 from test_deployment import PLAN, TASK, ask, order, released, scheduled
 
-from reticent.client import deployment, guard
+from reticent.client import deployment, guard, rate
 from reticent.client.diary import (
     BEGUN,
     ENDED,
@@ -135,6 +135,31 @@ def test_participations_are_counted_over_runs_and_a_retry_is_none(device: Device
         released(ask(given, order(1, run=run)))
     assert ask(given, order(1, run="c")).error.code == Refusal.POLICY
     assert charges(device) == 2
+
+
+def test_no_more_orders_are_begun_in_an_hour_than_the_owner_allows(device: Device) -> None:
+    """Over runs and restarts, as each order is a process of its own; refused ones do not count."""
+    accept_policy(device, f"{BUDGET}[limits]\nlargest_orders_per_hour = 2", "test")
+    given = context(device)
+    assert ask(context(device, **{"plan-signature": ""}), order(1)).error.code == Refusal.UNSIGNED
+    for run in ("a", "b"):
+        released(ask(given, order(1, run=run)))
+    assert ask(given, order(1, run="c")).error.code == Refusal.NOT_NOW
+    assert "largest_orders_per_hour=2" in Diary(device.state).lines()[-1].reason
+    assert charges(device) == 2
+    now = Diary(device.state).clock()
+    assert not rate.Rate(device.state, lambda: now + 3590).take(2)
+    assert rate.Rate(device.state, lambda: now + 3620).take(1)
+
+
+def test_a_clock_that_was_set_back_and_a_damaged_file_hold_no_order_up(tmp_path: Path) -> None:
+    assert rate.Rate(tmp_path, lambda: 1e9).take(1)
+    assert not rate.Rate(tmp_path, lambda: 1e9 - 10).take(1)
+    assert rate.Rate(tmp_path, lambda: 1e9 - 4000).take(1)
+    for text in ('{"a": 1}', "[", '["a", null, {}]', "[" * 100000):
+        (tmp_path / "orders.json").write_text(text)
+        assert rate.Rate(tmp_path).take(1)
+        assert not rate.Rate(tmp_path).take(1)
 
 
 def test_a_budget_for_life_holds_beside_one_that_renews(device: Device) -> None:

@@ -15,8 +15,10 @@ from reticent.cli.main import cli
 from reticent.core import errors
 from reticent.core.fleet import Buffered, Fleet
 from reticent.core.plan import Plan, parse_plan
+from reticent.core.protocol import Refusal
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 ROW = re.compile(r"^\| `([a-z_.]+)` \| [^|]+ \| (none|`[^`]+`) \|", re.MULTILINE)
 
 
@@ -98,6 +100,38 @@ def test_the_command_page_and_the_help_have_every_exit_status_and_no_other() -> 
     assert documented == codes | {0, 2, 130}
     shown = CliRunner().invoke(cli, ["--help"]).output.split("Exit status:")[1].split("Options:")[0]
     assert {int(n) for n in re.findall(r"\b\d+\b", shown)} == documented
+
+
+def test_the_error_page_has_every_exit_status_and_says_what_to_do() -> None:
+    table = section_of(
+        (DOCS / "errors.md").read_text(encoding="utf-8"), "Exit status of `reticent`"
+    )
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|( [^|]*)? \|$", table, re.MULTILINE)
+    kinds = [k for k in vars(errors).values() if isinstance(k, type)]
+    codes = {k.exit_code for k in kinds if issubclass(k, errors.ReticentError)}
+    assert {int(code) for code, _, _ in rows} == codes | {0, 2, 130}
+    assert all(means.strip() and (todo.strip() or code == "0") for code, means, todo in rows)
+
+
+def test_every_refusal_of_a_device_is_explained() -> None:
+    """Each code is in one row, with the text that is sent where it is alone in it."""
+    page = (DOCS / "deployment.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (1\d{3}(?:, 1\d{3})*) \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    explained = [int(code) for codes, _, _ in rows for code in codes.split(", ")]
+    assert sorted(explained) == sorted(Refusal)
+    for codes, text, _ in rows:
+        if "," not in codes:
+            assert text.startswith(Refusal(int(codes)).text)
+
+
+def test_every_reason_for_which_a_server_passes_a_reply_over_is_explained() -> None:
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    reason = re.compile(r'raise PayloadError\(\s*"([^"]+)"\s*\)')
+    for name in ("countersign", "folding", "strategy"):
+        source = ROOT / "server" / "reticent" / "server" / f"{name}.py"
+        found = reason.findall(source.read_text(encoding="utf-8"))
+        assert found
+        assert all(f"| {text} |" in page for text in found)
 
 
 def anchors(text: str) -> set[str]:

@@ -1,7 +1,7 @@
 """Whom a real SuperLink believes, over real sockets: keys, certificates, versions of TLS, authors.
 
 One SuperLink with TLS and node keys serves all tests of this file; devices speak to it through
-Flower's own client (:mod:`swarm`). What devices believe is in ``test_device_supernode``.
+Flower's own client (:mod:`swarm`). What devices believe is in ``test_device_leaving``.
 """
 
 from __future__ import annotations

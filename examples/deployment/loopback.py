@@ -85,7 +85,7 @@ def start_superlink(running: Deployment) -> None:
     """Start the SuperLink and wait until it admits devices."""
     running.processes.start("superlink", "reticent", "server", "start", "--dir", running.server)
     log = running.folder / "superlink.log"
-    running.processes.wait("the SuperLink", lambda: "ready" in log.read_text(), 60)
+    running.processes.wait("the SuperLink", lambda: "ready" in log.read_text(), 180)
 
 
 def start_device(running: Deployment, name: str) -> None:

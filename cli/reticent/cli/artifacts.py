@@ -15,6 +15,7 @@ from reticent.core.run import Run
 from .output import emit, human_bytes, table
 
 if TYPE_CHECKING:
+    from reticent.compression.artifact import Artifact
     from reticent.compression.backends.profiles import Profile
 
 PUBLIC_KEY = "signing_key.pub.pem"
@@ -155,25 +156,32 @@ def _limits(profile: Profile) -> str:
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path), metavar="ARTIFACT")
-@click.argument("inputs", type=click.Path(path_type=Path), metavar="INPUT")
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[ARTIFACT] INPUT"
+)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="A device's folder: use the model that is installed on it instead of ARTIFACT.",
+)
 @key_option
 @json_option
-def predict(artifact: Path, inputs: Path, key: Path | None, as_json: bool) -> None:
-    """Verify ARTIFACT, load it and label the examples in INPUT.
+def predict(paths: tuple[Path, ...], folder: Path | None, key: Path | None, as_json: bool) -> None:
+    """Verify ARTIFACT, or the model that is installed on a device, and label what is in INPUT.
 
     INPUT is a .npy file, a safetensors file with an array "inputs", or an IDX file (.gz or not).
     float32 arrays are taken as they are; uint8 images are scaled as the artifact's manifest says.
     """
     import torch
 
-    from reticent.compression.artifact import load_artifact
-    from reticent.core.signing import read_public_key
-
     from .inputs import read_inputs
 
+    if len(paths) != (2 if folder is None else 1) or (folder is not None and key is not None):
+        raise click.UsageError("give ARTIFACT and INPUT, or --dir and INPUT (and then no --key)")
     torch.set_num_threads(1)
-    model = load_artifact(artifact, read_public_key(public_key_of(artifact, key)))
+    model = _artifact(paths[0], key) if folder is None else _installed(folder)
+    inputs = paths[-1]
     logits = model.predict(read_inputs(inputs, model.manifest.task))
     shares = torch.softmax(logits, dim=1)
     best = shares.max(dim=1)
@@ -187,3 +195,21 @@ def predict(artifact: Path, inputs: Path, key: Path | None, as_json: bool) -> No
         return
     for index, (label, share) in enumerate(zip(best.indices, best.values, strict=True)):
         click.echo(f"{index}\t{int(label)}\t{float(share):.3f}")
+
+
+def _artifact(folder: Path, key: Path | None) -> Artifact:
+    from reticent.compression.artifact import load_artifact
+    from reticent.core.signing import read_public_key
+
+    return load_artifact(folder, read_public_key(public_key_of(folder, key)))
+
+
+def _installed(folder: Path) -> Artifact:
+    """Return the model that a device uses; say so if it is not the current one."""
+    from reticent.client.folder import open_device
+    from reticent.client.installed import load_installed
+
+    found = load_installed(open_device(folder))
+    if found.problem:
+        click.echo(f"warning: {found.problem}; using model {found.version}", err=True)
+    return found.artifact

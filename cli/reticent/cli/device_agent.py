@@ -107,6 +107,21 @@ def status(folder: Path, as_json: bool) -> None:
         click.echo("\n" + table(["refused", "times"], counts))
 
 
+@device.command()
+@directory_option
+def rollback(folder: Path) -> None:
+    """Use the model before the current one again; the current one is removed.
+
+    The server cannot bring back the version that was removed, nor an older one.
+    """
+    from reticent.client.models import Models
+
+    models = Models(opened(folder).models)
+    with models.alone():
+        state = models.roll_back()
+    click.echo(f"model {state.version} is the current one")
+
+
 def opened(folder: Path) -> Device:
     """Open a device's folder."""
     from reticent.client.folder import open_device
@@ -122,6 +137,7 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
         ["connection", str(agent.get("connection", "none"))],
         ["rounds released", f"{found['rounds_released']}"],
         ["last round", "none" if last is None else f"{last['round']}, {_time(last['at'])}"],
+        ["model", _model(found["model"])],
         *_sensor_rows(found["sensors"]),
         ["a round now", "accepted" if found["accepts_now"] else "refused"],
         *[["", f"because {reason}"] for reason in found["against"]],
@@ -137,6 +153,15 @@ def _agent(agent: dict[str, Any]) -> str:
     if agent["state"] == "stopped":
         return "stopped"
     return f"{agent['state']}, process {agent.get('pid', '?')}, {agent.get('restarts', 0)} restarts"
+
+
+def _model(model: dict[str, Any]) -> str:
+    if "problem" in model:
+        return model["problem"]
+    if not model["installed"]:
+        return "none"
+    current, *before = (f"{m['version']} of plan {m['plan'][:12]}" for m in model["installed"])
+    return current + (f", and {before[0]} to go back to" if before else "")
 
 
 def _sensor_rows(seen: dict[str, Any]) -> list[list[str]]:

@@ -25,7 +25,7 @@ _MODULES = {
     "bench": "artifacts",
     "predict": "artifacts",
     "data": "data",
-    "server": "server_runs",
+    "server": "deliveries",
     "device": "device_policy",
 }
 

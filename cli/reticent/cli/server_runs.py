@@ -48,6 +48,7 @@ def start(folder: Path) -> None:
 @overrides_option
 @click.option("--run", "where", type=click.Path(path_type=Path), help="The run directory.")
 @click.option("--resume", is_flag=True, help="Continue the run in --run after its last round.")
+@click.option("--deliver", is_flag=True, help="Bring the model to the devices at the end.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve /metrics on 127.0.0.1.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def run(
@@ -56,6 +57,7 @@ def run(
     overrides: tuple[str, ...],
     where: Path | None,
     resume: bool,
+    deliver: bool,
     metrics_port: int | None,
     as_json: bool,
 ) -> None:
@@ -94,8 +96,12 @@ def run(
     summary = operation.run.read_summary()
     if as_json:
         click.echo(json.dumps({"run": str(target), **summary}))
-        return
-    _close(target, summary)
+    else:
+        _close(target, summary)
+    if deliver:
+        from .deliveries import deliver_run
+
+        deliver_run(home, target, as_json=as_json)
 
 
 def _close(target: Path, summary: dict[str, Any]) -> None:
@@ -117,14 +123,16 @@ def status(folder: Path, where: Path | None, as_json: bool) -> None:
     from reticent.core.run import Run
     from reticent.server.certificates import utc_now
     from reticent.server.home import open_home
+    from reticent.server.offers import last_delivery
     from reticent.server.status import last_run, run_status, server_status
 
     home = open_home(folder)
     shown = server_status(home, superlink_nodes(home), utc_now())
+    model = last_delivery(home)
     found = Run(where) if where else last_run(home)
     progress = None if found is None else run_status(found)
     if as_json:
-        emit({"server": shown, "run": progress})
+        emit({"server": shown, "run": progress, "model": model})
         return
     click.echo(f"server {shown['address']}, SuperLink {shown['superlink']}")
     ends = [f"{c['file']} until {c['expires'][:10]}" for c in shown["certificates"]]
@@ -134,6 +142,9 @@ def status(folder: Path, where: Path | None, as_json: bool) -> None:
     click.echo("\n" + device_table(shown["devices"]))
     if progress is not None:
         click.echo("\n" + table(["run", progress["folder"]], _rows(progress)))
+    if model is not None:
+        rows = [[name, _way(way)] for name, way in sorted(model["devices"].items())]
+        click.echo("\n" + table([f"model {model['version']}", "came how far"], rows))
 
 
 def _rows(run: dict[str, Any]) -> list[list[str]]:
@@ -153,6 +164,12 @@ def _rows(run: dict[str, Any]) -> list[list[str]]:
     if run["reason"]:
         rows.append(["why", run["reason"]])
     return rows
+
+
+def _way(parcel: dict[str, Any]) -> str:
+    from reticent.server.offers import Parcel
+
+    return Parcel(**parcel).words
 
 
 def _stop_when_told() -> None:

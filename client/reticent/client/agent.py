@@ -24,12 +24,10 @@ from .family import Child, adopt_orphans, end_children
 from .folder import Device, held
 from .launcher import write_launcher
 from .leaving import leave
-from .supernode import PROGRAM
 
 MOST_LOG_BYTES = 1_000_000
 _GRACE_SECONDS = 15.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-WRAPPER = "reticent.client.supernode"
 _NODE = re.compile(r"SuperNode ID: (\d{1,20})\b")
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -171,13 +169,11 @@ class Agent:
 
 def supernode(device: Device, port: int) -> list[str]:
     """Return the SuperNode's command; ``port`` is one of the loopback interface."""
-    program = Path(sys.executable).parent / PROGRAM
-    if not program.is_file():
-        raise ProvisionError(f"{program}: is missing: install flwr into this environment")
     if set(str(device.folder)) & set("\"'\\"):
         raise ProvisionError(f"{device.folder}: Flower cannot be given such a path: move it")
     return [
-        *(sys.executable, "-P", "-m", WRAPPER),
+        *(sys.executable, "-P", "-m", f"{__package__}.nursery", str(device.folder)),
+        "flower-supernode",
         *("--root-certificates", str(device.authority)),
         *("--superlink", device.address),
         *("--auth-supernode-private-key", str(device.node_key)),

@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from reticent.core.errors import DataError, LedgerError, PayloadError
+from reticent.core.offer import RECEIPT_BYTES
 from reticent.core.protocol import Order, Refusal
 from reticent.privacy.release import Public, Released
 
@@ -163,14 +164,28 @@ def egress(
     return Message(Outgoing(update, statement), reply_to=message)
 
 
+class Acknowledgement(RecordDict):
+    """The content of an answer to an offer, which :func:`acknowledge` made."""
+
+    def __init__(self, receipt: Public[bytes]) -> None:
+        super().__init__()
+        self.receipt_to_send = receipt
+
+
+def acknowledge(message: Message, receipt: Public[bytes]) -> Message:
+    """Return the answer to the offer of a model."""
+    return Message(Acknowledgement(receipt), reply_to=message)
+
+
 def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Serialise released and public values, or one fixed refusal, and nothing else (outermost mod).
 
     Guarantee: a reply holds at most the bytes of one :class:`Released` and one :class:`Public`
-    value. Exceptions become a code and a text that do not depend on the exception. Any other
-    record, metric, buffer or text, whoever put it there and under whatever name, is dropped with
-    the whole reply, and the server gets the code for that. The reply is built anew, because names
-    of array types and metadata of a reply could carry words of their own.
+    value, or of a receipt, which is :class:`Public` and has one length. Exceptions become a code
+    and a text that do not depend on the exception. Any other record, metric, buffer or text,
+    whoever put it there and under whatever name, is dropped with the whole reply, and the server
+    gets the code for that. The reply is built anew, because names of array types and metadata of a
+    reply could carry words of their own.
     """
     try:
         return _serialised(call_next(message, context), message)
@@ -190,6 +205,8 @@ def _serialised(reply: Message, message: Message) -> Message:
         Refused: If ``reply`` holds anything else, or what is wrapped is not bytes.
     """
     content = reply.content if reply.has_content() else None
+    if isinstance(content, Acknowledgement) and not len(content):
+        return _receipt(content.receipt_to_send, message)
     if not isinstance(content, Outgoing) or len(content):
         raise Refused(Refusal.NOT_RELEASED)
     update, statement = content.update_to_send, content.statement_to_send
@@ -198,6 +215,19 @@ def _serialised(reply: Message, message: Message) -> Message:
         raise Refused(Refusal.NOT_RELEASED)
     records = zip(("update", "statement"), values, strict=False)
     return Message(RecordDict({name: pack(value) for name, value in records}), reply_to=message)
+
+
+def _receipt(receipt: Public[bytes], message: Message) -> Message:
+    """Return a new reply to ``message`` with a receipt.
+
+    Raises:
+        Refused: If it is none.
+    """
+    if not isinstance(receipt, Public) or receipt.kind != "receipt":
+        raise Refused(Refusal.NOT_RELEASED)
+    if type(receipt.value) is not bytes or len(receipt.value) != RECEIPT_BYTES:
+        raise Refused(Refusal.NOT_RELEASED)
+    return Message(RecordDict({"receipt": pack(receipt.value)}), reply_to=message)
 
 
 def _check_anchor(environment: Environment, content: RecordDict) -> None:

@@ -42,15 +42,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context, Message
 
-from reticent.core.errors import DataError, LedgerError, PlanError, ReticentError
+from reticent.core.errors import (
+    DataError,
+    LedgerError,
+    PayloadError,
+    PlanError,
+    PolicyError,
+    ReticentError,
+)
 from reticent.core.plan import parse_plan
 from reticent.core.protocol import Refusal
 from reticent.core.signing import read_public_key
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SystemRandomness
 
-from .app import build_client_app
+from .app import acknowledge, build_client_app, gate, unpack
 from .budget import DEVICE, budget_of, remember_budget
+from .delivery import Part, Recipient
 from .diary import FAILED, REFUSED, Diary
 from .environment import Environment
 from .folder import open_device, read_node_key
@@ -92,6 +100,32 @@ def _guarded(context: Context) -> Environment:
     signature = str(context.run_config.get("plan-signature", ""))
     guard = Guard(policy, device.signers(policy), signature, own.own_ledger, Diary(device.state))
     return replace(own, guard=guard)
+
+
+def _recipient(context: Context) -> Recipient:
+    """Return who takes models for the device: only one with an agent does."""
+    if "device-dir" not in context.node_config:
+        raise Refused(Refusal.POLICY) from PolicyError("a model is offered: there is no agent")
+    device = open_device(Path(_setting(context, "device-dir", str)))
+    signature = str(context.run_config.get("plan-signature", ""))
+    return Recipient(device, _plan(context), signature)
+
+
+def _part(message: Message) -> Part:
+    """Return what a message brings of a model.
+
+    Raises:
+        Refused: If it makes no sense.
+    """
+    content = message.content
+    try:
+        chunk = unpack(content, "chunk") if "chunk" in content else b""
+        offset = content.config_records["part"]["offset"]
+        if type(offset) is not int:
+            raise PayloadError(f"part.offset={offset!r}: must be int")
+        return Part(unpack(content, "offer"), chunk, offset)
+    except (PayloadError, KeyError) as error:
+        raise Refused(Refusal.BAD_ORDER) from error
 
 
 def _device(
@@ -157,13 +191,14 @@ def _plan(context: Context) -> str:
 
 
 def _tell_owner(error: Exception, message: Message, context: Context) -> None:
-    """Write to the device's own log why a round was not run; the server gets a code."""
+    """Write to the device's own log why something was not done; the server gets a code."""
     reason = error.__cause__ or error
     known = isinstance(reason, ReticentError | Refused)
     # An unforeseen error's text may hold data, and logs travel: where it happened is enough.
     where = "".join(traceback.format_tb(reason.__traceback__))
     said = reason if known else f"unexpected {type(reason).__name__} at\n{where}"
-    _log.error("round not run: %s", said)
+    what = "model not taken" if message.metadata.message_type == "query" else "round not run"
+    _log.error("%s: %s", what, said)
     if "device-dir" in context.node_config:
         _write_down(error, str(reason), message, context)
 
@@ -193,3 +228,13 @@ def _code(error: Exception) -> Refusal:
 
 
 app = build_client_app(_environment, _plan, _tell_owner)
+
+
+@app.query(mods=[gate])
+def query(message: Message, context: Context) -> Message:
+    """Take a part of the model that the server offers, and say how much of it has arrived."""
+    try:
+        return acknowledge(message, _recipient(context).receive(_part(message)))
+    except Exception as error:
+        _tell_owner(error, message, context)
+        raise

@@ -23,6 +23,7 @@ MOST_LINES = 500
 MOST_TEXT = 300
 BEGUN, RELEASED, ENDED = "begun", "released", "ended"
 REFUSED, FAILED = "refused", "failed"
+INSTALLED = "installed"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Line:
     Attributes:
         at: Seconds since 1970.
         what: ``begun``, then ``released`` or, if it was refused later, ``ended``; ``refused`` or
-            ``failed``, and why.
+            ``failed``, and why; ``installed``, and which model.
         reason: Why, for a person.
         plan: Digest of the plan that the order named.
         round: The order's round.
@@ -56,7 +57,7 @@ class Diary:
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time) -> None:
-        self._folder, self._path, self.clock = folder, folder / "diary.jsonl", clock
+        self.folder, self._path, self.clock = folder, folder / "diary.jsonl", clock
 
     def add(
         self, what: str, reason: str = "", plan: str = "", round: int = 0, code: int = 0
@@ -68,7 +69,7 @@ class Diary:
         """
         line = Line(self.clock(), what, reason[:MOST_TEXT], plan[:64], round, code)
         data = json.dumps(asdict(line)).encode() + b"\n"
-        with alone(self._folder):  # each message is a process of its own
+        with alone(self.folder):  # each message is a process of its own
             self._trim()
             with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
                 end = file.seek(0, os.SEEK_END)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-_SUBREAPER, _DEATH_SIGNAL = 36, 1  # PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG of prctl(2)
+_SUBREAPER, _DEATH_SIGNAL, _NAME = 36, 1, 15  # PR_SET_CHILD_SUBREAPER, … of prctl(2)
 _LONGEST_LINE = 4096
 
 
@@ -39,7 +39,7 @@ class Child:
             stderr=subprocess.STDOUT,
             env=dict(environment),
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
             umask=0o077,
         )
         arguments = (self._process.stdout, line)
@@ -93,11 +93,17 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process be told to end when the one that started it does."""
     _prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _prctl(option: int, value: int) -> None:
+def name_process(name: str) -> None:
+    """Give this process the name that ``ps`` and ``top`` show; they show 15 characters."""
+    _prctl(_NAME, name.encode())
+
+
+def _prctl(option: int, value: int | bytes) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 

@@ -62,6 +62,11 @@ class Device:
         return self.folder / "state"
 
     @property
+    def models(self) -> Path:
+        """Folder of the models that the server delivered."""
+        return self.folder / "models"
+
+    @property
     def policy(self) -> Path:
         """The policy that the owner accepted."""
         return self.folder / "policy.toml"
@@ -108,7 +113,11 @@ class Device:
 
     def key(self, purpose: str) -> Ed25519PublicKey:
         """Return a key of the server's: ``countersign``, ``plans`` or ``artifacts``."""
-        return read_public_key(self.folder / f"{purpose}.pub.pem")
+        return read_public_key(self.key_file(purpose))
+
+    def key_file(self, purpose: str) -> Path:
+        """Return the file of such a key."""
+        return self.folder / f"{purpose}.pub.pem"
 
     def owners_policy(self) -> Policy:
         """Return the accepted policy.

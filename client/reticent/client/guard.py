@@ -20,6 +20,7 @@ from .budget import DEVICE
 from .diary import BEGUN, ENDED, RELEASED, Diary
 from .order import Refused, plan_of, round_event
 from .policy import Policy
+from .rate import Rate
 from .resources import LIBRARIES, Memory, disk_free
 from .rules import against_now, against_plan, against_room
 from .sensors import Sensors
@@ -98,6 +99,7 @@ class Guard:
         self._require_spending(order, plan)
         _require(Refusal.NOT_NOW, self.against_now())
         self._require_that_it_ends(plan.digest)
+        self._require_rate()
 
     def against_now(self) -> list[str]:
         """Return why the device would not take part at this moment, whatever the order."""
@@ -137,6 +139,12 @@ class Guard:
         if not fits:
             said = f"budget.lifetime_epsilon={budget.lifetime_epsilon:g} does not allow the round"
             raise _refused(Refusal.BUDGET, [said])
+
+    def _require_rate(self) -> None:
+        most = self.policy.limits.largest_orders_per_hour
+        if most is not None and not Rate(self.diary.folder, self.diary.clock).take(most):
+            said = f"limits.largest_orders_per_hour={most} is reached"
+            raise _refused(Refusal.NOT_NOW, [said])
 
     def _require_that_it_ends(self, plan: str) -> None:
         count, last = self.diary.failures(plan)

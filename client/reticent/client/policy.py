@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from reticent.core.errors import PolicyError
+from reticent.core.offer import MOST_MODEL
 
 MOST_BYTES = 64 * 1024
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -84,6 +85,7 @@ class Limits(Section):
         largest_steps_per_round: Most local steps in a round.
         largest_rounds: Most rounds of a plan.
         largest_participations: Most rounds that the device is ever charged for, over all runs.
+        largest_orders_per_hour: Most rounds that are begun within an hour, over all runs.
     """
 
     least_noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -91,6 +93,7 @@ class Limits(Section):
     largest_steps_per_round: Count | None = None
     largest_rounds: Count | None = None
     largest_participations: Count | None = None
+    largest_orders_per_hour: Count | None = None
 
 
 class Allow(Section):
@@ -152,10 +155,25 @@ class Resources(Section):
     Attributes:
         spare_memory_mb: Memory to leave free beside what a round is estimated to need.
         spare_disk_mb: Disk space to leave free.
+        warm: Whether torch stays loaded between rounds, from the agent's next start on.
     """
 
     spare_memory_mb: Megabytes = 32
     spare_disk_mb: Megabytes = 64
+    warm: bool = False
+
+
+class Delivery(Section):
+    """Which models the device takes from its server.
+
+    Attributes:
+        accept: Whether it takes any; those of plans that ``allow`` names, and at times that
+            ``when`` allows.
+        largest_mb: The size of one.
+    """
+
+    accept: bool = True
+    largest_mb: Annotated[int, Field(ge=1, le=MOST_MODEL // 2**20)] = 64
 
 
 class Policy(Section):
@@ -166,6 +184,7 @@ class Policy(Section):
     allow: Allow = Allow()
     when: When = When()
     resources: Resources = Resources()
+    delivery: Delivery = Delivery()
 
 
 def parse_policy(text: str, where: str = "policy") -> Policy:

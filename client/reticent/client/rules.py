@@ -53,6 +53,20 @@ def _against_names(policy: Policy, plan: Plan) -> list[str]:
     return said
 
 
+def against_model(policy: Policy, plan: Plan, size: int) -> list[str]:
+    """Return what in an offered model, of ``size`` bytes, the policy does not allow."""
+    allow, delivery, task = policy.allow, policy.delivery, plan.task.name
+    said = [] if delivery.accept else ["a model is offered: delivery.accept is false"]
+    if size > delivery.largest_mb * MEGABYTE:
+        said.append(f"a model of {size} bytes: delivery.largest_mb is {delivery.largest_mb}")
+    if allow.tasks is not None and task not in allow.tasks:
+        said.append(f"task {task}: allow.tasks is {', '.join(allow.tasks) or 'empty'}")
+    if allow.models is not None and plan.student.model not in allow.models:
+        known = ", ".join(allow.models) or "empty"
+        said.append(f"model {plan.student.model}: allow.models is {known}")
+    return said
+
+
 def against_now(when: When, seen: Readings, now: datetime) -> list[str]:
     """Return which of the owner's conditions do not hold; unread ones as ``when.unknown`` says."""
     said = [] if when.includes(now.time()) else [f"{now:%H:%M} is outside {', '.join(when.hours)}"]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from reticent.core.errors import ReticentError
+from reticent.core.errors import ArtifactError, ReticentError
 from reticent.privacy.ledger import Ledger
 
 from .agent import read_report
@@ -15,6 +15,7 @@ from .budget import DEVICE, budget_of
 from .diary import RELEASED, Diary
 from .folder import Device, is_held
 from .identity import require_met
+from .models import Models
 from .policy import Policy
 from .resources import LIBRARIES, Memory, disk_free
 from .rules import against_now, against_room
@@ -57,6 +58,7 @@ def device_status(
         "last_round": asdict(released[-1]) if released else None,
         "rounds_released": len(released),
         "refusals": diary.refusals(),
+        "model": _model(device),
         "sensors": {**asdict(seen), "free_memory": free, "free_disk": disk},
         "accepts_now": not against,
         "against": against,
@@ -70,6 +72,14 @@ def _agent(device: Device) -> dict[str, Any]:
         told = {} if report is None else asdict(report)
         return {**told, "state": "stopped", "connection": "none", "pid": 0, "supernode": 0}
     return {"state": "starting"} if report is None else asdict(report)
+
+
+def _model(device: Device) -> dict[str, Any]:
+    try:
+        state = Models(device.models).state()
+    except ArtifactError as error:
+        return {"installed": [], "problem": str(error)}
+    return {"installed": [asdict(slot) for slot in state.slots], "highest": state.highest}
 
 
 def _budget(device: Device, policy: Policy) -> dict[str, Any]:

@@ -22,7 +22,10 @@ MAX_ROUND = 2**31 - 1
 
 
 class Refusal(IntEnum):
-    """Why a client did not train. A fixed code and text; nothing else about a failure leaves."""
+    """Why a client did not train, or takes no model.
+
+    A fixed code and text; nothing else about a failure leaves.
+    """
 
     FAILED = 1000
     BAD_ORDER = 1001
@@ -38,6 +41,11 @@ class Refusal(IntEnum):
     POLICY = 1011
     NOT_NOW = 1012
     UNSIGNED = 1013
+    UNTRUSTED = 1014
+    OLD_MODEL = 1015
+    DAMAGED = 1016
+    SELF_TEST = 1017
+    NOT_STORED = 1018
 
     @property
     def text(self) -> str:
@@ -60,6 +68,11 @@ _REASONS = {
     Refusal.POLICY: "the policy of the device's owner does not allow the plan",
     Refusal.NOT_NOW: "the device does not take part at present",
     Refusal.UNSIGNED: "the plan is not signed by a key that the device's owner accepts",
+    Refusal.UNTRUSTED: "the offer of a model is not signed by the server's key of artifacts",
+    Refusal.OLD_MODEL: "the offered model is not newer than one that was installed",
+    Refusal.DAMAGED: "what was received is not the model that was offered",
+    Refusal.SELF_TEST: "the offered model does not pass its self-test on the device",
+    Refusal.NOT_STORED: "the device could not store the model",
 }
 
 

@@ -63,5 +63,10 @@ PUBLIC_KINDS = {
         "the device's signed ledger head: its key, the number of its ledger entries and a keyed "
         "hash; it tells how often the device took part anywhere, and nothing about its examples"
     ),
+    "receipt": (
+        "the device's answer to the offer of a model: the version that is installed and how many "
+        "of the offered bytes have arrived; it depends on what servers sent, on the owner's policy "
+        "and on storage, and on no example"
+    ),
 }
 """Every kind of public value that a device may send, and why it is public."""

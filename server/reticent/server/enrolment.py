@@ -38,6 +38,9 @@ trust = ["local", "aggregator"]
 # hours = ["22:00-06:00"]
 # charging = true
 # unmetered = true
+
+[delivery]
+# accept = false
 """
 
 

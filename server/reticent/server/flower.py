@@ -18,9 +18,10 @@ from typing import Any
 
 from reticent.core.errors import NetworkError
 
+from .commands import Commands
 from .home import CONNECTION, Home
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 _RETURN_SECONDS = 30.0
 _CALL_SECONDS = 120.0
 _QUIET = {
@@ -53,7 +54,7 @@ class Flower:
     """Flower's ``flwr`` command, speaking to this server's SuperLink."""
 
     def __init__(self, home: Home) -> None:
-        self._home = home
+        self._commands = Commands("flwr", environment(home))
 
     def register(self, public: Path) -> int:
         """Tell the SuperLink about a node key and return the node's id."""
@@ -79,23 +80,14 @@ class Flower:
             self._call("stop", run, CONNECTION)
 
     def _call(self, *words: str) -> dict[str, Any]:
-        command = [program("flwr"), *words, "--format", "json"]
         what = f"flwr {' '.join(words[:2])}"
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                env=environment(self._home),
-                timeout=_CALL_SECONDS,
-                check=False,
-                text=True,
-            )
-        except subprocess.TimeoutExpired as error:
+            done = self._commands.call([*words, "--format", "json"], _CALL_SECONDS)
+        except TimeoutError as error:
             raise SuperLinkError(f"{what}: no answer in {_CALL_SECONDS:g} s") from error
-        answer = _json(done.stdout)
-        if answer is None or done.returncode or answer.get("success") is not True:
-            said = (answer or {}).get("error-message") or done.stderr or done.stdout
+        answer = _json(done.out)
+        if answer is None or done.status or answer.get("success") is not True:
+            said = (answer or {}).get("error-message") or done.err or done.out
             raise SuperLinkError(f"{what}: {' '.join(str(said).split())[-500:]}")
         return answer
 

@@ -93,6 +93,11 @@ class Home:
         return self.folder / "last-run"
 
     @property
+    def deliveries(self) -> Path:
+        """Folder of the models that were offered to devices."""
+        return self.folder / "deliveries"
+
+    @property
     def unit(self) -> Path:
         """The systemd unit."""
         return self.folder / NAME

@@ -6,7 +6,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from .status import warnings
 _POLL_SECONDS = 0.5
 _MOST_DEATHS = 5
 _ORPHAN_SECONDS = 10.0  # Flower's own processes look every 0.2 s whether they are orphans
+SERVER_APP = "reticent.server.deployment:app"
 CLIENT_APP = "reticent.client.deployment:app"
 
 
@@ -192,8 +193,8 @@ class Operation:
         """Write the Flower app, which is a ``pyproject.toml`` only, and return its folder."""
         folder = self.home.folder / "app"
         folder.mkdir(mode=0o700, exist_ok=True)
-        text = tomli_w.dumps(_app(self.plan, self.home, self.client_app), multiline_strings=True)
-        write_atomic(folder / "pyproject.toml", text.encode())
+        settings = {"run-dir": "", "state-dir": "", "attempt": ""}
+        write_app(folder, self.plan, self.home, settings, SERVER_APP, self.client_app)
         return folder
 
 
@@ -247,21 +248,24 @@ def _failure(attempt: Attempt) -> str:
     return f"the ServerApp failed ({error})"  # a SuperLink that went away looks like this
 
 
-def _app(plan: Plan, home: Home, client_app: str) -> dict[str, Any]:
+def write_app(
+    folder: Path,
+    plan: Plan,
+    home: Home,
+    settings: Mapping[str, str | int | float],
+    server_app: str,
+    client_app: str = CLIENT_APP,
+) -> None:
+    """Write a Flower app with a signed plan and ``settings`` in its run configuration."""
     signer = read_private_key(home.keys / "plans" / PRIVATE_KEY)
     config = {
         "plan": tomli_w.dumps(without_none(plan.model_dump(mode="json"))),
         "plan-signature": sign_plan(signer, plan.digest),
-        "run-dir": "",
-        "state-dir": "",
-        "attempt": "",
+        **settings,
     }
     app = {
         "publisher": "reticent",
-        "components": {
-            "serverapp": "reticent.server.deployment:app",
-            "clientapp": client_app,
-        },
+        "components": {"serverapp": server_app, "clientapp": client_app},
         "config": config,
     }
     project = {
@@ -271,4 +275,7 @@ def _app(plan: Plan, home: Home, client_app: str) -> dict[str, Any]:
         "license": "Apache-2.0",
         "dependencies": ["reticent"],
     }
-    return {"project": project, "tool": {"flwr": {"app": app}}}
+    text = tomli_w.dumps(
+        {"project": project, "tool": {"flwr": {"app": app}}}, multiline_strings=True
+    )
+    write_atomic(folder / "pyproject.toml", text.encode())

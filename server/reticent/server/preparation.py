@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class Start:
         layout: Its layout, with the mask.
         weights: Its parameters, float32 ``(layout.size,)``.
         constants: Encoded :class:`Constants`.
+        tested: Test accuracies of its models, once they are known: those of runs that begin alike
+            are the same, and a large teacher takes seconds to test.
     """
 
     teacher: nn.Module
@@ -53,6 +55,7 @@ class Start:
     layout: Layout
     weights: Vector
     constants: bytes
+    tested: dict[str, float] = field(default_factory=dict)
 
     @property
     def constants_digest(self) -> str:
@@ -107,7 +110,9 @@ def _stored(plan: Plan, task: Task, journal: Journal, say: Say, prepared: Prepar
         key += f" {plan.federation.local.personal}"
         if key not in prepared.starts:
             prepared.starts[key] = _made(plan, task, say, prepared)
-        start = deepcopy(prepared.starts[key])  # the rounds write into its student
+        known = prepared.starts[key]
+        # The rounds write into these.
+        start = replace(known, student=deepcopy(known.student), weights=known.weights.copy())
     _store(journal, start.teacher, start.public_only, start.student, start.constants)
     return start
 
@@ -222,10 +227,10 @@ def parameter_counts(start: Start, final: nn.Module) -> dict[str, int]:
 
 
 def start_accuracies(start: Start, task: Task) -> dict[str, float]:
-    """Return test accuracies of the teacher and of the public-only students."""
-    test = task.test()
-    return {
-        "teacher": accuracy(start.teacher, test),
-        "public_only": accuracy(start.public_only, test),
-        "public_only_pruned": accuracy(start.student, test),
-    }
+    """Return test accuracies of the teacher and of the public-only students, before any round."""
+    if not start.tested:
+        test = task.test()
+        start.tested["teacher"] = accuracy(start.teacher, test)
+        start.tested["public_only"] = accuracy(start.public_only, test)
+        start.tested["public_only_pruned"] = accuracy(start.student, test)
+    return dict(start.tested)

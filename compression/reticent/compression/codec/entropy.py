@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import constriction
 import numpy as np
 import zstandard
 
 from reticent.core.errors import PayloadError
 
+from . import coder
 from .base import Symbols
-from .histogram import Probabilities, measure, read, write
+from .histogram import measure, read, write
 
 _LEVEL = 3
-_STREAM: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,8 @@ def ans_encode(symbols: Symbols, alphabet: int) -> bytes:
         return head
     dense = np.zeros(alphabet, dtype=np.int32)
     dense[present] = np.arange(len(present), dtype=np.int32)
-    coder = _STREAM.stack.AnsCoder()
-    coder.encode_reverse(dense[symbols], _model(probabilities))
-    return head + coder.get_compressed().astype("<u4").tobytes()
+    words = coder.CODER.push(dense[symbols], probabilities)
+    return head + words.astype("<u4").tobytes()
 
 
 def ans_decode(data: bytes, count: int, alphabet: int) -> Symbols:
@@ -88,15 +85,10 @@ def ans_decode(data: bytes, count: int, alphabet: int) -> Symbols:
     words = np.frombuffer(rest[: len(rest) // 4 * 4], dtype="<u4").astype(np.uint32)
     if len(rest) % 4 or not len(words) or words[-1] == 0:
         raise PayloadError("payload's coded words are incomplete: the last one must not be 0")
-    coder = _STREAM.stack.AnsCoder(words)
-    symbols = coder.decode(_model(probabilities), count)
-    if not coder.is_empty():
+    indices, used_up = coder.CODER.pop(words, count, probabilities)
+    if not used_up:
         raise PayloadError(f"payload's coded words hold more than {count} symbols")
-    return present[symbols]
-
-
-def _model(probabilities: Probabilities) -> Any:
-    return _STREAM.model.Categorical(probabilities, perfect=False)
+    return present[indices]
 
 
 def zstd_encode(symbols: Symbols, alphabet: int) -> bytes:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
 from reticent.core.errors import DataError
@@ -38,6 +37,9 @@ class HookedGradients:
                     f"student layer {name} has padding_mode={module.padding_mode!r}: gradients of "
                     'single examples are known for "zeros" only'
                 )
+        # Brings scipy and torch.distributed along: 90 MB that a plain chain of layers never needs.
+        from opacus.grad_sample import GradSampleHooks
+
         self._model = model
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
         self.orders = [None] * len(list(model.parameters()))

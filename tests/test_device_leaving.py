@@ -1,11 +1,9 @@
-"""A SuperNode that ends when it is of no use, and what an agent says in its place."""
+"""What an agent says in the place of a SuperNode that was killed, and to whom."""
 
 from __future__ import annotations
 
 import http.server
 import ssl
-import subprocess
-import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
@@ -24,47 +22,6 @@ from reticent.core.errors import ProvisionError
 from reticent.server.certificates import Issued, make_server, utc_now
 from reticent.server.enrolment import POLICY, enroll
 from reticent.server.home import Home, create_home
-
-REPLACED = """
-import importlib.metadata, subprocess, sys, threading, time
-from reticent.client import supernode
-
-def body():
-    threading.Thread(target=time.sleep, args=(600,)).start()
-    if len(sys.argv) > 1:
-        helper = subprocess.Popen([sys.argv[1]], stdin=subprocess.PIPE)
-        print(supernode.helper_died(), flush=True)
-        helper.stdin.close()
-        time.sleep(600)
-
-class Program:
-    def load(self):
-        return body
-
-importlib.metadata.entry_points = lambda **_: (Program(),)
-supernode.main()
-"""
-
-
-def test_it_is_flowers_own_program() -> None:
-    words = [sys.executable, "-P", "-m", "reticent.client.supernode", "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "usage: flower-supernode" in done.stdout
-
-
-def test_a_supernode_whose_loop_ended_ends_although_a_thread_of_it_goes_on() -> None:
-    words = [sys.executable, "-c", REPLACED]
-    assert subprocess.run(words, timeout=120, check=False).returncode == 1
-
-
-def test_a_supernode_whose_superexec_died_ends(tmp_path: Path) -> None:
-    helper = tmp_path / "flower-superexec"
-    helper.write_text("#!/bin/sh\nread nothing\n")
-    helper.chmod(0o700)
-    words = [sys.executable, "-c", REPLACED, str(helper)]
-    done = subprocess.run(words, timeout=120, check=False, capture_output=True, text=True)
-    assert done.returncode == -15
-    assert done.stdout == "False\nthe SuperExec died: this SuperNode ends\n"
 
 
 class SuperLink:

@@ -5,6 +5,10 @@ real payloads and times are medians of real calls on one thread. Two updates are
 N parameters; the third is what a client of the digits task sends, a clipped gradient with its
 share of the noise.
 
+``python benchmarks/codecs.py --noise`` measures instead what is left of a direction: the mean of
+what clients of the digits task send, each a clipped gradient with all of the noise, decoded,
+against the mean of the same gradients without noise and codec, as the cosine between the two.
+
 ``--coders`` times the two coders behind ``ans`` instead: constriction, and the one in plain Python
 that takes its place on machines for which constriction has no wheel. Both give the same bytes.
 """
@@ -26,7 +30,7 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 import numpy as np
 import torch
 
-from reticent.client.training import LocalTrainer, student_model
+from reticent.client.training import LocalTrainer, NoisyStep, student_model
 from reticent.client.wire import noisy_step, quantization_step
 from reticent.compression.codec import Codec, build_codec, coder
 from reticent.compression.codec.build import ENTROPIES, PARAMETERS, QUANTIZERS
@@ -113,6 +117,96 @@ def real_update() -> Update:
     path = ("benchmark", 0, 1)
     vector = trainer.pseudo_gradient(start, task.client(0), step, SeededRandomness(0), path)
     return Update(vector, trainer.layout, quantization_step(step))
+
+
+CLIENTS, DRAWS = 20, 3
+NOISES = (0.0, 1.0, 3.0, 10.0)
+"""Norm of a client's noise over that of its gradient, on average."""
+TRIED: list[tuple[tuple[str, ...], float]] = [
+    (("identity",), 1.0),
+    (("dither4", "ans"), 0.5),
+    (("dither4", "ans"), 4.0),
+    (("hadamard", "int2", "ans"), 1.0),
+    (("drive",), 1.0),
+    (("sign",), 1.0),
+    (("randk:0.05",), 1.0),
+    (("topk:0.05",), 1.0),
+    (("topk:0.01",), 1.0),
+    (("lowrank:2",), 1.0),
+]
+"""Codecs, and their step over the standard deviation of a coordinate where they take a step."""
+
+
+def gradients() -> tuple[list[Vector], Layout]:
+    """Return clipped gradient sums of CLIENTS clients at the same model, without noise."""
+    given = ["task.name=digits", f"task.clients={CLIENTS}", "privacy.noise_multiplier=1.0"]
+    given += ["task.public_examples=200", "federation.sampling_rate=1.0"]
+    plan = parse_plan("", [*given, f"federation.clients_per_round={CLIENTS}"])
+    task = load_task(plan.task, plan.seed)
+    trainer = LocalTrainer(plan, task, Constants(b"", np.zeros((0, 0), dtype=np.float32)))
+    torch.manual_seed(0)
+    start = trainer.layout.read(student_model(task, plan))
+    step = NoisyStep(plan.private.clip if plan.private else None, 0.0, 1.0)
+    source = SeededRandomness(0)
+    found = [
+        trainer.pseudo_gradient(start, task.client(c), step, source, ("benchmark", c, 1))
+        for c in range(CLIENTS)
+    ]
+    return found, trainer.layout
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What of a direction a codec leaves: bits a parameter, and a cosine for each of NOISES."""
+
+    codec: str
+    bits: float
+    cosines: tuple[float, ...]
+
+
+def cosines() -> list[Direction]:
+    """Return a row for each of TRIED; bits are those at the largest noise."""
+    signals, layout = gradients()
+    size = layout.size
+    norm = float(np.mean([np.linalg.norm(s) for s in signals]))
+    rows: list[Direction] = []
+    for chain, step in TRIED:
+        codec, found, bits = build_codec(chain, layout), list[float](), 0.0
+        for noise in NOISES:
+            cells = [
+                _cosine(codec, layout, signals, noise * norm / size**0.5, step, draw)
+                for draw in range(DRAWS)
+            ]
+            found.append(statistics.mean(cosine for cosine, _ in cells))
+            bits = statistics.mean(size for _, size in cells)
+        said = f", step {step:g} σ" if codec.error == "independent" else ""
+        rows.append(Direction("+".join(codec.names) + said, bits, tuple(found)))
+    return rows
+
+
+def _cosine(
+    codec: Codec, layout: Layout, signals: list[Vector], sigma: float, step: float, seed: int
+) -> tuple[float, float]:
+    """Return the cosine of the mean of decoded updates, and bits a parameter."""
+    generator, wanted = np.random.default_rng(seed), np.sum(signals, axis=0, dtype=np.float64)
+    total, size = np.zeros(layout.size), 0
+    for signal in signals:
+        sent = (signal + sigma * generator.normal(size=len(signal))).astype(np.float32)
+        payload = codec.encode(sent, layout.blocks, generator, step * float(sent.std()))
+        total += codec.decode(payload, layout.blocks)
+        size += len(payload)
+    cosine = total @ wanted / (np.linalg.norm(total) * np.linalg.norm(wanted))
+    return float(cosine), 8 * size / (len(signals) * layout.size)
+
+
+def noise_table(rows: list[Direction]) -> str:
+    """Return the rows of :func:`cosines` as a Markdown table."""
+    heads = ["codec", "bits", *(f"noise {n:g}×" for n in NOISES)]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    for row in rows:
+        cells = [row.codec, f"{row.bits:.2f}", *(f"{c:.3f}" for c in row.cosines)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def median_ms(
@@ -205,12 +299,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--size", type=at_least(PARTS), default=20_000, help="parameters")
     parser.add_argument("--repeats", type=at_least(5), default=21, help="timed calls, at least 5")
+    parser.add_argument("--noise", action="store_true", help="cosines under noise instead")
     parser.add_argument("--coders", action="store_true", help="time the coders behind ans")
     args = parser.parse_args()
     if args.coders:
         print(coders(args.size, args.repeats))
         return
     torch.set_num_threads(1)
+    if args.noise:
+        found = cosines()
+        text = json.dumps([asdict(row) for row in found], indent=1)
+        print(text if args.json else noise_table(found))
+        return
     rows = measure_all(args.size, args.repeats)
     print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table(rows))
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from reticent.cli.main import cli
 from reticent.core import errors
 from reticent.core.fleet import Buffered, Fleet
-from reticent.core.plan import Plan, parse_plan
+from reticent.core.plan import Plan, Trained, parse_plan
 from reticent.core.protocol import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +58,7 @@ def test_the_plan_page_has_every_key_with_its_default_and_no_other() -> None:
     absent = {
         **dict(leaves(Fleet().model_dump(mode="json"), "fleet.")),
         **dict(leaves(Buffered().model_dump(mode="json"), "federation.buffered.")),
+        **{f"teacher.trained.{key}": None for key in Trained.model_fields},
     }
     assert documented == dict(leaves(plan)) | absent
 

@@ -85,6 +85,7 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
                 epsilon_text(privacy["epsilon"]),
             ],
             ["ε against the server", epsilon_text(privacy["server_epsilon"])],
+            *_of_weights(privacy),
             ["ε of one round", epsilon_text(privacy["round_epsilon"])],
             ["ε with half the noise", epsilon_text(privacy["half_noise_epsilon"])],
             ["ε without amplification by sampling", epsilon_text(privacy["unamplified_epsilon"])],
@@ -102,6 +103,16 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         ["memory of this process", human_bytes(work["memory"])],
     ]
     return rows + _on_fleet(price["fleet"])
+
+
+def _of_weights(privacy: dict[str, Any]) -> list[list[str]]:
+    """Return what of epsilon is of weights that were trained before, where a plan brings some."""
+    if privacy["weights_epsilon"] is None:
+        return []
+    return [
+        ["of it, the weights that the models begin with", epsilon_text(privacy["weights_epsilon"])],
+        ["of it, the rounds by themselves", epsilon_text(privacy["rounds_epsilon"])],
+    ]
 
 
 def _on_fleet(fleet: dict[str, Any] | None) -> list[list[str]]:

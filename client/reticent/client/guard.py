@@ -14,11 +14,12 @@ from reticent.core.bundle import is_signed_plan
 from reticent.core.errors import PlanError, PolicyError, PrivacyError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Order, Refusal
+from reticent.privacy.events import Composed
 from reticent.privacy.ledger import Budget, Ledger
 
 from .budget import DEVICE
 from .diary import BEGUN, ENDED, RELEASED, Diary
-from .order import Refused, plan_of, round_event
+from .order import Due, Refused, charges, plan_of
 from .policy import Policy
 from .rate import Rate
 from .resources import LIBRARIES, Memory, disk_free
@@ -129,16 +130,27 @@ class Guard:
             return
         life = Budget(budget.lifetime_epsilon, budget.delta)
         try:
-            event = round_event(plan, order.noise_multiplier)
+            due = charges(plan, order.noise_multiplier, order.run, order.round)
         except (PlanError, PrivacyError) as error:
             raise Refused(Refusal.BAD_ORDER) from error
         try:
-            fits = self.ledger.affords(DEVICE, order.run, order.round, event, life)
+            fits = self._affords([one for one in due if not self._is_charged(one)], order, life)
         except PrivacyError as error:
             raise Refused(Refusal.LEDGER) from error
         if not fits:
             said = f"budget.lifetime_epsilon={budget.lifetime_epsilon:g} does not allow the round"
             raise _refused(Refusal.BUDGET, [said])
+
+    def _is_charged(self, due: Due) -> bool:
+        return self.ledger.is_charged(DEVICE, due.run, due.round)
+
+    def _affords(self, due: Sequence[Due], order: Order, life: Budget) -> bool:
+        """Return whether all that is still to be charged before the round fits together."""
+        if not due:
+            return True
+        events = tuple(one.event for one in due)
+        event = events[0] if len(events) == 1 else Composed(events)
+        return self.ledger.affords(DEVICE, order.run, order.round, event, life)
 
     def _require_rate(self) -> None:
         most = self.policy.limits.largest_orders_per_hour

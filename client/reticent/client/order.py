@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from reticent.core.errors import PlanError
 from reticent.core.plan import Plan, plan_from_json
-from reticent.core.protocol import Order, Refusal
+from reticent.core.protocol import BEFORE, Order, Refusal
 from reticent.privacy.client_level import ClipRule
 from reticent.privacy.events import DeclaredPublic, Event, NonPrivate
 from reticent.privacy.schedule import schedule_with
@@ -64,21 +65,42 @@ def round_event(plan: Plan, noise_multiplier: float) -> Event:
     return NonPrivate() if schedule is None else schedule.round_event()
 
 
-def charges(plan: Plan, noise_multiplier: float, round: int) -> list[tuple[int, Event]]:
-    """Return the rounds to charge before ``round`` is trained, in order, each with its event.
+@dataclass(frozen=True)
+class Due:
+    """What a ledger must hold before a round is trained: an event, under a run's name and round."""
 
-    One, the round itself, as :func:`round_event` says; except where the sampling of clients is
-    counted (``privacy.secret_cohort``). A sampled round costs a client what it does whether the
-    client is drawn or not, so charging only rounds in which it is would count too little: the
-    first order charges every round in which the client may be drawn, as round 0, and each round
-    itself is then an entry that spends nothing.
+    run: str
+    round: int
+    event: Event
+
+
+def charges(plan: Plan, noise_multiplier: float, run: str, round: int) -> list[Due]:
+    """Return what to charge before ``round`` of ``run`` is trained, in order; the round comes last.
+
+    It comes alone, as :func:`round_event` says, with two exceptions.
+
+    Where the plan declares that the models begin with weights that learned from the clients' data
+    (``teacher.trained``), their event comes first, under the name of the weights: a ledger charges
+    it once, whatever run and server asks. What has been released cannot be released again, and
+    everything that is made of the weights is post-processing of them and of the rounds.
+
+    Where the sampling of clients is counted (``privacy.secret_cohort``), a sampled round costs a
+    client what it does whether the client is drawn or not, so charging only rounds in which it is
+    would count too little: the first order charges every round in which the client may be drawn,
+    as round 0, and each round itself is then an entry that spends nothing.
 
     Raises:
         PlanError: If an adaptive bound's count alone reveals more than the noise multiplier allows.
         PrivacyError: If no event may have this noise multiplier.
     """
     schedule, event = schedule_with(plan, noise_multiplier), round_event(plan, noise_multiplier)
-    if schedule is None or not schedule.secret:
-        return [(round, event)]
-    whole = schedule.over(event, schedule.participations)
-    return [(0, whole), (round, DeclaredPublic("a round of a run that was charged whole, before"))]
+    if schedule is None:
+        return [Due(run, round, event)]
+    due: list[Due] = []
+    if (trained := plan.teacher.trained) is not None and schedule.earlier is not None:
+        due.append(Due(BEFORE + trained.weights, 0, schedule.earlier))
+    if not schedule.secret:
+        return [*due, Due(run, round, event)]
+    whole = event.times(schedule.participations)
+    nothing = DeclaredPublic("a round of a run that was charged whole, before")
+    return [*due, Due(run, 0, whole), Due(run, round, nothing)]

@@ -275,12 +275,14 @@ def _with_code(error: Exception) -> Exception:
 
 def _charge(order: Order, plan: Plan, environment: Environment) -> Event:
     try:
-        due = charges(plan, order.noise_multiplier, order.round)
+        due = charges(plan, order.noise_multiplier, order.run, order.round)
     except (PlanError, PrivacyError) as error:  # no event has this noise: it is impossible
         raise Refused(Refusal.BAD_ORDER) from error
-    for number, event in due:
-        environment.ledger.charge(environment.device, order.run, number, event, environment.budget)
-    return due[0][1]
+    for one in due:
+        environment.ledger.charge(
+            environment.device, one.run, one.round, one.event, environment.budget
+        )
+    return next(one.event for one in due if one.run == order.run)
 
 
 def _stored(order: Order, environment: Environment) -> bytes | None:

@@ -10,7 +10,7 @@ from datetime import datetime
 from reticent.core.plan import Plan
 from reticent.core.protocol import Order
 
-from .policy import Policy, When
+from .policy import Limits, Policy, When
 from .sensors import Readings
 
 MEGABYTE = 2**20
@@ -35,7 +35,25 @@ def against_plan(policy: Policy, plan: Plan, order: Order) -> list[str]:
             f"noise multiplier {order.noise_multiplier:g}: "
             f"limits.least_noise_multiplier is {least:g}"
         )
-    return said + _against_names(policy, plan)
+    return said + _against_weights(limits, plan) + _against_names(policy, plan)
+
+
+def _against_weights(limits: Limits, plan: Plan) -> list[str]:
+    """Return what the limits do not allow in how the weights were trained that a plan brings."""
+    trained, said = plan.teacher.trained, list[str]()
+    if trained is None:
+        return said
+    if trained.sampling_rate > limits.largest_sampling_rate:
+        said.append(
+            f"teacher.trained.sampling_rate={trained.sampling_rate:g}: "
+            f"limits.largest_sampling_rate is {limits.largest_sampling_rate:g}"
+        )
+    if trained.noise_multiplier < limits.least_noise_multiplier:
+        said.append(
+            f"teacher.trained.noise_multiplier={trained.noise_multiplier:g}: "
+            f"limits.least_noise_multiplier is {limits.least_noise_multiplier:g}"
+        )
+    return said
 
 
 def _against_names(policy: Policy, plan: Plan) -> list[str]:

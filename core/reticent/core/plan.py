@@ -90,6 +90,30 @@ class TaskSection(Section):
     partition: Partition = Partition()
 
 
+class Trained(Section):
+    """How the weights that the task's models bring along learned from the clients' private data.
+
+    A declaration: nobody but whoever trained them can know. Every device charges the event to its
+    ledger, once for these weights, before its first release of the run.
+
+    Attributes:
+        weights: SHA-256 of the weights, which `reticent plan check` tells.
+        sampling_rate: Probability q at which each unit joined a step; 1 is the plain Gaussian
+            mechanism.
+        noise_multiplier: Standard deviation of the noise over the bound of one unit's contribution.
+        steps: Sums taken.
+        unit: What the noise was meant for.
+        relation: How its neighbour differed.
+    """
+
+    weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sampling_rate: Probability
+    noise_multiplier: Annotated[float, Field(ge=1e-9, le=1e9)]
+    steps: Annotated[int, Field(ge=1, lt=2**63)]
+    unit: Literal["example", "client"]
+    relation: Literal["add-or-remove-one", "replace-one"]
+
+
 class Teacher(Section):
     """Training of the teacher on the public split.
 
@@ -100,6 +124,8 @@ class Teacher(Section):
             optimizer and loss stay float32). It has float32's range, so no loss is scaled.
         offload: ``disk`` keeps weights, gradients and optimizer state of the teacher in files while
             it is trained, for a teacher that is larger than memory.
+        trained: What the weights that the task's models begin with cost in privacy; absent: models
+            begin at random, or at weights that the task declares public.
     """
 
     epochs: Count = 30
@@ -107,6 +133,7 @@ class Teacher(Section):
     count: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     offload: Literal["none", "disk"] = "none"
+    trained: Trained | None = None
 
     @model_validator(mode="after")
     def _no_half_precision(self) -> Self:
@@ -746,6 +773,7 @@ class Plan(Section):
                 f"federation.clients_per_round={f.clients_per_round}"
             )
         self._teachers_fit()
+        self._trained_fits()
         if self.updates.error_feedback and p != "off" and p.unit == "client":
             raise ValueError(
                 'updates.error_feedback=true: must be false when privacy.unit is "client", because '
@@ -818,6 +846,25 @@ class Plan(Section):
                 "layers; several teachers give one answer, but no one layer"
             )
 
+    def _trained_fits(self) -> None:
+        trained, p = self.teacher.trained, self.privacy
+        if trained is None:
+            return
+        if p == "off":
+            raise ValueError(
+                'teacher.trained: must be absent when privacy is "off", because nothing is '
+                "promised then that it could count towards"
+            )
+        for key, given, other in (
+            ("unit", trained.unit, p.unit),
+            ("relation", trained.relation, p.relation),
+        ):
+            if given != other:
+                raise ValueError(
+                    f'teacher.trained.{key}="{given}": must be privacy.{key}, which is "{other}", '
+                    "because an epsilon over different ones has no meaning"
+                )
+
     def canonical(self) -> str:
         """Return the plan as canonical JSON: sorted keys, no spaces, every default written out."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -873,6 +920,7 @@ _LATER: dict[str, Any] = {
     "federation.server.second_momentum": 0.99,
     "federation.server.adaptivity": 1e-8,
     "privacy.secret_cohort": False,
+    "teacher.trained": None,
 }
 """Keys that came later, and what a plan without them means: their defaults, for good."""
 

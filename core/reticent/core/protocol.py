@@ -19,6 +19,8 @@ PROTOCOL = 2
 MAX_CONSTANTS = 64 * 2**20
 MAX_RUN_NAME = 256
 MAX_ROUND = 2**31 - 1
+BEFORE = "weights "
+"""Begins the name under which a ledger charges what was released before any run: never a run's."""
 
 
 class Refusal(IntEnum):
@@ -127,6 +129,8 @@ class Order:
             raise PayloadError(
                 f"order.run has {len(order.run)} characters: must have 1 to {MAX_RUN_NAME}"
             )
+        if order.run.startswith(BEFORE):
+            raise PayloadError(f"order.run={order.run[:20]!r}: must not begin with {BEFORE!r}")
         if not 1 <= order.round <= MAX_ROUND:
             raise PayloadError(f"order.round={order.round}: must be from 1 to {MAX_ROUND}")
         if not (math.isfinite(order.noise_multiplier) and order.noise_multiplier >= 0):

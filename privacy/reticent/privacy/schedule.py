@@ -10,7 +10,8 @@ from reticent.core.plan import Plan, Privacy
 from .accounting import epsilon
 from .calibrate import noise_multiplier_for
 from .client_level import COUNT_NOISE, ClipRule, client_event, sum_multiplier
-from .events import Event, NonPrivate, PoissonGaussian
+from .earlier import earlier_event, noise_after
+from .events import Composed, Event, NonPrivate, PoissonGaussian
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Schedule:
     of the models, who do not learn the cohort. It is counted for every round in which the client
     might be drawn, drawn or not. Against the server nothing is claimed, as before.
 
+    Where the models begin at weights that learned from the same private data (``earlier``), these
+    are a release of their own, the same to everybody, and :meth:`over` counts it once.
+
     Attributes:
         sampling_rate: Rate at which one unit joins a step of the mechanism.
         steps: Steps of the mechanism in a round.
@@ -53,6 +57,7 @@ class Schedule:
         relation: How the neighbour differs.
         clip_quantile: The quantile of norms that an adaptive bound follows; None if it is fixed.
         count_noise: Standard deviation of the noise of the adaptive bound's count; None without.
+        earlier: What the weights that the models begin with cost, as declared; None if nothing.
     """
 
     sampling_rate: float
@@ -67,6 +72,7 @@ class Schedule:
     relation: str = "add-or-remove-one"
     clip_quantile: float | None = None
     count_noise: float | None = None
+    earlier: PoissonGaussian | None = None
 
     @property
     def secret(self) -> bool:
@@ -101,8 +107,9 @@ class Schedule:
         return NonPrivate() if self.unit == "client" else self._example(self.share_multiplier)
 
     def over(self, event: Event, rounds: int) -> Event:
-        """Return ``event`` repeated over ``rounds`` rounds."""
-        return event.times(rounds)
+        """Return ``event`` repeated over ``rounds`` rounds, after what was ``earlier``."""
+        whole = event.times(rounds)
+        return whole if self.earlier is None else Composed((self.earlier, whole))
 
     def _example(self, noise_multiplier: float) -> PoissonGaussian:
         return PoissonGaussian(self.sampling_rate, noise_multiplier, self.steps, self.relation)
@@ -194,6 +201,7 @@ def schedule_with(plan: Plan, noise_multiplier: float) -> Schedule | None:
         relation=privacy.relation,
         clip_quantile=privacy.clip_quantile,
         count_noise=COUNT_NOISE * plan.federation.clients_per_round if adaptive else None,
+        earlier=earlier_event(plan),
     )
 
 
@@ -208,6 +216,9 @@ def _calibrated(plan: Plan, privacy: Privacy) -> float:
     if privacy.epsilon is None:  # excluded by the plan's own check
         raise ValueError("privacy has neither epsilon nor noise_multiplier")
     rate, steps = _sampling(plan)
+    if (before := earlier_event(plan)) is not None:
+        step = PoissonGaussian(rate, 1.0, steps, privacy.relation, privacy.unit)
+        return noise_after(before, step, participations(plan), privacy)
     return noise_multiplier_for(
         privacy.epsilon,
         privacy.delta,

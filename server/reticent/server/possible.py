@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
 
 from reticent.compression.deployable import require_dynamic_form
 from reticent.compression.fold import folded
 from reticent.compression.prune import require_weights_left
-from reticent.core.errors import DataError
+from reticent.core.errors import DataError, PlanError
 from reticent.core.plan import Plan
 from reticent.core.tasks import Task
 
@@ -23,8 +26,9 @@ def require_possible(plan: Plan, task: Task) -> None:
     Raises:
         PlanError: If the student cannot be quantized dynamically as the plan says, a change of its
             layers cannot be made, pruning must empty one of them, or a round's updates do not fit
-            into memory where they are needed all at once (all parameters are taken to travel).
-        DataError: If a model that the task makes was trained before.
+            into memory where they are needed all at once (all parameters are taken to travel), or
+            it declares other weights than the task's models begin with.
+        DataError: If a model that the task makes was trained before and nothing is declared.
     """
     require_dynamic_form(folded(new_student(plan, task).eval()), plan.student.quantize)
     prune = plan.student.prune
@@ -36,41 +40,88 @@ def require_possible(plan: Plan, task: Task) -> None:
 
 
 def require_new_models(plan: Plan, task: Task) -> None:
-    """Check that teacher and student of ``task`` begin at random weights.
+    """Check that the models of ``task`` begin at random weights, or that a plan prices the others.
 
-    A model that learned from private data before would be a release without an event in any ledger,
-    and where weights of a task's own came from cannot be seen: they are refused unless the task
-    has a true attribute ``public_weights``. A random model differs from one time to the next; one
-    value throughout a parameter (zeros of a bias, ones of a norm) tells of no data.
+    A model that learned from private data before is a release, and where weights of a task's own
+    came from cannot be seen. They are refused unless the task has a true attribute
+    ``public_weights`` or the plan declares by ``teacher.trained`` how these very weights were
+    trained; the devices' ledgers then charge that. A random model differs from one time to the
+    next; one value throughout a parameter (zeros of a bias, ones of a norm) tells of no data.
 
     Raises:
-        DataError: If they do not; the parameter is named.
+        DataError: If they bring weights along and nothing is declared; a parameter is named.
+        PlanError: If the plan declares other weights, or weights where there are none to declare.
     """
-    if getattr(task, "public_weights", False):
+    trained, public = plan.teacher.trained, getattr(task, "public_weights", False)
+    if trained is None and public:
         return
+    brought = _brought(plan, task)
+    if trained is not None:
+        _require_declared(trained.weights, brought, task, public)
+    elif brought:
+        role, known = next(iter(brought)).split(" ")
+        raise DataError(
+            f"task {task.name}: the {role} is made with the same weights every time "
+            f"({known}): must begin at weights drawn by torch's generator, because weights "
+            "that learned from private data need an event of their own in the ledger; if no "
+            "private data went into them, give the task the attribute public_weights = True, and "
+            "if they learned from the clients' data under differential privacy, declare how: "
+            f'[teacher.trained] with weights = "{weights_digest(brought.values())}"'
+        )
+
+
+def weights_digest(weights: Iterable[torch.Tensor]) -> str:
+    """Return the SHA-256 that stands for a set of tensors, whatever they are called."""
+    parts = {
+        hashlib.sha256(
+            f"{value.dtype} {tuple(value.shape)} ".encode()
+            + value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).digest()
+        for value in weights
+    }
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
+
+
+def _require_declared(
+    weights: str, brought: dict[str, torch.Tensor], task: Task, public: bool
+) -> None:
+    if public:
+        raise PlanError(
+            f"teacher.trained: must be absent, because task {task.name} says by public_weights "
+            "that no private data went into the weights of its models"
+        )
+    if not brought:
+        raise PlanError(
+            f"teacher.trained: must be absent, because the models of task {task.name} begin at "
+            "random weights"
+        )
+    found = weights_digest(brought.values())
+    if found != weights:
+        raise PlanError(
+            f'teacher.trained.weights="{weights}": must be "{found}", which is what the models of '
+            f"task {task.name} begin with"
+        )
+
+
+def _brought(plan: Plan, task: Task) -> dict[str, torch.Tensor]:
+    """Return the weights that are not drawn anew each time, by role and name."""
     pairs = {
         "teacher": (new_teacher(plan, task, 0), new_teacher(plan, task, 1)),
         "student": (new_student(plan, task), new_student(plan, task, "another student")),
     }
-    for role, (one, other) in pairs.items():
-        known = _made_before(one, other)
-        if known is not None:
-            raise DataError(
-                f"task {task.name}: the {role} is made with the same weights every time "
-                f"({known}): must begin at weights drawn by torch's generator, because weights "
-                "that learned from private data would need an event of their own in the ledger, "
-                "which does not exist; if no private data went into them, give the task the "
-                "attribute public_weights = True"
-            )
+    return {
+        f"{role} {name}": value
+        for role, (one, other) in pairs.items()
+        for name, value in _made_before(one, other)
+    }
 
 
-def _made_before(one: nn.Module, other: nn.Module) -> str | None:
-    """Return the name of a state that is equal in both and not one value throughout, or None."""
+def _made_before(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the states that are equal in both and not one value throughout."""
     states = other.state_dict()
     for name, value in one.state_dict().items():
         if value.is_floating_point() and torch.equal(value, states[name]) and _varies(value):
-            return name
-    return None
+            yield name, value
 
 
 def _varies(value: torch.Tensor) -> bool:

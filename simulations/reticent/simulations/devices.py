@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 from flwr.app import Context
 
 from reticent.client.environment import Environment
+from reticent.client.order import Due
 from reticent.core.plan import Plan
-from reticent.privacy.ledger import Budget, Grants, Ledger
+from reticent.privacy.ledger import Budget, Charge, Grants, Ledger
 from reticent.privacy.randomness import SeededRandomness
 
 
@@ -52,6 +54,19 @@ def _opened(folder: Path) -> Ledger:
 def device_name(client: int) -> str:
     """Return the name under which a simulated device stands in the ledger."""
     return f"client-{client}"
+
+
+def granted(ledger: Ledger | Grants, names: Sequence[str], due: Due, budget: Budget) -> list[str]:
+    """Charge ``due`` to devices, and return those that could bear it.
+
+    Raises:
+        LedgerError: If the ledger cannot be used, or something else was charged in its place.
+        PrivacyError: If it cannot be composed with what was charged to them before.
+    """
+    if not names:
+        return []
+    found = ledger.charge_many(names, due.run, due.round, due.event, budget)
+    return [outcome.device for outcome in found if isinstance(outcome, Charge)]
 
 
 def devices_for(plan: Plan, ledger: Path) -> Devices:

@@ -19,7 +19,7 @@ from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator
 from reticent.core.tasks import Task, load_task
 from reticent.privacy.accounting import epsilon
-from reticent.privacy.calibrate import max_rounds
+from reticent.privacy.earlier import rounds_that_fit
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule, schedule_for
 from reticent.server.finish import problem_of
@@ -184,7 +184,8 @@ def _privacy(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s, rounds = schedule, schedule.participations
     half = replace(s, noise_multiplier=s.noise_multiplier / 2)
-    always = replace(s, sampling_rate=1.0)
+    unsampled = s.earlier and replace(s.earlier, sampling_rate=1.0)
+    always = replace(s, sampling_rate=1.0, earlier=unsampled)
     return {
         "trust": s.trust,
         "unit": s.unit,
@@ -195,6 +196,8 @@ def _privacy(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
         "epsilon": _number(epsilon([s.over(s.round_event(), rounds)], s.delta)),
         "server_epsilon": _number(epsilon([s.over(s.server_event(), rounds)], s.delta)),
         "round_epsilon": _number(epsilon([s.round_event()], s.delta)),
+        "weights_epsilon": None if s.earlier is None else _number(epsilon([s.earlier], s.delta)),
+        "rounds_epsilon": _number(epsilon([s.round_event().times(rounds)], s.delta)),
         "half_noise_epsilon": _number(epsilon([s.over(half.round_event(), rounds)], s.delta)),
         "unamplified_epsilon": _number(epsilon([s.over(always.round_event(), rounds)], s.delta)),
         "rounds_that_fit": _rounds_that_fit(plan, s),
@@ -206,7 +209,9 @@ def _rounds_that_fit(plan: Plan, schedule: Schedule) -> int | None:
     """Return how many rounds of one client fit its budget, else the target; None without either."""
     privacy = plan.private
     limit = (privacy.budget or privacy.epsilon) if privacy else None
-    return None if limit is None else max_rounds(limit, schedule.delta, schedule.round_event())
+    if limit is None:
+        return None
+    return rounds_that_fit(schedule.earlier, schedule.round_event(), limit, schedule.delta)
 
 
 def _number(value: float) -> float | str:

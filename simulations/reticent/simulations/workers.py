@@ -20,7 +20,7 @@ from reticent.core.protocol import Order
 from reticent.privacy.ledger import Grants, Ledger
 from reticent.server.folding import Kept
 
-from .devices import Devices, client_index, device_name
+from .devices import Devices, client_index, device_name, granted
 from .grid import call_client, client_of, context_of, enter_task
 
 BLOCK = 8
@@ -66,10 +66,10 @@ class Site:
         """
         try:
             order = Order.from_config(dict(messages[0].content.config_records["order"]))
-            due = charges(self._plan, order.noise_multiplier, order.round)
+            due = charges(self._plan, order.noise_multiplier, order.run, order.round)
             names = [device_name(client_of(m.metadata.dst_node_id)) for m in messages]
-            for number, event in due:
-                self.ledger.charge_many(names, order.run, number, event, self._devices.budget)
+            for one in due:
+                names = granted(self.ledger, names, one, self._devices.budget)
         except (PayloadError, PrivacyError, PlanError, KeyError):
             return
 

@@ -38,7 +38,8 @@ class ArrayTask:
         student: Makes a student from ``(model, input_shape, classes)``, where ``model`` is the
             plan's ``student.model``.
         public_weights: Says that no private data went into weights which these models begin with.
-            Models that do not begin at random are refused without it.
+            Models that do not begin at random are refused without it, unless the plan declares
+            how their weights were trained.
 
     Raises:
         DataError: If the arrays do not fit together or cannot serve the section.

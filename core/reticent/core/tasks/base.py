@@ -22,7 +22,7 @@ class Task(Protocol):
     ``public`` and ``test`` live on the server. ``client`` is private: it is called on the device
     that owns the data, and only when that device is sampled. Models begin at random weights; a task
     whose models do not must have an attribute ``public_weights``, true only where no private data
-    went into them.
+    went into them, or a plan that declares how they were trained (``teacher.trained``).
     """
 
     name: str

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reticent.core.errors import LedgerError
+from reticent.core.protocol import BEFORE
 
 from ..clock import BootClock, Clock
 from ..events import Event
@@ -173,8 +174,17 @@ class Ledger(Account):
             spent = Afford(event, budget).refusal(view.lifetime(device), view.counted(device))
             return spent is None
 
+    def is_charged(self, device: str, run: str, round: int) -> bool:
+        """Return whether ``device`` was charged for this round."""
+        _require_key(device, run, round)
+        with mapped(self._store.folder):
+            return self._store.charge_of(device, run, round) is not None
+
     def rounds(self, device: str, run: str, round: int) -> int:
-        """Return how many rounds ``device`` was ever charged for, without this one."""
+        """Return how many rounds ``device`` was ever charged for, without this one.
+
+        What was released before any round (:data:`~reticent.core.protocol.BEFORE`) is none.
+        """
         _require_key(device, run, round)
         with mapped(self._store.folder):
             this = self._store.charge_of(device, run, round) is not None
@@ -257,8 +267,12 @@ class Ledger(Account):
     ) -> None:
         # What is released counts in the window of its charge. A charge that has left the window
         # without a release must not be used any more: its release would fall in a later window,
-        # beside others that fill that one.
-        if sequence >= view.oldest or self._store.digest(device, run, round) is not None:
+        # beside others that fill that one. What was released before any run is released already.
+        if (
+            sequence >= view.oldest
+            or run.startswith(BEFORE)
+            or self._store.digest(device, run, round) is not None
+        ):
             return
         raise LedgerError(
             f"{self._name(device, run, round)}: was charged more than the budget's window ago and "

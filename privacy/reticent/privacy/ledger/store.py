@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reticent.core.errors import LedgerError
+from reticent.core.protocol import BEFORE
 
 from ..clock import Clock, DeviceTime
 from .afford import History
@@ -141,7 +142,10 @@ class Store:
     def rounds(self, device: str) -> int:
         """Return how many rounds one device was ever charged for."""
         (count,) = self.db.execute(
-            "SELECT coalesce(sum(charges), 0) FROM totals WHERE device = ?", (device,)
+            "SELECT (SELECT coalesce(sum(charges), 0) FROM totals WHERE device = ?1) -"
+            " (SELECT count(*) FROM entries WHERE device = ?1 AND kind = 'charge'"
+            " AND run >= ?2 AND substr(run, 1, length(?2)) = ?2)",
+            (device, BEFORE),
         ).fetchone()
         return count
 

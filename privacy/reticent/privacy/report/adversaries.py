@@ -10,7 +10,7 @@ from typing import Any
 from ..accounting import epsilon
 from ..events import Event, PoissonGaussian
 from ..schedule import Schedule
-from .spending import with_noise
+from .spending import apart, with_noise
 from .words import certainty, portable, tier
 
 READERS = "Readers of the models"
@@ -48,17 +48,21 @@ def adversary_rows(
     than that still depends on it, so it changes the words and no number.
     """
     if schedule is None:
-        return [_row(view, events, delta) for view in _unprotected()]
+        return [_row(view, events, delta, None) for view in _unprotected()]
     if schedule.unit == "client":
         views = _client_level(padded, schedule.secret)
     else:
         local = schedule.trust == "local"
         views = _local(padded) if local else _aggregator(schedule.shares, padded)
-    return [_row(view, events, delta) for view in views]
+    return [_row(view, events, delta, schedule.earlier) for view in views]
 
 
-def _row(view: _View, events: Sequence[Event], delta: float) -> dict[str, Any]:
-    faced = with_noise(events, view.factor) if view.factor else None
+def _row(
+    view: _View, events: Sequence[Event], delta: float, earlier: PoissonGaussian | None
+) -> dict[str, Any]:
+    # Weights that were trained before show the same to everybody: their noise is no share.
+    rounds, before = apart(events, earlier)
+    faced = [*before, *with_noise(rounds, view.factor)] if view.factor else None
     value = portable(math.inf if faced is None else epsilon(faced, delta))
     return {
         "name": view.name,

@@ -10,6 +10,7 @@ from typing import Any
 
 from .audited import NOT_DONE
 from .tuning import tuning_text
+from .weights import weights_text
 from .words import (
     bound_text,
     certainty_text,
@@ -235,10 +236,7 @@ def _records(data: dict[str, Any]) -> dict[str, str]:
         ),
         "Secure aggregation": "not used: nothing technical keeps the server from single updates",
         "Charge for tuning": tuning_text(data.get("tuning")),
-        "Charge for the teacher": (
-            "none: the teacher is trained on public data only, from random weights or from weights "
-            "that the task's own code declares public; the tool cannot check that declaration"
-        ),
+        "Charge for the teacher": weights_text(data.get("weights")),
         "Audit (empirical lower bound on ε)": audit_text(data["audit"]),
         "Ledger head": f"{ledger['head']} (entry {ledger['sequence']})" if ledger else elsewhere,
         "Ledger integrity": (

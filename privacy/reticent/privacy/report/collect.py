@@ -24,6 +24,7 @@ from .releases import releases
 from .schema import SCHEMA, SCHEMA_ID, load_schema, problems
 from .spending import QUANTILES, Spending, read_spending, used_schedule
 from .tuning import read_tuning
+from .weights import brought, weights_released
 from .words import as_float, portable
 from .writer import writer
 
@@ -82,13 +83,18 @@ def collect(run: Run) -> dict[str, Any]:
         "models": _models(summary),
         "agreement": summary.get("agreement", {}),
     }
+    if schedule is not None and schedule.earlier is not None:
+        data["weights"] = brought(plan, schedule)
     tuning = read_tuning(run, plan)
     if tuning is not None:
         data["tuning"] = tuning
     data = _jsonable(data)
     _require_whole(run, data)
     artifact = summary.get("bytes", {}).get("int8")
-    data["releases"] = releases(data["promise"], data["run"], data["traffic"], asked, artifact)
+    data["releases"] = [
+        *weights_released(data.get("weights")),
+        *releases(data["promise"], data["run"], data["traffic"], asked, artifact),
+    ]
     # Words are chosen from the numbers as a reader of the JSON finds them.
     return worded(data)
 
@@ -253,8 +259,9 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Return clients by what they spent, those that were never asked included, the most first.
 
-    Who was never asked spent nothing, unless who is asked is a secret coin of every round: then
-    all clients spend the same.
+    Who was never asked spent nothing in the rounds, unless who is asked is a secret coin of every
+    round: then all clients spend the same. What weights spent that were trained before, they spent
+    of everybody.
     """
     known = spending.head is not None
     rows = [(group.clients, group.epsilon) for group in spending.groups]
@@ -269,8 +276,10 @@ def _groups(
 
 
 def _of_the_unasked(schedule: Schedule | None) -> float:
-    if schedule is None or not schedule.secret:
+    if schedule is None:
         return 0.0
+    if not schedule.secret:
+        return epsilon([] if schedule.earlier is None else [schedule.earlier], schedule.delta)
     return epsilon([schedule.over(schedule.round_event(), schedule.participations)], schedule.delta)
 
 

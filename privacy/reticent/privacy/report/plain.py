@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .weights import UNCHECKED
 from .words import as_float, certainty_text, chance_text, count_text, epsilon_text, odds_text
 
 _CHOICE = ("Choice of settings", "runs made to choose them are not counted here")
@@ -65,6 +66,8 @@ def not_covered(data: dict[str, Any]) -> list[dict[str, str]]:
     tuning = data.get("tuning")
     if tuning is not None and tuning["runs"] > 1:
         rows[rows.index(_CHOICE)] = (_CHOICE[0], _chosen(tuning))
+    if "weights" in data:
+        rows.append(UNCHECKED)
     if noised:
         rows.insert(1, (_PERSON, _person_remark(data["accounting"])))
     if data["run"]["simulated"]:

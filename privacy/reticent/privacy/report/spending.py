@@ -102,7 +102,9 @@ def read_spending(run: Run, plan: Plan, schedule: Schedule | None, rounds: int) 
     groups = tuple(Group(len(row.devices), tuple(row.events), row.epsilon) for row in rows)
     spending = Spending(groups, head)
     if schedule is not None:
-        _require_enough(run, spending, _steps([schedule.round_event()]) * rounds)
+        before = () if schedule.earlier is None or not rounds else (schedule.earlier,)
+        steps = _steps([schedule.round_event()]) * rounds + _steps(before)
+        _require_enough(run, spending, steps)
     return spending
 
 
@@ -125,6 +127,22 @@ def _require_enough(run: Run, spending: Spending, steps: int) -> None:
 
 def _steps(events: Iterable[Event]) -> int:
     return sum(event.steps for event in merge(events) if isinstance(event, PoissonGaussian))
+
+
+def apart(
+    events: Sequence[Event], earlier: PoissonGaussian | None
+) -> tuple[list[Event], list[Event]]:
+    """Return what ``events`` hold besides ``earlier``, and ``earlier`` if they hold it."""
+    parts: list[Event] = [*merge(events)]
+    if earlier is None:
+        return parts, []
+    for index, part in enumerate(parts):
+        if isinstance(part, PoissonGaussian) and replace(part, steps=earlier.steps) == earlier:
+            left = part.steps - earlier.steps
+            if left >= 0:
+                rest = [replace(part, steps=left)] if left else []
+                return [*parts[:index], *rest, *parts[index + 1 :]], [earlier]
+    return parts, []
 
 
 def with_noise(events: Sequence[Event], factor: float) -> list[Event]:

@@ -18,7 +18,7 @@ from reticent.privacy.schedule import participations
 from reticent.server.fleet import Outcome, Release, Virtual
 from reticent.server.sampling import Sampler, cohort_in_time
 
-from ..devices import Devices, device_name
+from ..devices import Devices, device_name, granted
 from ..grid import node_of
 from .availability import Always, Diurnal, Presence
 from .buffered import Deals
@@ -69,10 +69,9 @@ def charging_to(plan: Plan, devices: Devices, ledger: Ledger) -> Charge:
     """
 
     def charge(run: str, number: int, noise_multiplier: float, clients: Sequence[int]) -> None:
-        names = [device_name(client) for client in clients]
-        for round, event in charges(plan, noise_multiplier, number):
-            if names:
-                ledger.charge_many(names, run, round, event, devices.budget)
+        names: Sequence[str] = [device_name(client) for client in clients]
+        for due in charges(plan, noise_multiplier, run, number):
+            names = granted(ledger, names, due, devices.budget)
 
     return charge
 

@@ -198,8 +198,8 @@ class FleetNode:
 class Swarm:
     """Connected nodes that look for messages and answer each with ``size`` bytes.
 
-    A request that gets no answer in 30 s is tried again, as a SuperNode does. :attr:`seconds`
-    holds, by kind of request, how long each took; :attr:`failures` what failed otherwise.
+    A request whose connection fails, or that gets no answer in 30 s, is tried again, as a SuperNode
+    does. :attr:`seconds` holds, by kind of request, how long each took; :attr:`failures` the rest.
     """
 
     def __init__(self, nodes: list[FleetNode], size: int, poll: float = POLL_SECONDS) -> None:
@@ -260,7 +260,7 @@ class Swarm:
             try:
                 result = call()
                 break
-            except httpx.TimeoutException:
+            except httpx.TransportError:
                 with self._lock:
                     self.retries += 1
         with self._lock:

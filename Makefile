@@ -24,7 +24,7 @@ test: $(STAMP)  ## run the test suite
 chaos: $(STAMP)  ## kill and tear ledgers many times, and print what was found
 	$(BIN)/python -m pytest -q -s -m chaos
 
-faults: $(STAMP)  ## kill a real SuperLink and its ServerApp, and compare the models
+faults: $(STAMP)  ## kill real processes, damage their network, and compare the models
 	$(BIN)/python -m pytest -q -s -m faults
 
 test-all: $(STAMP)  ## run every test, also those that need Ray and those that build packages

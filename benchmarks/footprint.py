@@ -130,7 +130,8 @@ def plain(folder: Path) -> tuple[str | Path, ...]:
         *("flower-supernode", "--root-certificates", folder / "ca.crt"),
         *("--superlink", told["address"], "--auth-supernode-private-key", folder / "node.key"),
         *("--port", str(loopback.free_port()), "--node-config"),
-        f'partition-id={index} state-dir="{state}" budget-epsilon=99.0 budget-delta=1e-5',
+        f'partition-id={index} state-dir="{state}" budget-epsilon=99.0 budget-delta=1e-5 '
+        f'node-key="{folder / "node.key"}"',
     )
 
 

@@ -14,13 +14,15 @@ import hashlib
 import io
 import json
 import random
+import re
+import shutil
 import struct
 import tempfile
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,16 @@ from safetensors.numpy import save
 from torch import nn
 
 from reticent.cli.inputs import read_inputs
+from reticent.client.agent import Report, read_report
 from reticent.client.app import pack
 from reticent.client.budget import remembered_budget
+from reticent.client.diary import BEGUN, Diary
 from reticent.client.downlink import ModelMissing, changed, remember
+from reticent.client.folder import create_device, open_device, read_node_key
 from reticent.client.identity import open_identity, require_met
 from reticent.client.kept import Kept
 from reticent.client.models import Models
+from reticent.client.policy import load_policy
 from reticent.compression.artifact import TaskInfo, files_of
 from reticent.compression.artifact import _parse_manifest as parse_manifest
 from reticent.compression.artifact import _unpack as unpack_self_test
@@ -50,6 +56,8 @@ from reticent.compression.convert import calibrate, convert
 from reticent.compression.deployable import parse_form
 from reticent.compression.structure import build as build_structure
 from reticent.compression.structure import describe
+from reticent.core.bundle import Bundle, read_bundle
+from reticent.core.bundle import _canonical as canonical
 from reticent.core.errors import PayloadError, ReticentError
 from reticent.core.offer import Receipt, offer_of, open_offer, parse_offer, sign_offer
 from reticent.core.plan import load_plan, parse_plan, plan_from_json
@@ -62,6 +70,7 @@ from reticent.core.tasks.har import _read as read_har
 from reticent.core.tasks.idx import encode_idx, gzip_bytes, parse_idx
 from reticent.core.update import Layout
 from reticent.privacy.anchor import Signed, check_statement, state
+from reticent.privacy.bond import is_bond, make_bond
 from reticent.privacy.events import Composed, PoissonGaussian, event_from_json
 from reticent.privacy.ledger import Budget, Grants, Head, Ledger
 from reticent.privacy.ledger.tip import create_tip, read_tip
@@ -69,12 +78,17 @@ from reticent.privacy.report.audited import read_audit
 from reticent.privacy.report.schema import load_schema
 from reticent.privacy.report.signing import read_signature, sign
 from reticent.privacy.report.verify import _parsed as parse_report
+from reticent.server.attempt import Attempt, Teller, error_of, read_attempt
+from reticent.server.certificates import expiry, utc_now
+from reticent.server.enrolment import POLICY, enroll
 from reticent.server.folding import Folder, Rules
 from reticent.server.folding import Kept as Public
+from reticent.server.home import create_home, open_home
 from reticent.server.journal import Journal
 from reticent.server.offers import Shipment
 from reticent.server.optimizer import ServerState
 from reticent.server.partial import decode_tally, encode_tally
+from reticent.server.registry import changing, read_registry
 from reticent.server.rounds import Tally
 from reticent.simulations.grid import enter_task, node_of, numbered
 from reticent.simulations.packets import Packer, Work, messages_in
@@ -485,6 +499,78 @@ def _device() -> Iterator[Decoder]:
     yield Decoder("kept vector", vector, (path.read_bytes(),))
 
 
+# ----- files of a deployment: bundles, policies, a server's and a device's folder -----
+
+
+def _with_checksum(data: bytes) -> bytes:
+    """Return a bundle with the checksum of what it holds."""
+    try:
+        content = json.loads(data)
+        content.pop("checksum", None)
+        digest = hashlib.sha256(canonical(content)).hexdigest()
+        return json.dumps({**content, "checksum": digest}).encode("ascii")
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return data
+
+
+def _deployment() -> Iterator[Decoder]:
+    now = utc_now()
+    home = create_home(FOLDER / "server", ["127.0.0.1", "::1"], 8000, now)
+    (path,) = enroll(home, ["pi-1"], POLICY, now)
+    with changing(home.devices) as registry:
+        key = replace(registry.devices["pi-1"].key, node=2**63 + 5)
+        registry.devices["pi-1"] = registry.devices["pi-1"].with_key(key)
+    yield Decoder("bundle", Bundle.decode, (path.read_bytes(),), _with_checksum)
+    device = create_device(FOLDER / "pi-1", read_bundle(path))
+
+    def unpacked(data: bytes) -> object:
+        try:
+            return create_device(FOLDER / "new-device", Bundle.decode(data))
+        finally:
+            shutil.rmtree(FOLDER / "new-device", ignore_errors=True)
+
+    yield Decoder("bundle's keys", unpacked, (path.read_bytes(),), _with_checksum, factor=256)
+    full = re.sub(r"(?m)^# (?=\w+ = )", "", POLICY).encode()  # with all that it only proposes
+    # A policy is written by people: what it declares is read whole, so memory follows the text.
+    yield Decoder("policy", at("policy.toml", load_policy), (POLICY.encode(), full), factor=4096)
+    registered = at("server/devices.json", read_registry)
+    yield Decoder("devices.json", registered, (home.devices.read_bytes(),), factor=256)
+    settings = at("server/server.toml", lambda path: open_home(path.parent))
+    valid = (home.folder / "server.toml").read_bytes()
+    yield Decoder("server.toml", settings, (valid,), factor=4096)
+    yield Decoder("certificate", lambda d: expiry(d, path), ((home.tls / "ca.crt").read_bytes(),))
+    own = at("pi-1/device.toml", lambda path: open_device(path.parent))
+    toml = (device.folder / "device.toml").read_bytes()
+    yield Decoder("device.toml", own, (toml,), factor=4096)
+    node = device.node_key.read_bytes()
+    yield Decoder("node key", at("pi-1/other.key", read_node_key), (node,))
+    bond = make_bond(read_node_key(device.node_key), "ab" * 32)
+    yield Decoder("bond", lambda d: is_bond(d, key.public, "ab" * 32), (bond,))
+
+
+def _told() -> Iterator[Decoder]:
+    """What processes tell each other in small files."""
+    run = Run(FOLDER / "told")
+    run.folder.mkdir()
+    Teller(run, "token").seen(2, "pi-1")
+    valid = (run.folder / "attempt.json").read_bytes()
+    attempt = at("told/attempt.json", lambda _: error_of(read_attempt(run) or Attempt("", 0, 0)))
+    yield Decoder("attempt.json", attempt, (valid,), factor=256)
+    diary = Diary(run.folder)
+    diary.add(BEGUN, plan="ab" * 32, round=1)
+    diary.add("refused", "a reason", "ab" * 32, 2, 1011)
+    lines = (run.folder / "diary.jsonl").read_bytes()
+
+    def told(path: Path) -> object:
+        return diary.lines(), diary.failures("ab" * 32), diary.refusals()
+
+    yield Decoder("diary.jsonl", at("told/diary.jsonl", told), (lines,), factor=512)
+    device = open_device(FOLDER / "pi-1")
+    report = json.dumps(asdict(Report("running", node=7))).encode()
+    said = at("pi-1/agent.json", lambda _: read_report(device))
+    yield Decoder("agent.json", said, (report,), factor=256)
+
+
 DECODERS: dict[str, Decoder] = {
     decoder.name: decoder
     for decoder in (
@@ -504,6 +590,8 @@ DECODERS: dict[str, Decoder] = {
         *_reports(),
         *_runs(),
         *_device(),
+        *_deployment(),
+        *_told(),
     )
 }
 

@@ -32,6 +32,19 @@ def test_what_was_encoded_is_accepted(decoder: Decoder) -> None:
         assert tried(decoder, data).accepted
 
 
+HOSTILE = (
+    *(opening * 3000 for opening in (b"[", b'{"a":', b"x = [", b"x = {x = ")),
+    *(text.replace(b"9", b"9" * 5000) for text in (b"9", b'{"round": 9}', b"x = 9", b"[x]\ny = 9")),
+)
+
+
+@every_decoder
+def test_deep_and_long_texts_end_in_a_typed_error_or_a_value(decoder: Decoder) -> None:
+    for data in HOSTILE:
+        holds(decoder, data)
+        holds(decoder, decoder.mended(data))
+
+
 @every_decoder
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=400))

@@ -174,6 +174,18 @@ def test_a_message_ends_with_the_status_and_the_output_of_its_program(
     assert (done.returncode, done.stdout) == (status, "['program']\n")
 
 
+def test_a_supernode_whose_loop_ended_ends_although_a_thread_of_it_goes_on() -> None:
+    """As Flower's does, whose HTTP server is a thread, when its connection failed for good."""
+    script = (
+        "import sys, threading, time\nfrom reticent.client import nursery\n"
+        "def run(words):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "    sys.exit(None)\n"
+        "nursery.run = run\nnursery.leave(['flower-supernode'])\n"
+    )
+    words = [sys.executable, "-c", script]
+    assert subprocess.run(words, timeout=120, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(("warm", "short"), [(True, False), (True, True), (False, False)])
 def test_torch_is_loaded_beforehand_only_if_the_owner_says_so_and_there_is_room(
     device: Device, warm: bool, short: bool

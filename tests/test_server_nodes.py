@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from torch import nn
 
 from reticent.client.app import pack
@@ -133,6 +134,40 @@ def test_a_round_closes_once_it_has_enough_replies() -> None:
 def test_of_replies_that_come_together_no_more_than_enough_are_used() -> None:
     tally = played(plan_of("federation.enough=3"), SlowGrid(dict.fromkeys(range(2, 8), 1)))
     assert len(tally.accepted) == tally.sum.count == 3
+
+
+class Restarting(SlowGrid):
+    """Node 3 is away when it is asked first, and back after two more looks at who is connected."""
+
+    away = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.away -= 1
+        return [n for n in sorted(self.looks) if n != 3 or self.away < 0]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        if not self.sent:
+            self.away = 2
+        self.asked = super().push_messages(messages)
+        return self.asked
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if self.away < 0:
+            return super().pull_messages(message_ids)
+        absent = [m for m in self.sent.values() if m.metadata.dst_node_id == 3]
+        error = Error(ErrorCode.NODE_UNAVAILABLE, "Flower says so at once")
+        there = [n for n in message_ids if self.sent[n] not in absent]
+        return [*super().pull_messages(there), *(Message(error, reply_to=m) for m in absent)]
+
+
+def test_a_round_is_asked_again_once_enough_of_its_devices_are_back() -> None:
+    overrides = ("task.clients=2", "federation.clients_per_round=2", "federation.timeout=60")
+    plan = plan_of(*overrides, "federation.retries=1")
+    grid = Restarting({2: 1, 3: 1})
+    tally = played(plan, grid)
+    assert tally.accepted == {2, 3} and grid.away < 0
+    assert tally.asked == 3  # node 2 was not asked again
+    assert tally.dropped["the client gave no reply (Flower error 5)"] == 1
 
 
 def test_an_order_is_void_after_the_deadline() -> None:

@@ -23,10 +23,12 @@ from .backoff import Backoff
 from .family import Child, adopt_orphans, end_children
 from .folder import Device, held
 from .launcher import write_launcher
+from .leaving import leave
 
 MOST_LOG_BYTES = 1_000_000
 _GRACE_SECONDS = 15.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_NODE = re.compile(r"SuperNode ID: (\d{1,20})\b")
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -50,6 +52,7 @@ class Report:
         connection: In words.
         pid: The agent's process.
         supernode: The SuperNode's process; 0 while there is none.
+        node: The SuperLink's id of the SuperNode while it may count as connected; else 0.
         restarts: How often the SuperNode was started again.
         changed: Seconds since 1970.
     """
@@ -58,6 +61,7 @@ class Report:
     connection: str = "not yet"
     pid: int = 0
     supernode: int = 0
+    node: int = 0
     restarts: int = 0
     changed: float = 0.0
 
@@ -92,8 +96,10 @@ class Agent:
             self.device.owners_policy()
             write_launcher(self.device.programs)
             adopt_orphans()
+            before = read_report(self.device)
             with self._signals():
                 try:
+                    self._tell(node=0 if before is None else before.node)
                     self._keep_running()
                 finally:
                     end_children()
@@ -101,6 +107,7 @@ class Agent:
 
     def _keep_running(self) -> None:
         while not self._stop.is_set():
+            self._leave()
             child = Child(
                 self.command(self.device, free_port()), environment(self.device), self._line
             )
@@ -111,6 +118,7 @@ class Agent:
                 return
             wait = self.backoff.after(child.lived())
             end_children()
+            self._leave()
             self._tell(state="waiting", supernode=0, restarts=self._report.restarts + 1)
             self.say(f"SuperNode ended with status {status}; again in {wait:.0f} s")
             self._stop.wait(wait)
@@ -123,9 +131,16 @@ class Agent:
         child.stop(_GRACE_SECONDS)
         return None
 
+    def _leave(self) -> None:
+        """Tell the SuperLink that a SuperNode is gone that may not have said so itself."""
+        if self._report.node and leave(self.device, self._report.node):
+            self._tell(node=0)
+
     def _line(self, text: str) -> None:
         plain = _COLOUR.sub("", text)
         append(self.device.log, plain)
+        if found := _NODE.search(plain):
+            self._tell(node=int(found[1]))
         for said, meaning in _SAID:
             if said in plain:
                 self._tell(connection=meaning)
@@ -195,6 +210,10 @@ def append(path: Path, line: str) -> None:
 def read_report(device: Device) -> Report | None:
     """Return what the last agent said; None if there was none, or it cannot be read."""
     try:
-        return Report(**json.loads(device.report.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        report = Report(**json.loads(device.report.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    numbers = (report.pid, report.supernode, report.node, report.restarts)
+    texts = type(report.state) is type(report.connection) is str
+    sound = texts and all(type(n) is int and n >= 0 for n in numbers)
+    return report if sound and isinstance(report.changed, int | float) else None

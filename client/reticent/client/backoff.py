@@ -16,17 +16,17 @@ class Backoff:
 
     Attributes:
         first: Longest first wait in seconds.
-        growth: Of the waits; small, because a SuperLink turns a SuperNode that was killed away
-            until it has missed its heartbeats, for about a minute.
+        growth: Of the waits; small, because a SuperLink that cannot be told that a SuperNode was
+            killed turns its successor away until that has missed its heartbeats, for a minute.
         most: Longest wait.
-        settled: Seconds of life that count as success.
+        settled: Seconds of life that count as success: who is turned away ends sooner.
         draw: Returns a number from U[0, 1).
     """
 
     first: float = 5.0
     growth: float = 1.5
     most: float = 300.0
-    settled: float = 120.0
+    settled: float = 30.0
     draw: Callable[[], float] = SystemRandom().random
     failures: int = 0
 

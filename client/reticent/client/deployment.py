@@ -20,6 +20,9 @@ Without an agent, and without a policy beyond the budget, an owner sets instead:
 ``server-key`` (optional)
     PEM file with the server's public key. The device then refuses to go on with a ledger that
     lacks what that server has countersigned (:mod:`reticent.privacy.anchor`).
+``node-key`` (optional)
+    The SuperNode's private key. A server that enrolled the device takes no update without it
+    (:mod:`reticent.privacy.bond`).
 
 The server sets, in the run configuration, ``plan``: the plan as TOML text, and ``plan-signature``.
 Randomness comes from the operating system; no message can change that.
@@ -35,6 +38,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context, Message
 
@@ -57,7 +61,7 @@ from .budget import DEVICE, budget_of, remember_budget
 from .delivery import Part, Recipient
 from .diary import FAILED, REFUSED, Diary
 from .environment import Environment
-from .folder import open_device
+from .folder import open_device, read_node_key
 from .guard import Guard
 from .identity import open_identity
 from .order import Refused
@@ -84,14 +88,15 @@ def _read(context: Context) -> Environment:
         return _guarded(context)
     folder = Path(_setting(context, "state-dir", str)).expanduser()
     index = _setting(context, "partition-id", int)
-    return _device(folder, index, _budget(context), _servers(context))
+    return _device(folder, index, _budget(context), _servers(context), _node_key(context))
 
 
 def _guarded(context: Context) -> Environment:
     """Return the device of a folder, under its owner's policy as it is at this moment."""
     device = open_device(Path(_setting(context, "device-dir", str)))
     policy = device.owners_policy()
-    own = _device(device.state, device.index, budget_of(policy), [device.key("countersign")])
+    servers, node_key = [device.key("countersign")], read_node_key(device.node_key)
+    own = _device(device.state, device.index, budget_of(policy), servers, node_key)
     signature = str(context.run_config.get("plan-signature", ""))
     guard = Guard(policy, device.signers(policy), signature, own.own_ledger, Diary(device.state))
     return replace(own, guard=guard)
@@ -124,7 +129,11 @@ def _part(message: Message) -> Part:
 
 
 def _device(
-    folder: Path, index: int, budget: Budget, servers: list[Ed25519PublicKey]
+    folder: Path,
+    index: int,
+    budget: Budget,
+    servers: list[Ed25519PublicKey],
+    node_key: ec.EllipticCurvePrivateKey | None,
 ) -> Environment:
     ledger = _ledger(folder)
     if budget.window is not None:
@@ -137,7 +146,7 @@ def _device(
         budget=budget,
         randomness=SystemRandomness(),
         keeps_releases=True,
-        identity=open_identity(folder, servers),
+        identity=open_identity(folder, servers, node_key),
     )
 
 
@@ -153,6 +162,12 @@ def _servers(context: Context) -> list[Ed25519PublicKey]:
     if "server-key" not in context.node_config:
         return []
     return [read_public_key(Path(_setting(context, "server-key", str)).expanduser())]
+
+
+def _node_key(context: Context) -> ec.EllipticCurvePrivateKey | None:
+    if "node-key" not in context.node_config:
+        return None
+    return read_node_key(Path(_setting(context, "node-key", str)).expanduser())
 
 
 def _setting(context: Context, key: str, kind: type[_T]) -> _T:

@@ -19,7 +19,11 @@ import tomli_w
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_private_key,
+)
 
 from reticent.core.bundle import NAME, Bundle, is_signed_policy
 from reticent.core.errors import ArtifactError, PolicyError, ProvisionError, RunError
@@ -210,7 +214,7 @@ def open_device(folder: Path) -> Device:
         raise ProvisionError(
             f"{path}: cannot be read: {error.strerror}; `reticent device init` makes it"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProvisionError(f"{path}: damaged: {error}") from error
     kinds = {key: int if key == "index" else str for key in _KEYS}
     if set(found) != set(kinds) or any(type(found[k]) is not kind for k, kind in kinds.items()):
@@ -219,6 +223,18 @@ def open_device(folder: Path) -> Device:
         raise ProvisionError(f"{path}: name={found['name']!r}: must match {NAME.pattern}")
     wanted: dict[str, Any] = {k: found[k] for k in _KEYS if k != "created"}
     return Device(folder, **wanted)
+
+
+def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Return a SuperNode's private key.
+
+    Raises:
+        ProvisionError: If the file cannot be read or holds anything else.
+    """
+    try:
+        return _node_key(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ProvisionError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def accept_policy(device: Device, text: str, where: str) -> Policy:
@@ -284,17 +300,25 @@ def _unpack(folder: Path, bundle: Bundle) -> None:
 
 
 def _check_node_key(bundle: Bundle) -> None:
-    try:
-        key = load_ssh_private_key(bundle.node_key.encode(), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ProvisionError(f"{bundle.name}: the bundle holds no usable node key") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ProvisionError(f"{bundle.name}: the node key is not an elliptic curve key")
+    key = _node_key(bundle.node_key.encode(), bundle.name)
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    if public.split() != bundle.node_public.split()[:2]:
+        raise ProvisionError(f"{bundle.name}: the bundle's node key is another device's")
     if datetime.fromisoformat(bundle.expires) <= datetime.now().astimezone():
         raise ProvisionError(
             f"{bundle.name}: the bundle expired on {bundle.expires[:10]}: ask for a new one "
             "(`reticent server renew`)"
         )
+
+
+def _node_key(data: bytes, where: str) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_ssh_private_key(data, None)
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm) as error:
+        raise ProvisionError(f"{where}: holds no usable node key") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ProvisionError(f"{where}: the node key is not an elliptic curve key of P-384")
+    return key
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from reticent.core.errors import ArtifactError, LedgerError, PayloadError
 from reticent.core.run import write_atomic
 from reticent.core.signing import private_pem, read_private_key, write_new
 from reticent.privacy.anchor import Signed, check_anchor, public_hex, state
+from reticent.privacy.bond import make_bond
 from reticent.privacy.ledger import Head, Ledger
 from reticent.privacy.ledger.files import alone, mapped
 from reticent.privacy.ledger.tip import sync_folder
@@ -35,11 +37,14 @@ class Identity:
         key: The device's own Ed25519 key.
         servers: Keys whose anchors count; those of others are ignored.
         folder: Holds ``device.key.pem`` and ``anchors.json``.
+        bond: The signature of ``key`` by the node key (:mod:`reticent.privacy.bond`); empty where
+            there is no node key.
     """
 
     key: Ed25519PrivateKey
     servers: tuple[Ed25519PublicKey, ...]
     folder: Path
+    bond: bytes = b""
 
     @property
     def name(self) -> str:
@@ -70,9 +75,9 @@ class Identity:
             _require_held(ledger, head, server)
 
     def statement(self, ledger: Ledger, run: str, round: int, payload: bytes) -> Public[bytes]:
-        """Return the signed head of ``ledger`` that goes with ``payload``."""
+        """Return the signed head of ``ledger`` that goes with ``payload``, and the bond."""
         signed = state(self.key, ledger.head(), run, round, payload)
-        return Public(signed.encode(), "statement")
+        return Public(signed.encode() + self.bond, "statement")
 
     def _met(self, anchor: bytes) -> dict[str, Head]:
         if not anchor:
@@ -92,8 +97,17 @@ class Identity:
             raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def open_identity(folder: Path, servers: Sequence[Ed25519PublicKey]) -> Identity:
+def open_identity(
+    folder: Path,
+    servers: Sequence[Ed25519PublicKey],
+    node_key: ec.EllipticCurvePrivateKey | None = None,
+) -> Identity:
     """Return the device's identity, making its key in ``folder`` the first time.
+
+    Args:
+        folder: Where it is kept.
+        servers: Keys whose anchors count.
+        node_key: The SuperNode's key, which vouches for the device's; None for none.
 
     Raises:
         LedgerError: If the key cannot be made or read, or anchors are there and the key is gone.
@@ -105,9 +119,11 @@ def open_identity(folder: Path, servers: Sequence[Ed25519PublicKey]) -> Identity
             if not path.exists():
                 _make_key(path)
         key = read_private_key(path)
-    except (OSError, ArtifactError) as error:
+        name = public_hex(key.public_key())
+        bond = b"" if node_key is None else make_bond(node_key, name)
+    except (OSError, ArtifactError, ValueError) as error:
         raise LedgerError(f"{path}: cannot be used: {error}") from error
-    return Identity(key, tuple(servers), folder)
+    return Identity(key, tuple(servers), folder, bond)
 
 
 def require_met(ledger: Ledger, folder: Path) -> None:

@@ -210,7 +210,7 @@ def main() -> None:
     name_process("reticent-base")
     prepare(device)
     if threads() != 1:
-        run(first)
+        leave(first)
     words = Nursery(device.programs).children(first)
     name_process(words[0])
     if words == [TICK]:
@@ -218,14 +218,15 @@ def main() -> None:
     if words[0] == PROGRAM:
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO))
-        leave(words)
-    run(words)
+    leave(words)
 
 
 def leave(words: Sequence[str]) -> None:
     """Run a program, and end this process without taking apart what it shares with others.
 
-    Python's own end writes to every object there is, which would copy all of them first.
+    Python's own end writes to every object there is, which would copy all of them first. And it
+    waits for threads: a SuperNode (1.41) whose loop ended, because a TLS connection was cut in its
+    handshake perhaps, would stay for good, with the thread of its own HTTP server and of no use.
     """
     try:
         run(words)

@@ -40,6 +40,7 @@ class Attempt:
         missing: Who is waited for, in words; empty when nobody is.
         code: Exit status of the failure; 0 before.
         reason: Why it failed.
+        parent: The process that started it; 0 where that is not known.
     """
 
     token: str
@@ -50,10 +51,19 @@ class Attempt:
     missing: str = ""
     code: int = 0
     reason: str = ""
+    parent: int = 0
 
     def alive(self) -> bool:
         """Return whether the process is still there."""
         return self.state == RUNNING and _began(self.pid) == self.began
+
+    def orphaned(self) -> bool:
+        """Return whether it lives although the SuperExec that started it does not.
+
+        Its SuperLink is then gone, and nobody waits for what it does. Flower means it to end by
+        itself, but it may wait for that SuperLink without an end (flwr 1.41).
+        """
+        return self.alive() and self.parent not in (0, _parent(self.pid))
 
 
 class Teller:
@@ -62,7 +72,7 @@ class Teller:
     def __init__(self, run: Run, token: str) -> None:
         """Say that the run is being served."""
         self._path = _path(run)
-        self._now = Attempt(token, os.getpid(), _began(os.getpid()) or 0)
+        self._now = Attempt(token, os.getpid(), _began(os.getpid()) or 0, parent=os.getppid())
         self._write()
 
     def seen(self, online: int, missing: str) -> None:
@@ -96,11 +106,24 @@ def read_attempt(run: Run) -> Attempt | None:
         RunError: If the file is damaged.
     """
     try:
-        return Attempt(**json.loads(_path(run).read_text(encoding="utf-8")))
+        return _checked(Attempt(**json.loads(_path(run).read_text(encoding="utf-8"))))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise RunError(f"{_path(run)}: damaged: {error}") from error
+
+
+def _checked(attempt: Attempt) -> Attempt:
+    """Return the attempt.
+
+    Raises:
+        TypeError: If a value is of another type than its own.
+    """
+    texts = (attempt.token, attempt.state, attempt.missing, attempt.reason)
+    numbers = (attempt.pid, attempt.began, attempt.code, attempt.online or 0, attempt.parent)
+    if any(type(t) is not str for t in texts) or any(type(n) is not int for n in numbers):
+        raise TypeError("a value is of another type")
+    return attempt
 
 
 def error_of(attempt: Attempt) -> ReticentError:
@@ -115,6 +138,16 @@ def _path(run: Run) -> Path:
 def _began(pid: int) -> int | None:
     """Return when a process started, in ticks since boot; None if it is gone or a zombie."""
     with suppress(OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
         return None if fields[0] in "ZX" else int(fields[19])
     return None
+
+
+def _parent(pid: int) -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        return int(_stat(pid)[1])
+    return None
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

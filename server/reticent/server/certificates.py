@@ -132,7 +132,7 @@ def read_certificate(pem: bytes, where: Path | str) -> x509.Certificate:
     """
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise ProvisionError(f"{where}: is not a certificate in PEM") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from reticent.core.errors import PayloadError, RunError
 from reticent.core.signing import make_signing_key, read_private_key
-from reticent.privacy.anchor import Signed, check_statement, countersign
+from reticent.privacy.anchor import BYTES, Signed, check_statement, countersign
+from reticent.privacy.bond import is_bond
 from reticent.privacy.ledger import Head
 
 _SCHEMA = (
@@ -36,12 +37,16 @@ class Countersigner:
 
     Attributes:
         key: The server's own Ed25519 key, which devices pin.
+        node_key: Returns the public half of a node's key, as an OpenSSH line: then only a device
+            key that it vouches for is taken from that node. None for a node that was not enrolled
+            here.
     """
 
     key: Ed25519PrivateKey
     _db: sqlite3.Connection
     _path: Path
     _open: dict[str, tuple[str, Head]] = field(default_factory=dict)  # node and head, by device
+    node_key: Callable[[int], str | None] = lambda node: None
 
     @staticmethod
     def open(folder: Path, key: Ed25519PrivateKey) -> Countersigner:
@@ -81,12 +86,13 @@ class Countersigner:
             PayloadError: With a reason that is counted, when the update must not be used.
         """
         try:
-            signed = Signed.decode(statement)
+            signed, bond = Signed.decode(statement[:BYTES]), statement[BYTES:]
             genuine = check_statement(signed, run, round, payload)
         except (PayloadError, ValueError) as error:
             raise PayloadError("the device's ledger statement cannot be read") from error
         if not genuine:
             raise PayloadError("the device's ledger statement is not signed for this update")
+        self._require_bond(node, bond, signed.device)
         device = self._device_of(node)
         if device is not None and device != signed.device:
             raise PayloadError("the node's device key changed: its ledger may have been deleted")
@@ -121,6 +127,11 @@ class Countersigner:
                 (device, head.sequence, head.mac),
             )
             self._db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (node, device))
+
+    def _require_bond(self, node: int, bond: bytes, device: str) -> None:
+        public = self.node_key(node)
+        if public is not None and not is_bond(bond, public, device):
+            raise PayloadError("the node's key does not vouch for the device's key")
 
     def _require_forward(self, signed: Signed) -> None:
         last = self._head_of(signed.device)

@@ -92,7 +92,9 @@ def _countersigner(run: Run, given: str) -> Countersigner:
     if given:
         folder = Path(given).expanduser()
         _use_artifact_key(run, folder / "keys" / "artifacts")
-        return open_state(folder)
+        countersigner, devices = open_state(folder), folder / "devices.json"
+        countersigner.node_key = lambda node: read_registry(devices).node_keys().get(node)
+        return countersigner
     folder = run.folder / "state"
     if not (folder / "keys" / "signing_key.pem").exists():  # the folder alone tells of a crash
         create_state(folder)

@@ -31,6 +31,10 @@ _QUIET = {
 }
 
 
+class SuperLinkError(NetworkError):
+    """The SuperLink does not run, or does not do what it is told."""
+
+
 @dataclass(frozen=True)
 class Node:
     """What the SuperLink knows about a node.
@@ -80,11 +84,11 @@ class Flower:
         try:
             done = self._commands.call([*words, "--format", "json"], _CALL_SECONDS)
         except TimeoutError as error:
-            raise NetworkError(f"{what}: no answer in {_CALL_SECONDS:g} s") from error
+            raise SuperLinkError(f"{what}: no answer in {_CALL_SECONDS:g} s") from error
         answer = _json(done.out)
         if answer is None or done.status or answer.get("success") is not True:
             said = (answer or {}).get("error-message") or done.err or done.out
-            raise NetworkError(f"{what}: {' '.join(str(said).split())[-500:]}")
+            raise SuperLinkError(f"{what}: {' '.join(str(said).split())[-500:]}")
         return answer
 
 
@@ -144,14 +148,14 @@ class SuperLink:
         """Wait until it answers.
 
         Raises:
-            NetworkError: If it ends, or does not answer in time; with the end of its log.
+            SuperLinkError: If it ends, or does not answer in time; with the end of its log.
         """
         deadline = time.monotonic() + START_SECONDS
         while not answers(self._home):
             if (status := self._process.poll()) is not None:
-                raise NetworkError(f"the SuperLink ended with status {status}{self._log()}")
+                raise SuperLinkError(f"the SuperLink ended with status {status}{self._log()}")
             if time.monotonic() > deadline:
-                raise NetworkError(f"no SuperLink after {START_SECONDS:g} s{self._log()}")
+                raise SuperLinkError(f"no SuperLink after {START_SECONDS:g} s{self._log()}")
             time.sleep(0.25)
 
     def ended(self) -> bool:
@@ -188,7 +192,7 @@ def superlink(home: Home, output: Path | None = None) -> Iterator[SuperLink | No
         output: File that its output is appended to; None for where ours goes.
 
     Raises:
-        NetworkError: If none can be started.
+        SuperLinkError: If none can be started.
     """
     if answers(home):
         yield None

@@ -151,7 +151,7 @@ def open_home(folder: Path) -> Home:
     path = folder / "server.toml"
     try:
         settings = tomllib.loads(_read(path).decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProvisionError(f"{path}: damaged: {error}") from error
     return Home(folder, *_settings(settings, path))
 

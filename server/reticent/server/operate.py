@@ -23,12 +23,13 @@ from reticent.core.signing import PRIVATE_KEY, read_private_key
 from .attempt import FAILED, FINISHED, Attempt, error_of, read_attempt
 from .certificates import utc_now
 from .enrolment import synchronize
-from .flower import START_SECONDS, Flower, SuperLink, answers, superlink, wait_for
+from .flower import START_SECONDS, Flower, SuperLink, SuperLinkError, answers, superlink, wait_for
 from .home import Home
 from .status import warnings
 
 _POLL_SECONDS = 0.5
 _MOST_DEATHS = 5
+_ORPHAN_SECONDS = 10.0  # Flower's own processes look every 0.2 s whether they are orphans
 SERVER_APP = "reticent.server.deployment:app"
 CLIENT_APP = "reticent.client.deployment:app"
 
@@ -56,9 +57,13 @@ class Operation:
     _waited_for: str = ""
     _flower_run: str = ""
     _flower: Flower = field(init=False)
+    _reached: bool = False
+    _deaths: int = 0
+    _shown_at_death: int = 0
 
     def __post_init__(self) -> None:
         self._flower = Flower(self.home)
+        self._shown_at_death = self._shown
 
     def serve(self) -> None:
         """Serve the run to its end.
@@ -70,34 +75,46 @@ class Operation:
         Raises:
             ReticentError: Why it did not come to its end.
         """
-        deaths = 0
         while True:
-            with superlink(self.home, self.home.log) as link:
-                self.say(f"SuperLink {'started' if link else 'found running'}: {self.home.address}")
-                synchronize(self.home, self._flower, utc_now(), self.say)
-                while link is None or not link.ended():
-                    before = self._shown
-                    why = self._attempt(link)
-                    if not why:
-                        return
-                    deaths = 1 if self._shown > before else deaths + 1
-                    self._pause(why, deaths)
-                    if link is None and not answers(self.home):
-                        wait_for(self.home)
-                        break
+            theirs = False
+            try:
+                with superlink(self.home, self.home.log) as link:
+                    theirs = link is None
+                    self.say(
+                        f"SuperLink {'found running' if theirs else 'started'}: {self.home.address}"
+                    )
+                    synchronize(self.home, self._flower, utc_now(), self.say)
+                    self._reached = True
+                    while link is None or not link.ended():
+                        why = self._attempt(link)
+                        if not why:
+                            return
+                        self._pause(why)
+                        if link is None and not answers(self.home):
+                            break
+            except SuperLinkError as error:
+                # It may have been killed in the middle; one that never worked is not tried again.
+                if not self._reached:
+                    raise
+                self._pause(str(error).splitlines()[0])  # what follows is its log
+            if theirs:
+                wait_for(self.home)
 
-    def _pause(self, why: str, deaths: int) -> None:
+    def _pause(self, why: str) -> None:
         """Wait before another attempt.
 
         Raises:
             NetworkError: If there were enough of them.
         """
-        if deaths >= _MOST_DEATHS:
+        self._deaths = 1 if self._shown > self._shown_at_death else self._deaths + 1
+        self._shown_at_death = self._shown
+        if self._deaths >= _MOST_DEATHS:
             raise NetworkError(
-                f"{why}, {deaths} times in a row without a committed round; see {self.home.log}"
+                f"{why}, {self._deaths} times in a row without a committed round; see "
+                f"{self.home.log}"
             )
         self.say(f"{why}; going on after round {self._shown}")
-        time.sleep(min(2**deaths, 30))
+        time.sleep(min(2**self._deaths, 30))
 
     def _attempt(self, link: SuperLink | None) -> str:
         """Let a ServerApp serve the run to its end; return what died before, if anything did.
@@ -141,10 +158,16 @@ class Operation:
 
     def _watch(self, token: str, link: SuperLink | None) -> str:
         deadline = time.monotonic() + START_SECONDS
+        orphaned = 0.0
         while True:
             attempt = read_attempt(self.run)
             mine = attempt if attempt is not None and attempt.token == token else None
             self._show(mine)
+            orphaned = orphaned + _POLL_SECONDS if mine and mine.orphaned() else 0.0
+            if mine is not None and orphaned > _ORPHAN_SECONDS:
+                self.say("the ServerApp did not end with its SuperLink: it is killed")
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(mine.pid, signal.SIGKILL)
             lost = link is not None and link.ended()
             if mine is None and (lost or time.monotonic() > deadline):
                 return "the SuperLink died" if lost else "the ServerApp did not begin"

@@ -94,6 +94,15 @@ class Registry:
             if key.node is not None
         }
 
+    def node_keys(self) -> dict[int, str]:
+        """Return the public halves of all node keys, as OpenSSH lines, by node id."""
+        return {
+            key.node: key.public
+            for device in self.devices.values()
+            for key in device.keys
+            if key.node is not None
+        }
+
     def identities(self) -> dict[int, int]:
         """Return the identity of the device that each node id belongs to."""
         return {
@@ -131,7 +140,7 @@ def read_registry(path: Path) -> Registry:
         return Registry({name: _device(entry) for name, entry in data["devices"].items()})
     except FileNotFoundError:
         return Registry()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProvisionError(f"{path}: damaged: {error}") from error
     except OSError as error:
         raise ProvisionError(f"{path}: cannot be read: {error.strerror}") from error
@@ -173,9 +182,13 @@ def _device(entry: dict[str, Any]) -> Device:
         raise ValueError(f"index={entry['index']!r}")
     if type(entry["identity"]) is not int and entry["identity"] is not None:
         raise ValueError(f"identity={entry['identity']!r}")
+    if type(entry["enrolled"]) is not str or not isinstance(entry["revoked"], str | None):
+        raise ValueError(f"enrolled={entry['enrolled']!r}, revoked={entry['revoked']!r}")
     return Device(entry["index"], entry["enrolled"], entry["revoked"], keys, entry["identity"])
 
 
 def _fits(key: NodeKey) -> bool:
-    datetime.fromisoformat(key.expires)
-    return isinstance(key.public, str) and (key.node is None or type(key.node) is int)
+    texts = isinstance(key.public, str) and isinstance(key.issued, str)
+    aware = datetime.fromisoformat(key.expires).tzinfo is not None
+    closed = isinstance(key.closed, str | None)
+    return texts and aware and closed and (key.node is None or type(key.node) is int)

@@ -141,6 +141,8 @@ class PrivateAveraging(Strategy):
         if self._countersigner is not None:
             self._countersigner.begin()
         for self._attempt in range(federation.retries + 1):
+            if self._attempt:
+                self._wait_for_return(grid)
             messages = self.configure_train(number, arrays, config, grid)
             self._gather(number, messages, grid)
             self._remember_holders(number)
@@ -352,6 +354,23 @@ class PrivateAveraging(Strategy):
                     f"{len(nodes)} clients are connected after {federation.timeout:g} s, "
                     f"{federation.quorum} are needed{missing}"
                 )
+            time.sleep(1.0)
+
+    def _wait_for_return(self, grid: Grid) -> None:
+        """Before a round is asked again, wait until enough of its devices can answer.
+
+        A device that is not connected answers at once, with an error of Flower's: without this a
+        device that restarts would use up every retry within a second.
+        """
+        federation, accepted = self._plan.federation, self._tally.accepted
+        deadline = time.monotonic() + federation.timeout
+        while time.monotonic() < deadline:
+            nodes = grid.get_node_ids()
+            nodes = nodes if isinstance(nodes, range) else set(nodes)
+            there = sum(node in accepted or node in nodes for node in self._cohort)
+            if there >= federation.quorum:
+                return
+            self._nodes.seen(sorted(nodes))
             time.sleep(1.0)
 
     def aggregate_train(

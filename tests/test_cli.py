@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from reticent.cli import main as command
-from reticent.cli.output import epsilon_text
+from reticent.cli.output import epsilon_text, table
 from reticent.core.plan import load_plan
 
 SETTINGS = (
@@ -432,3 +432,11 @@ def test_epsilon_is_rounded_up_and_never_down() -> None:
     assert epsilon_text(8.0) == "8.00"
     assert epsilon_text(0.29) == "0.29"  # 0.29 * 100 is 28.999999999999996
     assert epsilon_text("infinity") == "∞"
+
+
+def test_a_long_cell_of_a_table_goes_on_in_further_lines_and_loses_no_word() -> None:
+    reason = " ".join(f"word{n}" for n in range(60))
+    lines = table(["what", "value"], [["short", "1"], ["why", reason], ["last", "2"]]).splitlines()
+    assert max(map(len, lines)) <= 4 + 2 + 2 + 80
+    assert " ".join(" ".join(lines[3:-1]).split()) == f"why {reason}"
+    assert lines[-1].startswith("last") and lines[-1].endswith("2")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -134,15 +136,34 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def table(headers: list[str], rows: list[list[str]]) -> str:
-    """Return a plain text table; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
+_WIDEST = 80
 
-    def line(cells: list[str]) -> str:
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """Return a plain text table; the first column is left-aligned, the others right-aligned.
+
+    A cell of more than 80 characters, such as a reason, goes on in further lines.
+    """
+    parts = [line for row in rows for line in zip(*_even([*map(_lines, row)]), strict=True)]
+    widths = [max(len(r[i]) for r in [headers, *parts]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
         first = cells[0].ljust(widths[0])
         return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
 
-    return "\n".join([line(headers), line(["-" * w for w in widths]), *(line(r) for r in rows)])
+    return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, parts)])
+
+
+def _lines(cell: str) -> list[str]:
+    if len(cell) <= _WIDEST:
+        return [cell]
+    lines = textwrap.wrap(cell, _WIDEST)
+    return [line.ljust(max(map(len, lines))) for line in lines]
+
+
+def _even(columns: list[list[str]]) -> list[list[str]]:
+    height = max(map(len, columns))
+    return [column + [""] * (height - len(column)) for column in columns]
 
 
 def emit(data: Any) -> None:

@@ -15,8 +15,8 @@ CLASSES, SIDE, TESTED = 10, 28, 2000
 STEPS, BATCH, NOMINAL = 4, 10, 35
 """Local steps of a round, and expected and nominal numbers of examples: about one epoch."""
 
-PATTERNS = 0.3 * np.random.default_rng(0).standard_normal((CLASSES, 1, SIDE, SIDE), np.float32)
-RATE, CLIP, SIGMA, LEARNING_RATE = BATCH / NOMINAL, 1.0, 1.0, 0.1
+PATTERNS = 1.0 * np.random.default_rng(0).standard_normal((CLASSES, 1, SIDE, SIDE), np.float32)
+RATE, CLIP, SIGMA, LEARNING_RATE = BATCH / NOMINAL, 1.0, 0.5, 0.3
 
 
 class Examples(NamedTuple):

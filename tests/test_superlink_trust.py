@@ -68,9 +68,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("trust")
     home = create_home(folder / "server", ["127.0.0.1"], free_port(), utc_now())
     enroll(home, list(NAMES), POLICY, utc_now())
-    flower = Flower(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for `swarm_server`
+        flower = Flower(home)
         link = SuperLink(home, home.log)
         try:
             link.wait_until_ready()

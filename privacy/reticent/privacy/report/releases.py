@@ -33,6 +33,11 @@ _REFUSAL_DEPENDS = {
     Refusal.NOT_NOW: "on the hour, and on the device's power, network, heat and load: on how it is "
     "used, not on its examples",
     Refusal.UNSIGNED: _ORDERS,
+    Refusal.UNTRUSTED: _ORDERS,
+    Refusal.OLD_MODEL: "on which models the server delivered before",
+    Refusal.DAMAGED: _ORDERS,
+    Refusal.SELF_TEST: "on the delivered model and on the device's software, not on its data",
+    Refusal.NOT_STORED: "on the state of the device's storage, not on its examples",
 }
 _NOTHING = "not on any private example"
 

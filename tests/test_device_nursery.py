@@ -174,16 +174,23 @@ def test_a_message_ends_with_the_status_and_the_output_of_its_program(
     assert (done.returncode, done.stdout) == (status, "['program']\n")
 
 
-def test_a_supernode_whose_loop_ended_ends_although_a_thread_of_it_goes_on() -> None:
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [("sys.exit(None)", 0, ""), ("sys.exit('why')", 1, "why"), ("raise OSError('why')", 1, "why")],
+)
+def test_a_supernode_whose_loop_ended_ends_although_a_thread_of_it_goes_on(
+    end: str, status: int, said: str
+) -> None:
     """As Flower's does, whose HTTP server is a thread, when its connection failed for good."""
     script = (
         "import sys, threading, time\nfrom reticent.client import nursery\n"
         "def run(words):\n    threading.Thread(target=time.sleep, args=(600,)).start()\n"
-        "    sys.exit(None)\n"
+        f"    {end}\n"
         "nursery.run = run\nnursery.leave(['flower-supernode'])\n"
     )
     words = [sys.executable, "-c", script]
-    assert subprocess.run(words, timeout=120, check=False).returncode == 0
+    done = subprocess.run(words, timeout=120, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == status and said in done.stderr
 
 
 @pytest.mark.parametrize(("warm", "short"), [(True, False), (True, True), (False, False)])

@@ -27,6 +27,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -228,13 +229,19 @@ def leave(words: Sequence[str]) -> None:
     waits for threads: a SuperNode (1.41) whose loop ended, because a TLS connection was cut in its
     handshake perhaps, would stay for good, with the thread of its own HTTP server and of no use.
     """
+    status: object = 1
     try:
         run(words)
     except SystemExit as end:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

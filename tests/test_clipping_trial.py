@@ -182,6 +182,18 @@ def test_a_student_that_mixes_only_before_a_layer_of_zeros_is_refused() -> None:
         ClippedGradients(Late(), Layout.of(Late()), shape=(4,))
 
 
+def test_a_student_that_refuses_random_inputs_is_left_to_the_hooks() -> None:
+    class Picky(With):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if (x < 5).any():
+                raise ArithmeticError("too small")
+            return super().forward(x)
+
+    model = Picky(square(), 4)
+    assert method_of(model, (4,)) == ("hooks", "too small")
+    assert ClippedGradients(model, Layout.of(model), shape=(4,)).method == "hooks"
+
+
 def test_the_trial_changes_neither_weights_nor_mode_nor_what_is_drawn_next() -> None:
     model = With(nn.Sequential(square(), nn.Dropout()), 4).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -27,9 +27,6 @@ SLACK = 1e-5
 UNCHANGED = 1e-5
 """Most of a gradient that may change while another example changes: the rounding of products."""
 
-FAILURES = (DataError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
-"""What a student's own code raises that does not take random inputs, or so few of them."""
-
 
 class Gradients(Protocol):
     """What gives gradients of single examples."""
@@ -59,7 +56,7 @@ def misfit(model: nn.Module, shape: tuple[int, ...]) -> str | None:
         try:
             with _twin(model) as twin:
                 return _misfit(twin.eval(), inputs[:EXAMPLES])
-        except FAILURES as error:
+        except Exception as error:  # a student's own code may raise anything on such inputs
             problem = str(error) or type(error).__name__
     return problem
 
@@ -83,7 +80,7 @@ def require_unmixed(
         try:
             with _twin(model) as twin:
                 pair = _mixed(make(twin.train()), inputs)
-        except FAILURES:
+        except Exception:  # a student's own code may raise anything on such inputs
             continue
         if pair:
             raise DataError(

@@ -12,6 +12,7 @@ from graph_students import (
     Block,
     Bypassed,
     Centred,
+    Faint,
     Folding,
     Functional,
     Keyword,
@@ -160,7 +161,7 @@ def test_the_reason_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("method", [None, "hooks", "graph"])
-@pytest.mark.parametrize("kind", [Centred, Summed, Shuffled])
+@pytest.mark.parametrize("kind", [Centred, Summed, Shuffled, Faint])
 def test_a_student_that_mixes_examples_is_refused(kind: type[With], method: None) -> None:
     model = kind(square(), 4)
     # A mean over one example is another function, which is no longer recorded as the examples' own.

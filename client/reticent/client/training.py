@@ -22,7 +22,7 @@ from reticent.core.plan import Local, Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.clipping import ClippedGradients, Loss, chain_of
+from reticent.privacy.clipping import ClippedGradients, Loss, method_of
 from reticent.privacy.randomness import Randomness
 
 from .local_rules import PLAIN, LocalRule
@@ -156,7 +156,8 @@ class LocalTrainer:
     def _clipped(self) -> ClippedGradients:
         private = self.plan.private
         clipping = private.clipping if private else "flat"
-        return ClippedGradients(self._model, self.layout, clipping=clipping)
+        shape = self._input_shape
+        return ClippedGradients(self._model, self.layout, clipping=clipping, shape=shape)
 
     def pseudo_gradient(
         self,
@@ -273,8 +274,8 @@ def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) ->
     Constants are needed where the plan changes the student's layers; a sketch of them will do.
     """
     with _same_draws():
-        hooked = chain_of(student_model(task, plan, constants)) is None
-    return _bounded_alone(plan) or (_HOOKED if hooked else None)
+        method, _ = method_of(student_model(task, plan, constants), task.input_shape)
+    return _bounded_alone(plan) or (_HOOKED if method == "hooks" else None)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:
@@ -305,7 +306,8 @@ def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None 
     same.load_state_dict(model.state_dict())
     inputs = torch.randn((_TRIED, *task.input_shape), generator=draws)
     labels = torch.arange(_TRIED) % task.classes
-    clipped = ClippedGradients(model, layout, clipping=private.clipping)
+    shape = task.input_shape
+    clipped = ClippedGradients(model, layout, clipping=private.clipping, shape=shape)
     with _same_draws():
         found = clipped.sum(inputs, labels, _cross_entropy, _NO_BOUND)
     with _same_draws():

@@ -207,6 +207,13 @@ def test_who_is_missing_is_in_the_error() -> None:
     assert told[0] == [2]
 
 
+def test_who_was_asked_and_said_nothing_is_in_the_error() -> None:
+    known = Nodes(gather=polled, named=lambda nodes: ", ".join(f"pi-{node}" for node in nodes))
+    grid = SlowGrid({2: 1, 3: NEVER, 4: 1, 5: NEVER, 6: 1, 7: 1})
+    with pytest.raises(NetworkError, match=r"at last without a reply of pi-3, pi-5; no round"):
+        played(plan_of("federation.min_replies=5"), grid, known)
+
+
 def test_a_device_that_comes_back_as_another_node_has_no_more_rounds() -> None:
     """Three of six clients a round and two rounds: a pass, in which nobody is asked twice."""
     overrides = ("federation.clients_per_round=3", "federation.rounds=2")

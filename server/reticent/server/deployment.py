@@ -75,9 +75,11 @@ def _nodes(state: Path | None, teller: Teller) -> Nodes:
         teller.seen(len(nodes), ", ".join(missing))
         return f"; not connected: {', '.join(missing)}" if missing else ""
 
-    return Nodes(
-        gather=polled, identity=lambda node: known[0].identities().get(node, node), seen=seen
-    )
+    def named(nodes: Sequence[int]) -> str:
+        names = known[0].by_node()
+        return ", ".join(sorted(names[node] for node in nodes if node in names))
+
+    return Nodes(polled, lambda node: known[0].identities().get(node, node), seen, named)
 
 
 def missing_devices(registry: Registry, nodes: Sequence[int]) -> list[str]:

@@ -62,8 +62,11 @@ class Nodes:
             a device may come back as another node.
         seen: Is told which nodes are connected whenever the server looks, and returns who is
             missing, in words that end a sentence; or nothing.
+        named: Returns the names that people have for nodes, in words; or nothing, where they have
+            none.
     """
 
     gather: Gather = at_once
     identity: Callable[[int], int] = int
     seen: Callable[[Sequence[int]], str] = lambda nodes: ""
+    named: Callable[[Sequence[int]], str] = lambda nodes: ""

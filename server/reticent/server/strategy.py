@@ -225,11 +225,13 @@ class PrivateAveraging(Strategy):
     def _give_up(self, number: int) -> None:
         tally, federation = self._tally, self._plan.federation
         reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
+        names = self._nodes.named(sorted(self._waiting))
+        silent = f", at last without a reply of {names}" if names else ""
         kept = f"rounds 1 to {number - 1} are kept" if number > 1 else "no round was committed yet"
         text = (
             f"round {number}: {tally.sum.count} of {federation.clients_per_round} clients gave a "
             f"valid reply, {federation.quorum} are needed, asked {federation.retries + 1} times "
-            f"({reasons or 'no reply at all'}); {kept}"
+            f"({reasons or 'no reply at all'}){silent}; {kept}"
         )
         refused = tally.dropped[Refusal.BUDGET.text] // (federation.retries + 1)
         if tally.sum.count + refused >= federation.quorum:

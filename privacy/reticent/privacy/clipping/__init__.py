@@ -4,6 +4,8 @@
 module                    what it holds
 ========================  ====================================================================
 :mod:`.sums`              :class:`ClippedGradients`: the guarantee, micro-batches, masks
+:mod:`.own`               :class:`OwnGradients`: the same where every owner has its own weights
+:mod:`.own_layers`        the layers of chains, applied with each owner's weights
 :mod:`.bounds`            how long one example's gradient may be, tensor by tensor
 :mod:`.terms`             gradients of single examples, as rows or as outer products
 :mod:`.hooks`             any model: rows, from Opacus' hooks
@@ -14,6 +16,7 @@ module                    what it holds
 """
 
 from .ghost import chain_of
+from .own import OwnGradients, own_chain_of
 from .sums import ClippedGradients, Loss
 
-__all__ = ["ClippedGradients", "Loss", "chain_of"]
+__all__ = ["ClippedGradients", "Loss", "OwnGradients", "chain_of", "own_chain_of"]

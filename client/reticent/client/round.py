@@ -27,7 +27,8 @@ from .environment import Environment
 from .local_state import LocalState, kept
 from .order import Refused, charges, check_order, plan_of
 from .request import Outcome, Request
-from .training import Client, LocalTrainer
+from .steps import Client
+from .training import LocalTrainer
 from .wire import Wire, noisy_step, wire_of
 
 

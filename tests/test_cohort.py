@@ -274,22 +274,34 @@ def test_it_is_said_which_plans_are_trained_one_by_one() -> None:
     def reason(rate: float, *overrides: str) -> str | None:
         return trained_alone(plan_of(*overrides, f"federation.sampling_rate={rate}"), larger)
 
-    assert reason(0.5, *local, *SEVERAL) is None and reason(0.25, "privacy=off") is None
-    assert "batch of 19.2 examples is above 16" in (reason(0.6, *local, *SEVERAL) or "")
-    assert "batch of 9.6 examples is above 8" in (reason(0.3, "privacy=off") or "")
-    assert "batch of 9.6 examples is above 8" in (reason(0.3, "privacy.unit=client", NOISE) or "")
+    assert reason(0.5, *local, *SEVERAL) is None and reason(0.5, "privacy=off") is None
+    large = "batch of 19.2 examples is above 16"
+    for overrides in ((*local, *SEVERAL), ("privacy=off",), ("privacy.unit=client", NOISE)):
+        assert large in (reason(0.6, *overrides) or "")
     assert reason(1.0) is None and reason(1.0, *local, "federation.local.scaffold=true") is None
 
 
-def test_students_that_clients_cannot_have_alone_are_trained_one_by_one() -> None:
-    class Recurrent(SmallTask):
+@pytest.mark.parametrize(
+    ("layers", "bounded", "plain"),
+    [
+        ((OneHot(4), LastGRU(4, 6), nn.Linear(6, CLASSES)), "recurrence", "recurrence"),
+        ((nn.Flatten(), nn.Linear(5, CLASSES)), "", "without convolutions"),
+        ((nn.Linear(5, 30_000), nn.Linear(30_000, CLASSES)), "270,003 param", "270,003 param"),
+    ],
+)
+def test_students_for_which_it_would_not_pay_are_trained_one_by_one(
+    layers: tuple[nn.Module, ...], bounded: str, plain: str
+) -> None:
+    class Other(SmallTask):
         def student(self, model: str) -> nn.Module:
-            return nn.Sequential(OneHot(4), LastGRU(4, 6), nn.Linear(6, CLASSES))
+            return nn.Sequential(*layers)
 
-    plain = ("student.quantize.kind=none", "student.prune.kind=none")
-    task = Recurrent(shape=(5,))
-    assert trained_alone(plan_of(*plain), task) is None
-    assert "recurrence" in (trained_alone(plan_of("privacy=off", *plain), task) or "")
+    task, fixed = Other(shape=(5,)), ("student.quantize.kind=none", "student.prune.kind=none")
+    assert trained_alone(plan_of(*fixed), task) is None
+    several = plan_of(*fixed, "privacy.trust=local", NOISE, *SEVERAL)
+    for plan, reason in ((several, bounded), (plan_of(*fixed, "privacy=off"), plain)):
+        found = trained_alone(plan, task)
+        assert (reason in (found or "")) if reason else found is None
 
 
 def test_a_device_alone_is_trained_by_the_plain_loop() -> None:

@@ -5,8 +5,11 @@ these (:class:`~reticent.privacy.clipping.ClippedGradients`). After a step, and 
 before it, every client has weights of its own: passes are then common for what treats all examples
 alike, and the matrix products are each client's
 (:class:`~reticent.privacy.clipping.OwnGradients`).
+
 Batches, noise, local rules and the arithmetic of a step are those of a client that is trained
-alone, by the same code, so a client's sum differs by float32 rounding of its gradients only.
+alone, by the same code; only its gradients are rounded to float32 in another order. Over several
+steps of quantization-aware training that can put a weight on the other side of a rounding boundary,
+which moves it by one quantization step, and what follows from there by as little as that does.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from reticent.privacy.clipping import Loss, OwnGradients, chain_of, own_chain_of
 
 from .steps import Client, NoisyStep
 
-MOST_BOUNDED, MOST_PLAIN = 16, 8
-"""Largest expected batches of a step, with gradients of single examples bounded and without, of
-clients that are trained together on weights of their own. Where batches are larger there is little
-left to share, as ``benchmarks/together.py`` shows."""
+MOST_EXAMPLES, MOST_PARAMETERS = 16, 2**17
+"""Largest expected batch of a step, and largest student, of clients that are trained together on
+weights of their own. What passes share is the cost of starting them; where batches are larger, or
+nearly all the time goes into moving weights, there is little of it (``benchmarks/together.py``)."""
+
+_HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
 
 
 def shares_weights(plan: Plan) -> bool:
@@ -53,25 +58,24 @@ def reason_alone(plan: Plan, model: nn.Module, batch: float) -> str | None:
         batch: As :func:`expected_batch` gives it.
     """
     if shares_weights(plan):
-        hooked = chain_of(model) is None
-        return (
-            "the student has layers whose gradients of single examples only Opacus' hooks know"
-            if hooked
-            else None
-        )
-    if own_chain_of(model) is None:
-        return (
-            "each has weights of its own, and the student is not a plain chain of layers without "
-            "recurrence"
-        )
+        return _HOOKED if chain_of(model) is None else None
+    found = _costly(plan, model, batch)
+    return found and f"each has weights of its own, and {found}"
+
+
+def _costly(plan: Plan, model: nn.Module, batch: float) -> str | None:
+    """Return why common passes at weights of one's own cannot be had, or would not pay."""
+    layers, size = own_chain_of(model), sum(p.numel() for p in model.parameters())
+    if layers is None:
+        return "the student is not a plain chain of layers without recurrence"
+    if batch > MOST_EXAMPLES:
+        return f"a step's expected batch of {batch:g} examples is above {MOST_EXAMPLES}"
+    if size > MOST_PARAMETERS:
+        return f"the student's {size:,} parameters are more than {MOST_PARAMETERS:,}"
     bounded = plan.private is not None and plan.private.unit == "example"
-    most = MOST_BOUNDED if bounded else MOST_PLAIN
-    if batch <= most:
-        return None
-    return (
-        f"each has weights of its own, and a step's expected batch of {batch:g} examples is above "
-        f"{most}, from where on common passes do not pay"
-    )
+    if not bounded and not any(isinstance(layer, nn.Conv2d) for layer in layers):
+        return "gradients are not bounded, in a student without convolutions"
+    return None
 
 
 @dataclass(frozen=True)

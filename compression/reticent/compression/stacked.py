@@ -11,6 +11,10 @@ from reticent.core.plan import Quantize
 
 from .quantize import WeightGrid, fake_quantize, layer_grids
 
+_LARGE = 2**17
+"""Weights of many models that are better rounded one model after another: large temporary arrays
+are given back to the system and taken from it again, page by page, on every step."""
+
 Stack = list[torch.Tensor]
 """Many models' values of each parameter, float32 ``(models, *shape)``, in order."""
 
@@ -36,6 +40,10 @@ def stacked_rounding(model: nn.Module, section: Quantize) -> Callable[[Stack], S
 
 def _each(values: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
     """Return ``(models, outputs, ...)`` with each model's tensor rounded to ``grid``."""
-    if grid.granularity == "channel":  # the channels of all models are alike
+    if grid.granularity == "channel" and values.numel() < _LARGE:
+        # The channels of all models are alike.
         return fake_quantize(values.flatten(0, 1), grid).view_as(values)
-    return torch.stack([fake_quantize(one, grid) for one in values])
+    rounded = torch.empty(values.shape)
+    for one, into in zip(values, rounded, strict=True):
+        into.copy_(fake_quantize(one, grid))
+    return rounded

@@ -107,23 +107,39 @@ class OwnGradients:
         self._check(weights, inputs, labels, counts)
         if clip is not None:
             check_clip(clip)
-        owners = Owners.of(counts)
-        total = torch.zeros((len(counts), self._layout.total), dtype=torch.float32)
-        with torch.no_grad():
-            used = rounding(self._unpacked(weights))
-            for start in range(0, len(labels), self._microbatch):
-                stop = min(start + self._microbatch, len(labels))
-                present, their = present_in(owners.part(start, stop))
-                part, held = slice(start, stop), [w[present] for w in used]
-                # No name is given to what was found: it would live on during the next pass.
-                self._add(
-                    total[present],
-                    self._found(held, inputs[part], labels[part], loss, their),
-                    clip,
-                    their,
-                )
-        values = total.numpy()
-        return (values[:, self._layout.index] if self._layout.kept else values).astype(np.float64)
+        found = np.zeros(weights.shape, dtype=np.float64)
+        held = [i for i, count in enumerate(counts) if count]
+        if held:
+            with torch.no_grad():
+                used = rounding(self._unpacked(weights[held]))
+                owners = Owners.of([counts[i] for i in held])
+                values = self._summed(used, inputs, labels, owners, loss, clip).numpy()
+            found[held] = values[:, self._layout.index] if self._layout.kept else values
+        return found
+
+    def _summed(
+        self,
+        weights: Weights,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        owners: Owners,
+        loss: Loss,
+        clip: float | None,
+    ) -> torch.Tensor:
+        """Return each owner's sum, float32 ``(owners, total)``, pruned coordinates included."""
+        total = torch.zeros((len(owners.spans), self._layout.total), dtype=torch.float32)
+        for start in range(0, len(labels), self._microbatch):
+            part = slice(start, min(start + self._microbatch, len(labels)))
+            present, their = present_in(owners.part(part.start, part.stop))
+            own = [weight[present] for weight in weights]
+            # No name is given to what was found: it would live on during the next pass.
+            self._add(
+                total[present],
+                self._found(own, inputs[part], labels[part], loss, their),
+                clip,
+                their,
+            )
+        return total
 
     def _check(
         self,
@@ -146,7 +162,7 @@ class OwnGradients:
         if layout.kept:
             flat = np.zeros((len(weights), layout.total), dtype=np.float32)
             flat[:, layout.index] = weights
-        parts = torch.tensor(flat).split(list(layout.sizes), dim=1)
+        parts = torch.from_numpy(flat).split(list(layout.sizes), dim=1)
         return [p.reshape(-1, *shape) for p, shape in zip(parts, layout.shapes, strict=True)]
 
     def _found(
@@ -181,9 +197,11 @@ class OwnGradients:
         self, total: torch.Tensor, found: list[Found], clip: float | None, owners: Owners
     ) -> None:
         """Add each owner's sum to its row of ``total``, in place."""
-        if clip is not None:
-            terms = [term for one in found for term in one.terms()]
-            sizes = self._layout.sizes
-            add_clipped(total, terms, self._masks, self._bounds, sizes, clip, owners)
+        sizes = self._layout.sizes
+        if clip is None:
+            parts = (part for one in found for part in one.sums(owners))
+            for block, part in zip(total.split(list(sizes), dim=1), parts, strict=True):
+                block += part
             return
-        total += torch.cat([part for one in found for part in one.sums(owners)], dim=1)
+        terms = [term for one in found for term in one.terms()]
+        add_clipped(total, terms, self._masks, self._bounds, sizes, clip, owners)

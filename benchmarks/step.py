@@ -118,7 +118,7 @@ def ours(kind: str, batch: int) -> tuple[Step, Step, str]:
     """Return our step, its noise alone, and the way gradients are clipped."""
     model = MODELS[kind]()
     layout, inputs = Layout.of(model), batch_of(kind, batch)
-    gradients = ClippedGradients(model, layout)
+    gradients = ClippedGradients(model, layout, shape=tuple(inputs[0].shape[1:]))
     weights, randomness = layout.read(model), SeededRandomness(0)
 
     def noise() -> np.ndarray:

@@ -35,7 +35,6 @@ from torch import nn
 
 from reticent.cli.inputs import read_inputs
 from reticent.client.agent import Report, read_report
-from reticent.client.app import pack
 from reticent.client.budget import remembered_budget
 from reticent.client.diary import BEGUN, Diary
 from reticent.client.downlink import ModelMissing, changed, remember
@@ -44,6 +43,7 @@ from reticent.client.identity import open_identity, require_met
 from reticent.client.kept import Kept
 from reticent.client.models import Models
 from reticent.client.policy import load_policy
+from reticent.client.records import pack
 from reticent.compression.artifact import TaskInfo, files_of
 from reticent.compression.artifact import _parse_manifest as parse_manifest
 from reticent.compression.artifact import _unpack as unpack_self_test

@@ -49,7 +49,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from reticent.client.app import pack
+from reticent.client.records import pack
 
 POLL_SECONDS, HEARTBEAT_SECONDS = 3.0, 30.0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from reticent.client.app import pack
+from reticent.client.records import pack
 from reticent.server.nodes import polled
 
 app = ServerApp()

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from scipy import stats
 from torch import nn
 
-from reticent.client.app import pack
+from reticent.client.records import pack
 from reticent.compression.codec import build_codec
 from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan, parse_plan

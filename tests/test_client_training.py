@@ -18,7 +18,13 @@ from torch.nn import functional as F
 
 from reticent.client.environment import Environment
 from reticent.client.round import run_round
-from reticent.client.training import LocalTrainer, NoisyStep, require_whole_gradients, student_model
+from reticent.client.training import (
+    LocalTrainer,
+    NoisyStep,
+    require_whole_gradients,
+    student_model,
+    trained_alone,
+)
 from reticent.client.wire import noisy_step, quantization_step
 from reticent.compression.codec import build_codec
 from reticent.core.errors import DataError, PayloadError
@@ -341,6 +347,30 @@ def test_a_student_whose_gradients_are_not_whole_is_found_before_the_first_round
 def test_a_student_with_an_unused_layer_is_found_before_the_first_round() -> None:
     with pytest.raises(DataError, match="no per-example gradient"):
         require_whole_gradients(plan_of(), TaskOf(Unused))
+
+
+class Centred(nn.Linear):
+    """Takes off the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(INPUTS, CLASSES)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return super().forward(inputs - inputs.mean(dim=0))
+
+
+def test_a_student_that_mixes_examples_is_refused_before_anything_is_charged() -> None:
+    with pytest.raises(DataError, match="the student mixes examples"):
+        LocalTrainer(plan_of(), TaskOf(Centred), Constants(b"", NO_SOFT))
+
+
+def test_a_student_of_joined_layers_is_trained_in_common_passes() -> None:
+    task = TaskOf(lambda: Half(shared=False))
+    assert trained_alone(plan_of(), task) is None
+    trainer = LocalTrainer(plan_of(), task, Constants(b"", NO_SOFT))
+    assert trainer.alone is None
+    hooked = TaskOf(lambda: Half(shared=True))
+    assert "Opacus' hooks" in (trained_alone(plan_of(), hooked) or "")
 
 
 def test_the_layers_of_a_student_with_a_forward_of_its_own_are_not_taken_for_it() -> None:

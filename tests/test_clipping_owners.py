@@ -54,7 +54,37 @@ MODELS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "lstm": (CODES, lambda: nn.Sequential(OneHot(4), LastLSTM(4, 6), last(6))),
     "gru": (CODES, lambda: nn.Sequential(OneHot(4), nn.Linear(4, 5), LastGRU(5, 6), last(6))),
     "attention": (CODES, lambda: Attention(5, CLASSES, 8)),
+    "residual": (
+        IMAGE,
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 8, 3, padding=1), Shortcut(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())),
+            *(Shortcut(nn.GroupNorm(2, 8), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            *(Shortcut(nn.LayerNorm(8), nn.Linear(8, 8)), last(8)),
+        ),
+    ),
+    "table": (
+        CODES,
+        lambda: nn.Sequential(Codes(4), nn.Embedding(4, 6), nn.Flatten(), nn.Tanh(), last(30)),
+    ),
 }
+
+
+class Shortcut(nn.Sequential):
+    """A chain around which its input is added (He et al. 2016)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return x + super().forward(x)
+
+
+class Codes(nn.Module):
+    """Takes numbers as codes of symbols."""
+
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.symbols = symbols
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.long().clamp(0, self.symbols - 1)
 
 
 def last(inputs: int) -> nn.Module:
@@ -133,7 +163,7 @@ def test_every_owner_gets_the_sum_that_opacus_hooks_and_a_loop_over_examples_giv
     layout = layout_of(model, share)
     inputs, labels = batch_of(kind, sum(counts), seed)
     swap = [quantized_weights] if rounded else []
-    gradients = ClippedGradients(model, layout, microbatch, clipping)
+    gradients = ClippedGradients(model, layout, microbatch, clipping, shape=MODELS[kind][0])
     found = gradients.sums(inputs, labels, counts, distilling, CLIP, *swap)
     assert found.shape == (len(counts), layout.size) and found.dtype == np.float64
     assert (found == gradients.sums(inputs, labels, counts, distilling, CLIP, *swap)).all()

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import nn
 
-from reticent.client.app import pack
+from reticent.client.records import pack, unpack
 from reticent.client.round import noisy_step
 from reticent.client.steps import Client, NoisyStep
 from reticent.client.training import LocalTrainer, trained_alone
@@ -152,7 +152,7 @@ def payload(reply: Message) -> bytes | Refusal:
         assert reply.error.reason == code.text
         return code
     assert list(reply.content) == ["update"]
-    return reply.content["update"]["payload"].data
+    return unpack(reply.content, "update")
 
 
 def both(world: World, odd: dict[int, dict[str, Any]] | None = None) -> tuple[list[Any], list[Any]]:

@@ -17,9 +17,9 @@ from flwr.serverapp import Grid
 
 from reticent.cli.main import cli
 from reticent.client import deployment
-from reticent.client.app import pack
 from reticent.client.delivery import Recipient
 from reticent.client.folder import accept_policy
+from reticent.client.records import pack, unpack
 from reticent.core.bundle import sign_plan
 from reticent.core.errors import ArtifactError, NetworkError, ProvisionError, RunError
 from reticent.core.plan import parse_plan
@@ -96,7 +96,7 @@ class Line(Grid):
             name = str(self.asked)
             asked = numbered(from_bytes(to_bytes(numbered(message, self.asked))), self.asked)
             if "chunk" in asked.content:
-                self.sent += len(asked.content.array_records["chunk"]["payload"].data)
+                self.sent += len(unpack(asked.content, "chunk"))
             reply = self._answer(asked)
             if self.asked not in self.lost:
                 self.replies[name] = reply

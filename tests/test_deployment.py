@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from reticent.client import deployment as device
 from reticent.client.budget import remembered_budget
+from reticent.client.records import pack, unpack
 from reticent.client.round import run_round
 from reticent.client.training import student_model
 from reticent.client.wire import noisy_step
@@ -85,18 +86,14 @@ def order(number: int = 1, run: str = "a", scale: float = 1.0) -> Order:
     return Order(PROTOCOL, run, PLAN.digest, number, digest, sigma, denominator, scheduled().clip)
 
 
-def packed(data: bytes) -> ArrayRecord:
-    return ArrayRecord({"payload": Array("uint8", (len(data),), stype="custom", data=data)})
-
-
 def ask(context: Context, wanted: Order, anchor: bytes = b"") -> Message:
     """Send one order through the ClientApp that a SuperNode would start."""
     enter_task()
     fields: dict[str, Any] = {**wanted.to_config()}
     content = RecordDict({"order": ConfigRecord(fields)})
-    content["broadcast"], content["constants"] = packed(BROADCAST), packed(CONSTANTS)
+    content["broadcast"], content["constants"] = pack(BROADCAST), pack(CONSTANTS)
     if anchor:
-        content["anchor"] = packed(anchor)
+        content["anchor"] = pack(anchor)
     message = Message(content, 2, "train", group_id=str(wanted.round))
     message.metadata.__dict__["_message_id"] = "1"
     return device.app(message=message, context=context)
@@ -105,7 +102,7 @@ def ask(context: Context, wanted: Order, anchor: bytes = b"") -> Message:
 def released(reply: Message) -> bytes:
     assert not reply.has_error()
     assert list(reply.content) == ["update", "statement"]
-    return reply.content.array_records["update"]["payload"].data
+    return unpack(reply.content, "update")
 
 
 def decoded(payload: bytes, layout: Layout = LAYOUT) -> NDArray[np.float64]:

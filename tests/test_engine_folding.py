@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from torch import nn
 
-from reticent.client.app import pack
+from reticent.client.records import pack, unpack
 from reticent.compression.codec import build_codec
 from reticent.core.errors import LedgerError, PayloadError
 from reticent.core.protocol import Refusal
@@ -99,7 +99,7 @@ def test_kept_updates_cross_with_the_partial_sums_and_merge_by_node() -> None:
 
 def test_naive_sums_would_depend_on_the_parts() -> None:
     vectors = [
-        CODEC.decode(r.content["update"]["payload"].data, LAYOUT.blocks)  # type: ignore[index]
+        CODEC.decode(unpack(r.content, "update"), LAYOUT.blocks)
         for r in replies(50)
         if r.has_content()
     ]

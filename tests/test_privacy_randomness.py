@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reticent.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
+from reticent.privacy.randomness import (
+    Randomness,
+    SeededRandomness,
+    SystemRandomness,
+    _CipherStream,
+)
 
 SOURCES = [SeededRandomness(3), SystemRandomness()]
 
@@ -31,6 +36,24 @@ def test_uniform_draws_fill_the_unit_interval(source: Randomness) -> None:
     assert sample.max() < 1
     assert plausible(sample, stats.uniform(0, 1).cdf)
     assert not plausible(sample**1.2, stats.uniform(0, 1).cdf)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 65_535, 65_536, 65_537, 200_001])
+def test_normal_draws_in_blocks_are_box_muller_written_in_two_lines(count: int) -> None:
+    key, pairs = bytes(range(32)), (count + 1) // 2
+    plain, stream = _CipherStream(key), _CipherStream(key)
+    radius = np.sqrt(-2.0 * np.log(1.0 - plain.uniform(pairs)))
+    angle = 2.0 * np.pi * plain.uniform(pairs)
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    assert np.array_equal(stream.normal(count), expected)
+    assert stream.bytes(8) == plain.bytes(8)
+
+
+def test_uniform_draws_are_the_upper_53_bits_of_eight_bytes() -> None:
+    key = bytes(range(32))
+    words = np.frombuffer(_CipherStream(key).bytes(8000), dtype="<u8")
+    expected = [(int(word) >> 11) / 2**53 for word in words]
+    assert _CipherStream(key).uniform(1000).tolist() == expected
 
 
 def test_no_two_clients_rounds_or_steps_share_seeded_noise() -> None:

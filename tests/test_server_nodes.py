@@ -13,7 +13,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import nn
 
-from reticent.client.app import pack
+from reticent.client.records import pack
 from reticent.compression.codec import build_codec
 from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan, parse_plan
@@ -58,15 +58,18 @@ class SlowGrid(InProcessGrid):
         self.window = 1
         self.looks, self.looked = looks, 0
         self.sent: dict[str, Message] = {}
+        self.handed: list[int] = []
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(self.looks)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for number, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = f"m{number}"
-            self.sent[f"m{number}"] = message
-        return list(self.sent)
+        given = {f"m{number}": message for number, message in enumerate(messages, len(self.sent))}
+        for name, message in given.items():
+            message.metadata.__dict__["_message_id"] = name
+        self.sent |= given
+        self.handed.append(len(given))
+        return list(given)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         self.looked += 1
@@ -109,6 +112,20 @@ def test_a_round_ends_when_everybody_replied_and_not_later() -> None:
     grid = SlowGrid({2: 1, 3: 2, 4: 3, 5: 1, 6: 1, 7: 3})
     assert played(plan_of("federation.timeout=600"), grid).accepted == {2, 3, 4, 5, 6, 7}
     assert grid.looked == 3
+
+
+def test_orders_are_handed_over_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes_module, "_AT_ONCE", 4)
+    grid = SlowGrid(dict.fromkeys(range(2, 8), 1))
+    assert played(plan_of(), grid).accepted == {2, 3, 4, 5, 6, 7}
+    assert grid.handed == [4, 2]
+
+
+def test_nobody_is_asked_for_a_round_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes_module, "_AT_ONCE", 3)
+    grid = SlowGrid(dict.fromkeys(range(2, 8), 1))
+    assert len(played(plan_of("federation.enough=3"), grid).accepted) == 3
+    assert grid.handed == [3]
 
 
 def test_a_straggler_is_left_out_at_the_deadline() -> None:

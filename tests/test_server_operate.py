@@ -98,6 +98,21 @@ time.sleep(600)
 SUPEREXEC = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
 
+def test_a_run_that_ended_by_itself_meanwhile_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ServerApp outlived the call that started it, and ended while this one looked around."""
+    home = create_home(tmp_path / "server", ["127.0.0.1"], 8000, utc_now())
+    said = list[str]()
+    made = prepare_operation(
+        home, parse_plan(""), tmp_path / "run", False, said.append, lambda _: None
+    )
+    made.run.summary.write_text("{}")
+    monkeypatch.setattr(Operation, "_submitted", lambda self: pytest.fail("it was begun again"))
+    assert made._attempt(None) == ""
+    assert said == ["the run has ended by itself meanwhile"]
+
+
 def until(happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not happened():

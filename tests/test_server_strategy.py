@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from torch import nn
 
-from reticent.client.app import pack, unpack
+from reticent.client.records import pack, unpack
 from reticent.compression.codec import build_codec
 from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan, parse_plan
@@ -146,10 +146,20 @@ def more_records(message: Message) -> list[Message]:
     return [Message(content, reply_to=message)]
 
 
-def another_array(message: Message) -> list[Message]:
+def another_value(message: Message) -> list[Message]:
+    record = ConfigRecord({"model": encoded(vector_of(1))})
+    return [Message(RecordDict({"update": record}), reply_to=message)]
+
+
+def an_array(message: Message) -> list[Message]:
     data = encoded(vector_of(1))
     array = Array(dtype="uint8", shape=(len(data),), stype="custom", data=data)
-    return [Message(RecordDict({"update": ArrayRecord({"model": array})}), reply_to=message)]
+    return [Message(RecordDict({"update": ArrayRecord({"payload": array})}), reply_to=message)]
+
+
+def a_text(message: Message) -> list[Message]:
+    record = ConfigRecord({"payload": "text"})
+    return [Message(RecordDict({"update": record}), reply_to=message)]
 
 
 def replies(payload: bytes) -> Answer:
@@ -168,7 +178,9 @@ BROKEN: list[tuple[Answer, str]] = [
     *((fails(int(r), "words of the client's own"), r.text) for r in Refusal),
     (other_records, NOT_ONE),
     (more_records, NOT_ONE),
-    (another_array, NOT_ONE),
+    (another_value, NOT_ONE),
+    (an_array, NOT_ONE),
+    (a_text, NOT_ONE),
     (replies(bytes(65 + 8 * LAYOUT.size)), "the payload is larger than any update of this plan"),
     (replies(b""), UNREADABLE),
     (replies(encoded(vector_of(1))[:-1]), UNREADABLE),

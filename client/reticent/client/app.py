@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import cast
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
@@ -19,29 +18,12 @@ from reticent.privacy.release import Public, Released
 from .environment import Environment
 from .identity import RolledBack
 from .order import Refused
+from .records import pack, unpack
 from .request import Outcome, Request
 
 EnvironmentOf = Callable[[Context], Environment]
 PlanOf = Callable[[Context], str]
 Tell = Callable[[Exception, Message, Context], None]
-
-
-def pack(payload: bytes) -> ArrayRecord:
-    """Return a record with ``payload`` as its one array, the form in which everything travels."""
-    array = Array(dtype="uint8", shape=(len(payload),), stype="custom", data=payload)
-    return ArrayRecord({"payload": array})
-
-
-def unpack(content: RecordDict, name: str) -> bytes:
-    """Return the bytes that :func:`pack` made a record of.
-
-    Raises:
-        PayloadError: If there is no such record, or it does not hold exactly one payload.
-    """
-    record = content.get(name)
-    if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
-        raise PayloadError(f"message holds no record {name!r} with one payload")
-    return record["payload"].data
 
 
 def build_client_app(
@@ -269,7 +251,7 @@ def _constants(content: RecordDict, context: Context, order: Order) -> bytes:
         if hashlib.sha256(data).hexdigest() == order.constants:
             context.state["constants"] = pack(data)
         return data
-    record = context.state.get("constants")
-    if not isinstance(record, ArrayRecord):
-        raise Refused(Refusal.CONSTANTS_MISSING)
-    return cast(Array, record["payload"]).data
+    try:
+        return unpack(context.state, "constants")
+    except PayloadError as error:  # also those that an earlier version kept
+        raise Refused(Refusal.CONSTANTS_MISSING) from error

@@ -56,7 +56,7 @@ from reticent.core.signing import read_public_key
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SystemRandomness
 
-from .app import acknowledge, build_client_app, gate, unpack
+from .app import acknowledge, build_client_app, gate
 from .budget import DEVICE, budget_of, remember_budget
 from .delivery import Part, Recipient
 from .diary import FAILED, REFUSED, Diary
@@ -65,6 +65,7 @@ from .folder import open_device, read_node_key
 from .guard import Guard
 from .identity import open_identity
 from .order import Refused
+from .records import unpack
 
 _log = logging.getLogger("reticent.device")
 _T = TypeVar("_T", int, float, str)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from reticent.compression.codec import Codec
 from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
+
+from .records import pack, unpack
 
 MODEL = "model"
 """Name of the record in Flower's state of a client that holds its last model."""
@@ -55,14 +57,14 @@ def changed(
 
 def remember(state: RecordDict, model: Vector) -> None:
     """Keep ``model`` for the next change; it is public."""
-    data = _bytes(model)
-    array = Array(dtype="uint8", shape=(len(data),), stype="custom", data=data)
-    state[MODEL] = ArrayRecord({"payload": array})
+    state[MODEL] = pack(_bytes(model))
 
 
 def _held(state: RecordDict) -> bytes:
-    record = state.get(MODEL)
-    return record["payload"].data if isinstance(record, ArrayRecord) else b""
+    try:
+        return unpack(state, MODEL)
+    except PayloadError:  # none, or one that an earlier version kept
+        return b""
 
 
 def _bytes(model: Vector) -> bytes:

@@ -25,7 +25,7 @@ from torch import nn
 from reticent.core.plan import Federation, Plan
 from reticent.core.tasks import Task
 from reticent.core.update import Vector
-from reticent.privacy.clipping import Loss, OwnGradients, chain_of, own_chain_of
+from reticent.privacy.clipping import Loss, OwnGradients, own_chain_of
 
 from .steps import Client, NoisyStep
 
@@ -49,16 +49,18 @@ def expected_batch(plan: Plan, task: Task) -> float:
     return plan.federation.sampling_rate * task.nominal_examples
 
 
-def reason_alone(plan: Plan, model: nn.Module, batch: float) -> str | None:
+def reason_alone(plan: Plan, model: nn.Module, batch: float, hooked: bool) -> str | None:
     """Return why clients are trained one by one; None if in common passes. Reads no data.
 
     Args:
         plan: The plan.
         model: Its student.
         batch: As :func:`expected_batch` gives it.
+        hooked: Whether gradients of single examples at common weights are known to Opacus' hooks
+            only.
     """
     if shares_weights(plan):
-        return _HOOKED if chain_of(model) is None else None
+        return _HOOKED if hooked else None
     found = _costly(plan, model, batch)
     return found and f"each has weights of its own, and {found}"
 

@@ -22,7 +22,7 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.clipping import ClippedGradients, Loss, OwnGradients
+from reticent.privacy.clipping import ClippedGradients, Loss, OwnGradients, method_of
 from reticent.privacy.randomness import Randomness
 
 from .local_rules import PLAIN, LocalRule
@@ -102,7 +102,8 @@ class LocalTrainer:
     def _clipped(self) -> ClippedGradients:
         private = self.plan.private
         clipping = private.clipping if private else "flat"
-        return ClippedGradients(self._model, self.layout, clipping=clipping)
+        shape = self._input_shape
+        return ClippedGradients(self._model, self.layout, clipping=clipping, shape=shape)
 
     def pseudo_gradient(
         self,
@@ -152,7 +153,8 @@ class LocalTrainer:
     @cached_property
     def alone(self) -> str | None:
         """Why clients are trained one by one; None if passes go through several's batches."""
-        return reason_alone(self.plan, self._model, self._expected)
+        hooked = shares_weights(self.plan) and self._clipped.method == "hooks"
+        return reason_alone(self.plan, self._model, self._expected, hooked)
 
     @cached_property
     def _together(self) -> Together:
@@ -224,7 +226,8 @@ def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) ->
     """
     with _same_draws():
         model = student_model(task, plan, constants)
-    return reason_alone(plan, model, expected_batch(plan, task))
+        hooked = shares_weights(plan) and method_of(model, task.input_shape)[0] == "hooks"
+    return reason_alone(plan, model, expected_batch(plan, task), hooked)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:
@@ -255,7 +258,8 @@ def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None 
     same.load_state_dict(model.state_dict())
     inputs = torch.randn((_TRIED, *task.input_shape), generator=draws)
     labels = torch.arange(_TRIED) % task.classes
-    clipped = ClippedGradients(model, layout, clipping=private.clipping)
+    shape = task.input_shape
+    clipped = ClippedGradients(model, layout, clipping=private.clipping, shape=shape)
     with _same_draws():
         found = clipped.sum(inputs, labels, _cross_entropy, _NO_BOUND)
     with _same_draws():

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from .errors import PayloadError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_CONSTANTS = 64 * 2**20
 MAX_RUN_NAME = 256
 MAX_ROUND = 2**31 - 1

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from reticent.core.seeds import derive_key
 
+_BLOCK = 1 << 15
+"""Numbers that are computed at once: 256 kB."""
+
 
 class Stream(Protocol):
     """One stream of random numbers; every draw advances it."""
@@ -96,11 +99,29 @@ class _CipherStream:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         words = np.frombuffer(self.bytes(8 * count), dtype="<u8")
-        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        values = (words >> np.uint64(11)).astype(np.float64)
+        values *= 2.0**-53
+        return values
 
     def normal(self, count: int) -> NDArray[np.float64]:
         pairs = (count + 1) // 2
+        values = np.empty(2 * pairs)
+        # All radii are drawn before all angles; blocks only keep what is in between in the cache.
+        blocks = [slice(at, min(at + _BLOCK, pairs)) for at in range(0, pairs, _BLOCK)]
+        for block in blocks:
+            values[block] = self._radii(block.stop - block.start)
+        cosines, sines = values[:pairs], values[pairs:]
+        for block in blocks:
+            angles = self.uniform(block.stop - block.start)
+            angles *= 2.0 * np.pi
+            np.sin(angles, out=sines[block])
+            sines[block] *= cosines[block]
+            cosines[block] *= np.cos(angles, out=angles)
+        return values[:count]
+
+    def _radii(self, count: int) -> NDArray[np.float64]:
+        values = self.uniform(count)
         # 1 - u lies in (0, 1], so the logarithm is finite.
-        radius = np.sqrt(-2.0 * np.log(1.0 - self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        np.log(np.subtract(1.0, values, out=values), out=values)
+        values *= -2.0
+        return np.sqrt(values, out=values)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from reticent.core.errors import PayloadError
@@ -25,9 +25,9 @@ from reticent.core.protocol import Refusal
 from reticent.core.run import locked
 
 from .attempt import Teller
-from .folding import payload_of
 from .home import open_home
 from .offers import INSTALLED, REFUSED, SENDING, WAITING, Parcel, Shipment, open_shipment
+from .records import packed, payload_of
 from .registry import Registry, read_registry
 
 _POLL_SECONDS = 0.5
@@ -188,16 +188,10 @@ class _Trip:
 
 
 def _message(node: int, offer: bytes, offset: int, chunk: bytes) -> Message:
-    content = RecordDict({"offer": _pack(offer), "part": ConfigRecord({"offset": offset})})
+    content = RecordDict({"offer": packed(offer), "part": ConfigRecord({"offset": offset})})
     if chunk:
-        content["chunk"] = _pack(chunk)
+        content["chunk"] = packed(chunk)
     return Message(content, node, "query", ttl=_ANSWER_SECONDS)
-
-
-def _pack(payload: bytes) -> ArrayRecord:
-    return ArrayRecord(
-        {"payload": Array(dtype="uint8", shape=(len(payload),), stype="custom", data=payload)}
-    )
 
 
 app = ServerApp()

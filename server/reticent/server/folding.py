@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message
 
 from reticent.compression.codec import Codec
 from reticent.core.errors import PayloadError
@@ -20,6 +20,7 @@ from reticent.core.protocol import Refusal
 from reticent.core.update import Layout, Vector
 from reticent.privacy.client_level import clipped, split_bit
 
+from .records import payload_of
 from .rounds import Reading, Tally
 
 Judge = Callable[[int, Message], None]
@@ -132,18 +133,6 @@ class Folder:
         if float(np.linalg.norm(vector.astype(np.float64))) > rules.bound:
             raise PayloadError("the update is larger than the plan's bound")
         return Reading(vector, size, inside)
-
-
-def payload_of(content: RecordDict, name: str) -> bytes:
-    """Return the one payload of a reply's record.
-
-    Raises:
-        PayloadError: If the record is of another kind.
-    """
-    record = content.get(name)
-    if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
-        raise PayloadError("the reply is not one encoded update")
-    return record["payload"].data
 
 
 def _refusal_text(code: int) -> str:

@@ -10,6 +10,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 _POLL_SECONDS = 0.5
+_AT_ONCE = 8
+"""Messages handed over before each look. The SuperLink writes to its database in every request that
+a device makes while it answers: devices that are all asked in one moment wait for each other there,
+and the SuperLink gives up on some of them (measured with 100 and 200; see docs/deployment.md)."""
 
 Gather = Callable[[Grid, Iterable[Message], float, Callable[[], bool]], Iterable[Message]]
 
@@ -26,19 +30,24 @@ def polled(
 ) -> Iterator[Message]:
     """Yield replies as they come in, for ``timeout`` seconds or until ``closed()``.
 
-    A message that no device has fetched by then is void: a device that comes back later does not
-    spend budget on a round that is over.
+    Messages are handed over a few at a time (:data:`_AT_ONCE`); once the round is closed, no more
+    are. A message that no device has fetched by the end is void: a device that comes back later
+    does not spend budget on a round that is over.
     """
     waiting = list(messages)
     for message in waiting:
-        message.metadata.ttl = timeout
+        message.metadata.ttl = timeout  # from when it was made, not from when it is handed over
     deadline = time.monotonic() + timeout
-    open_ids = {i for i in grid.push_messages(waiting) if i}  # an empty id: it was not taken
-    while open_ids and time.monotonic() < deadline and not closed():
-        for reply in grid.pull_messages(open_ids):
-            open_ids.discard(reply.metadata.reply_to_message_id)
-            yield reply
-        if open_ids and not closed():
+    open_ids = set[str]()
+    while (waiting or open_ids) and time.monotonic() < deadline and not closed():
+        now, waiting = waiting[:_AT_ONCE], waiting[_AT_ONCE:]
+        if now:
+            open_ids |= {i for i in grid.push_messages(now) if i}  # an empty id: it was not taken
+        if open_ids:
+            for reply in grid.pull_messages(open_ids):
+                open_ids.discard(reply.metadata.reply_to_message_id)
+                yield reply
+        if (waiting or open_ids) and not closed():
             time.sleep(_POLL_SECONDS)
 
 

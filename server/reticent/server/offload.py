@@ -41,7 +41,7 @@ def to_disk(optimizer: torch.optim.AdamW, parameters: Iterable[nn.Parameter]) ->
 
 
 def _mapped(like: torch.Tensor) -> torch.Tensor:
-    """Return float32 zeros of the shape of ``like`` that lie in a nameless file."""
+    """Return float32 zeros in a nameless file, of the shape and memory order of ``like``."""
     size = max(1, 4 * like.numel())
     with tempfile.NamedTemporaryFile(prefix="reticent-") as file:
         try:
@@ -54,4 +54,5 @@ def _mapped(like: torch.Tensor) -> torch.Tensor:
                 "room for 16 bytes a parameter"
             ) from error
         flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=torch.float32)
-        return flat.view(like.shape)
+        # Sums over another order would round otherwise, and the numbers would not be the same.
+        return flat.as_strided(like.shape, torch.empty_like(like, device="meta").stride())

@@ -122,7 +122,12 @@ class Operation:
         Raises:
             ReticentError: What the ServerApp failed with.
         """
-        token = self._found() or self._submitted()
+        token = self._found()
+        if token is None and self.run.summary.is_file():
+            self._show(None)
+            self.say("the run has ended by itself meanwhile")
+            return ""
+        token = token or self._submitted()
         try:
             return self._watch(token, link)
         except BaseException:

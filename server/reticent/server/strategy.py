@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -16,15 +16,17 @@ from reticent.core.errors import NetworkError, PayloadError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order, Refusal
 from reticent.core.seeds import numpy_generator
+from reticent.core.update import Vector
 
 from .client_level import client_level_for
 from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .fleet import Fleet, Virtual
-from .folding import Folder, FoldingGrid, Kept, Rules, payload_of
+from .folding import Folder, FoldingGrid, Kept, Rules
 from .nodes import Nodes
 from .optimizer import Floats, ServerState, apply_round
+from .records import packed, payload_of
 from .robust import combined, needs_all
 from .rounds import BudgetsSpent, RoundPlan, Tally
 from .sampling import Sampler, cohort_in_time
@@ -127,7 +129,7 @@ class PrivateAveraging(Strategy):
         arrays, config = ArrayRecord(), ConfigRecord()
         for number in range(self.state.round + 1, self._plan.federation.rounds + 1):
             self._run_round(number, grid, arrays, config)
-        return Result(arrays=ArrayRecord({"weights": _packed(self.state.weights.tobytes())}))
+        return Result(arrays=ArrayRecord({"weights": _array(self.state.weights)}))
 
     def _run_round(
         self, number: int, grid: Grid, arrays: ArrayRecord, config: ConfigRecord
@@ -263,26 +265,22 @@ class PrivateAveraging(Strategy):
 
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent
-        constants = ArrayRecord({"payload": _packed(self._constants.constants)})
-        whole = {"broadcast": ArrayRecord({"payload": _packed(sent.whole)})}
-        change = {
-            "broadcast": ArrayRecord({"payload": _packed(sent.change or b"")}),
-            "change": ArrayRecord({"payload": _packed(sent.marks)}),
-        }
-        if (control := self._variates.payload(self.state)) is not None:
-            record = ArrayRecord({"payload": _packed(control)})
-            whole["control"] = change["control"] = record
+        constants = packed(self._constants.constants)
+        control = self._variates.payload(self.state)
+        common = {} if control is None else {"control": control}
+        whole = _Packed.of({"broadcast": sent.whole, **common})
+        change = _Packed.of({"broadcast": sent.change or b"", "change": sent.marks, **common})
         for node in cohort:
             # Who was accepted in the last round holds its model; a device that lost it says so.
             latest = sent.change is not None and self._holds.get(node) == number - 1
             model = change if latest else whole
-            content = RecordDict({"order": order, **model})
-            self._tally.bytes_down += sum(len(r["payload"].data) for r in model.values())
+            content = RecordDict({"order": order, **model.records})
+            self._tally.bytes_down += model.size
             if node not in self._informed:
                 content["constants"] = constants
                 self._tally.first_bytes_down += len(self._constants.constants)
             if self._countersigner is not None and (anchor := self._countersigner.anchor(node)):
-                content["anchor"] = ArrayRecord({"payload": _packed(anchor)})
+                content["anchor"] = packed(anchor)
             yield Message(content, dst_node_id=node, message_type="train", group_id=str(number))
 
     def _order(self, number: int) -> Order:
@@ -439,5 +437,19 @@ class PrivateAveraging(Strategy):
         return None
 
 
-def _packed(data: bytes) -> Array:
+@dataclass(frozen=True)
+class _Packed:
+    """Records that many messages share, and the bytes in them."""
+
+    records: dict[str, ConfigRecord]
+    size: int
+
+    @staticmethod
+    def of(payloads: Mapping[str, bytes]) -> _Packed:
+        records = {name: packed(payload) for name, payload in payloads.items()}
+        return _Packed(records, sum(map(len, payloads.values())))
+
+
+def _array(values: Vector) -> Array:
+    data = values.tobytes()
     return Array(dtype="uint8", shape=(len(data),), stype="custom", data=data)

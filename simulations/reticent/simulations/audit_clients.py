@@ -9,8 +9,8 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
-from reticent.client.app import pack
 from reticent.client.order import round_event
+from reticent.client.records import pack
 from reticent.client.wire import update_step
 from reticent.compression.codec import Codec, build_codec
 from reticent.core.plan import Local, Plan

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from reticent.client.app import pack
+from reticent.client.records import pack, unpack
 from reticent.core.decoding import parse_json
 from reticent.core.errors import PayloadError, PrivacyError
 from reticent.core.update import Layout
@@ -29,7 +29,6 @@ from reticent.server.folding import Kept, Rules
 from .devices import device_name
 from .grid import client_of, numbered
 
-Record = ArrayRecord | ConfigRecord
 _MALFORMED = (
     *(SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
     PrivacyError,
@@ -46,7 +45,7 @@ class Work:
         kept: What clients hold of earlier rounds.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[ConfigRecord, ...]
     rules: Rules
     kept: Kept
 
@@ -61,11 +60,11 @@ class Work:
             arrays["model"] = model
         heads: list[Any] = []
         for index, record in enumerate(self.records):
-            if isinstance(record, ConfigRecord):
-                heads.append(dict(record))
-            else:
+            if list(record) == ["payload"]:
                 heads.append(None)
-                arrays[f"record:{index}"] = _bytes(_payload(record))
+                arrays[f"record:{index}"] = _bytes(unpack(RecordDict({"one": record}), "one"))
+            else:
+                heads.append(dict(record))
         shape = [layout.names, layout.shapes]
         head = [heads, rules.round, shape, rules.bound, rules.clip, rules.bit]
         head += [rules.weight, rules.keep]
@@ -88,7 +87,7 @@ class Work:
         arrays = load(data)
         head = parse_json(arrays["head"].tobytes())
         heads, number, (names, shapes), bound, clip, bit, weight, keep = head
-        records: list[Record] = [
+        records: list[ConfigRecord] = [
             pack(arrays[f"record:{i}"].tobytes()) if config is None else ConfigRecord(config)
             for i, config in enumerate(heads)
         ]
@@ -106,7 +105,7 @@ class Packer:
         """Pack the messages of one round."""
         self._rules, self._kept = rules, kept
         self._index: dict[int, int] = {}
-        self._records: list[Record] = []
+        self._records: list[ConfigRecord] = []
         self._work = b""
 
     def work(self, messages: Iterable[Message]) -> bytes:
@@ -116,7 +115,9 @@ class Packer:
             for record in message.content.values():
                 if id(record) not in self._index:
                     self._index[id(record)] = len(self._records)
-                    self._records.append(cast(Record, record))  # kept, so its id stays its own
+                    self._records.append(
+                        cast(ConfigRecord, record)
+                    )  # kept, so its id stays its own
         if len(self._records) > known:
             self._work = Work(tuple(self._records), self._rules, self._kept).encode()
         return self._work
@@ -164,12 +165,6 @@ def _unpacked(share: bytes, work: Work, folder: Path) -> tuple[list[Message], Gr
         for number, (node, which) in enumerate(zip(nodes, chosen, strict=True), 1)
     ]
     return messages, Grants.from_json(folder, grants)
-
-
-def _payload(record: Record) -> bytes:
-    if not isinstance(record, ArrayRecord) or list(record) != ["payload"]:
-        raise PayloadError("a message to a worker holds a record that is not one payload")
-    return record["payload"].data
 
 
 def _bytes(data: bytes) -> NDArray[np.uint8]:

@@ -7,13 +7,14 @@ from itertools import islice
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from reticent.client.app import answer_together, build_client_app, pack, unpack
+from reticent.client.app import answer_together, build_client_app
 from reticent.client.downlink import MODEL, remember
 from reticent.client.environment import Environment
 from reticent.client.order import charges
+from reticent.client.records import pack, unpack
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
 from reticent.core.plan import plan_from_json
 from reticent.core.protocol import Order
@@ -44,7 +45,7 @@ class Site:
         self._devices = devices
         self._plan, self._plan_json = plan_from_json(plan_json), plan_json
         self._app: ClientApp = build_client_app(self._environment, lambda _: plan_json)
-        self._state: dict[str, ArrayRecord] = {}
+        self._state: dict[str, ConfigRecord] = {}
 
     def keep_constants(self, constants: bytes) -> None:
         """Keep the run's public constants, which the server sends to each client only once."""
@@ -56,7 +57,7 @@ class Site:
         if kept.model is not None:
             state = RecordDict()
             remember(state, kept.model)
-            self._state[MODEL] = cast(ArrayRecord, state[MODEL])
+            self._state[MODEL] = cast(ConfigRecord, state[MODEL])
 
     def charge(self, messages: Sequence[Message]) -> None:
         """Charge all of them with one fsync; each client then finds its own charge.
@@ -78,7 +79,7 @@ class Site:
         state = RecordDict(dict(self._state))
         reply = call_client(self._app, message, state)
         if MODEL in state:  # public, and the same for every client of the round
-            self._state[MODEL] = cast(ArrayRecord, state[MODEL])
+            self._state[MODEL] = cast(ConfigRecord, state[MODEL])
         return reply
 
     def answer_many(self, messages: Iterable[Message]) -> Iterator[Message]:
@@ -96,7 +97,7 @@ class Site:
             contexts = [context_of(message, state) for message in block]
             yield from answer_together(block, contexts, self._environment, self._plan_json)
             if MODEL in state:  # public, and the same for every client of the round
-                self._state[MODEL] = cast(ArrayRecord, state[MODEL])
+                self._state[MODEL] = cast(ConfigRecord, state[MODEL])
 
     def _environment(self, context: Context) -> Environment:
         return self._devices.environment(client_index(context), self.ledger)

@@ -1,4 +1,4 @@
-"""Clipped sums of per-example gradients: flat or per-layer bounds, hooks or ghost norms.
+"""Clipped sums of per-example gradients: flat or per-layer bounds, three ways to compute them.
 
 ========================  ====================================================================
 module                    what it holds
@@ -7,16 +7,28 @@ module                    what it holds
 :mod:`.own`               :class:`OwnGradients`: the same where every owner has its own weights
 :mod:`.own_layers`        the layers of chains, applied with each owner's weights
 :mod:`.bounds`            how long one example's gradient may be, tensor by tensor
+:mod:`.choice`            which way a student's gradients are computed
 :mod:`.terms`             gradients of single examples, as rows or as outer products
+:mod:`.positions`         gradients of layers that are used at many positions of each example
 :mod:`.hooks`             any model: rows, from Opacus' hooks
 :mod:`.ghost`             plain chains of layers: norms without the gradients, one backward pass
 :mod:`.layers`            the layers of such chains, forward and backward
 :mod:`.recurrent`         LSTM and GRU in such chains
+:mod:`.graph`             known layers joined in any way: one recorded pass
+:mod:`.trial`             whether that is right, and whether examples mix, on random inputs
 ========================  ====================================================================
 """
 
+from .choice import method_of
 from .ghost import chain_of
 from .own import OwnGradients, own_chain_of
 from .sums import ClippedGradients, Loss
 
-__all__ = ["ClippedGradients", "Loss", "OwnGradients", "chain_of", "own_chain_of"]
+__all__ = [
+    "ClippedGradients",
+    "Loss",
+    "OwnGradients",
+    "chain_of",
+    "method_of",
+    "own_chain_of",
+]

@@ -51,7 +51,7 @@ def chain_of(model: nn.Module) -> tuple[nn.Module, ...] | None:
     parameters = [p for layer in layers for p in layer.parameters()]
     distinct = len(set(map(id, parameters))) == len(parameters)
     trained = all(p.requires_grad for p in parameters)
-    known = all(map(_known, layers)) and not any(_hooked(m) for m in model.modules())
+    known = all(map(is_known, layers)) and not any(is_hooked(m) for m in model.modules())
     return layers if known and distinct and trained else None
 
 
@@ -122,7 +122,8 @@ def _flatten(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def _known(layer: nn.Module) -> bool:
+def is_known(layer: nn.Module) -> bool:
+    """Return whether a chain may have ``layer``, by its type and its options."""
     if type(layer) in RECURRENT:
         return True
     if set(layer._parameters) - {"weight", "bias"}:
@@ -138,7 +139,7 @@ def _known(layer: nn.Module) -> bool:
     return type(layer) in PLAIN and not getattr(layer, "inplace", False)
 
 
-def _hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Return whether somebody's hooks are on ``module``; they could do anything."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks)

@@ -37,7 +37,7 @@ class HookedGradients:
                     f"student layer {name} has padding_mode={module.padding_mode!r}: gradients of "
                     'single examples are known for "zeros" only'
                 )
-        # Brings scipy and torch.distributed along: 90 MB that a plain chain of layers never needs.
+        # Brings scipy and torch.distributed along: 90 MB that the other ways never need.
         from opacus.grad_sample import GradSampleHooks
 
         self._model = model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,14 +14,11 @@ from reticent.core.errors import DataError
 from reticent.core.update import Layout
 
 from .bounds import Bounds, Clipping, check_clip
-from .ghost import GhostGradients, chain_of
-from .hooks import HookedGradients
+from .choice import Method, Shape, chosen
 from .terms import Owners, Term
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Maps logits ``(n, classes)`` and labels ``(n,)`` to the *sum* of the examples' losses."""
-
-Method = Literal["hooks", "ghost"]
 
 
 class ClippedGradients:
@@ -53,8 +49,9 @@ class ClippedGradients:
     Float32 rounding of the sum is not part of the guarantee.
 
     Attributes:
-        method: ``ghost`` for a plain chain of layers, where it is faster (see :mod:`.ghost`), else
-            ``hooks``. Both give the same sums up to float32 rounding.
+        method: ``ghost`` for a plain chain of layers (see :mod:`.ghost`), ``graph`` for known
+            layers that are joined in any other way (see :mod:`.graph`), which are faster, else
+            ``hooks``. All give the same sums up to float32 rounding.
     """
 
     def __init__(
@@ -64,6 +61,7 @@ class ClippedGradients:
         microbatch: int = 64,
         clipping: Clipping = "flat",
         method: Method | None = None,
+        shape: Shape = None,
     ) -> None:
         """Prepare ``model``; ``microbatch`` bounds the memory of one pass.
 
@@ -72,11 +70,14 @@ class ClippedGradients:
             layout: Names, shapes and mask of the parameters.
             microbatch: Most examples in one forward and backward pass.
             clipping: ``flat`` or ``per-layer``.
-            method: Given only to compare the two; otherwise the kinds of the layers decide.
+            method: Given only to compare them; otherwise the layers decide, and a trial on random
+                inputs where they are no plain chain.
+            shape: Of one example, for that trial; without it there is none, and no ``graph``
+                unless it is asked for.
 
         Raises:
-            DataError: If the model holds buffers or layers that mix examples, or is no plain chain
-                and ``method`` is ``ghost``.
+            DataError: If the model holds buffers or layers that mix examples, or ``method`` is not
+                one that is right for it.
             PlanError: If there is no such clipping.
         """
         mixing = [n for n, m in model.named_modules() if "BatchNorm" in type(m).__name__]
@@ -92,11 +93,7 @@ class ClippedGradients:
         self._layout = layout
         self._microbatch = microbatch
         self._bounds = Bounds.of(layout, clipping)
-        layers = None if method == "hooks" else chain_of(model)
-        if layers is None and method == "ghost":
-            raise DataError('method="ghost": the student is not a plain chain of known layers')
-        self.method: Method = "hooks" if layers is None else "ghost"
-        self._gradients = HookedGradients(model) if layers is None else GhostGradients(layers)
+        self.method, self._gradients = chosen(model, method, shape)
         self._masks = masks_of(layout, self._gradients.orders)
 
     def sum(

@@ -114,6 +114,8 @@ class Rows:
     def squares(self, mask: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Term`."""
         values = self.values if mask is None else self.values * mask.flatten()
+        if values.shape[1] <= BLOCK:
+            return torch.linalg.vector_norm(values, dim=1).double().square()
         parts = [torch.linalg.vector_norm(b, dim=1) for b in values.split(BLOCK, dim=1)]
         return torch.stack(parts, dim=1).double().square().sum(dim=1)
 

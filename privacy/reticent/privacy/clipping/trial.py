@@ -1,0 +1,183 @@
+"""A trial on random inputs, before any data are seen: are the gradients the examples' own?
+
+It looks at a copy of the student whose weights are moved at random, so that a layer that begins at
+zero hides nothing. No data are read, so what it finds may be told. A trial is no proof: a student
+that does something else with larger batches or other inputs is not found out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from reticent.core.errors import DataError
+
+from .graph import GraphGradients
+from .terms import Owners, Term
+
+EXAMPLES = 3
+ROUNDING = 1e-3
+"""Most of a tensor's gradient by which two ways to compute it may differ."""
+SLACK = 1e-5
+"""The same, of the whole gradient: some tensors' gradients are nothing but rounding."""
+UNCHANGED = 1e-5
+"""Most of a gradient that may change while another example changes: the rounding of products."""
+
+
+class Gradients(Protocol):
+    """What gives gradients of single examples."""
+
+    def terms(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> Sequence[Term]:
+        """Return the gradients of every parameter, in order."""
+        ...
+
+
+def misfit(model: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """Return why recorded gradients are not those of ``model``; None if they are.
+
+    They are if every parameter is used once by autograd's record, and the gradients of the examples
+    of one recorded pass are those that autograd gives for each example alone.
+
+    Args:
+        model: One that :func:`~.graph.unsuited` has nothing against.
+        shape: Of one example.
+    """
+    problem = "it takes no random inputs"
+    for inputs in _draws(shape):
+        try:
+            with _twin(model) as twin:
+                return _misfit(twin.eval(), inputs[:EXAMPLES])
+        except Exception as error:  # a student's own code may raise anything on such inputs
+            problem = str(error) or type(error).__name__
+    return problem
+
+
+def require_unmixed(
+    model: nn.Module, make: Callable[[nn.Module], Gradients], shape: tuple[int, ...]
+) -> None:
+    """Check that an example changes nothing in the gradients of the others.
+
+    Once it changes to another one, and once to NaN, which gets through the faintest mixing. A
+    student that takes no random inputs is not looked at; it fails later, if it does.
+
+    Args:
+        model: The student, as it is trained: dropout draws the same each time.
+        make: Makes of a copy of it what computes its gradients.
+        shape: Of one example.
+
+    Raises:
+        DataError: If it does.
+    """
+    for inputs in _draws(shape):
+        tried = False
+        for instead in (inputs[EXAMPLES], torch.full(shape, torch.nan)):
+            try:
+                with _twin(model) as twin:
+                    pair = _mixed(make(twin.train()), inputs[:EXAMPLES], instead)
+            except Exception:  # a student's own code may raise anything on such inputs
+                break
+            if pair:
+                raise DataError(
+                    f"the student mixes examples: of {EXAMPLES} random ones, changing number "
+                    f"{pair[0]} changes the gradient of number {pair[1]}; every layer must treat "
+                    "each example of a batch on its own"
+                )
+            tried = True
+        if tried:
+            return
+
+
+def _misfit(model: nn.Module, inputs: torch.Tensor) -> str | None:
+    parameters = dict(model.named_parameters())
+    uses = _uses(_loss(model(inputs)))
+    for name, parameter in parameters.items():
+        if uses.get(id(parameter)) != 1:
+            return f"parameter {name} is used {uses.get(id(parameter), 0)} times, not once"
+    terms = GraphGradients(model).terms(inputs, torch.zeros(len(inputs)), _loss)
+    for one in range(len(inputs)):
+        own = torch.autograd.grad(_loss(model(inputs[one : one + 1])), list(parameters.values()))
+        whole = torch.stack([g.norm() for g in own]).norm()
+        for name, found, expected in zip(parameters, _rows(terms, one), own, strict=True):
+            apart = (found - expected.flatten()).norm()
+            if not apart <= ROUNDING * expected.norm() + SLACK * whole:
+                return f"the gradient of {name} is not that of a pass over one example alone"
+    return None
+
+
+def _mixed(
+    gradients: Gradients, inputs: torch.Tensor, instead: torch.Tensor
+) -> tuple[int, int] | None:
+    before = _vectors(gradients, inputs)
+    for one in range(EXAMPLES):
+        changed = inputs.clone()
+        changed[one] = instead
+        after = _vectors(gradients, changed)
+        for other in set(range(EXAMPLES)) - {one}:
+            was, now = before[other], after[other]
+            if was.isfinite().all() and not (now - was).norm() <= UNCHANGED * was.norm():
+                return one, other
+    return None
+
+
+def _vectors(gradients: Gradients, inputs: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    terms = gradients.terms(inputs, torch.zeros(len(inputs)), _loss)
+    return [torch.cat(_rows(terms, one)) for one in range(len(inputs))]
+
+
+def _rows(terms: Sequence[Term], one: int) -> list[torch.Tensor]:
+    kept, owner = torch.tensor([one]), Owners((0, 1))
+    return [term.weighted(kept, torch.ones(1), owner)[0].detach() for term in terms]
+
+
+def _loss(outputs: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
+    """A sum over examples, not linear, so that a change of an output changes its gradient."""
+    flat = outputs.flatten(1)
+    return (flat + torch.linspace(-1.0, 1.0, flat.shape[1])).square().sum()
+
+
+def _draws(shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """Yield one example more than are tried at once: numbers, then codes for tables."""
+    generator = torch.Generator().manual_seed(0)
+    yield 2 * torch.randn((EXAMPLES + 1, *shape), generator=generator)
+    yield torch.randint(0, 2, (EXAMPLES + 1, *shape), generator=generator).float()
+
+
+@contextmanager
+def _twin(model: nn.Module) -> Iterator[nn.Module]:
+    """Give a copy with other weights, and leave torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        twin = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in twin.parameters():
+            with torch.no_grad():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        yield twin
+
+
+def _uses(total: torch.Tensor) -> dict[int, int]:
+    """Return how often autograd's record uses each parameter, by the parameter's id."""
+    uses: dict[int, int] = {}
+    seen, ahead = {total.grad_fn}, [total.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        for following, _ in node.next_functions if node else ():
+            if following is None:
+                continue
+            leaf = getattr(following, "variable", None)
+            if leaf is not None:
+                uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+            if following not in seen:
+                seen.add(following)
+                ahead.append(following)
+    return uses

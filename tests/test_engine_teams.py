@@ -43,6 +43,12 @@ VARIANTS = {
         "updates.error_feedback=true",
     ],
     "off": ["privacy=off"],
+    "steps": [
+        "privacy.trust=local",
+        "federation.steps_per_round=3",
+        "federation.local.scaffold=true",
+        'federation.local.personal=["7"]',
+    ],
 }
 
 

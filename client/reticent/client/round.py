@@ -27,7 +27,8 @@ from .environment import Environment
 from .local_state import LocalState, kept
 from .order import Refused, charges, check_order, plan_of
 from .request import Outcome, Request
-from .training import Client, LocalTrainer
+from .steps import Client
+from .training import LocalTrainer
 from .wire import Wire, noisy_step, wire_of
 
 
@@ -123,9 +124,9 @@ def run_rounds(plan_text: str, requests: Sequence[Request]) -> list[Outcome]:
 
     What does not depend on the device is done once for neighbours that are asked the same, and
     where :attr:`LocalTrainer.alone` is None these are trained in common passes: updates are then
-    those of :func:`run_round` up to float32 rounding before they are encoded, and a function of who
-    is in ``requests``, in which order, alone. If training fails, it is tried again one by one, so
-    that no device's failure is another's.
+    those of :func:`run_round` up to float32 rounding of gradients (:mod:`.together`), and a
+    function of who is in ``requests``, in which order, alone. If training fails, it is tried again
+    one by one, so that no device's failure is another's.
     """
     groups = [list(group) for _, group in groupby(requests, key=lambda one: one.shared)]
     return [outcome for group in groups for outcome in _run_alike(plan_text, group)]

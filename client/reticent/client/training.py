@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,18 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from reticent.compression.quantize import training_swap
+from reticent.compression.stacked import stacked_rounding
 from reticent.compression.structure import student_of
 from reticent.core.errors import DataError, PayloadError
 from reticent.core.personal import split_of
-from reticent.core.plan import Local, Plan
+from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.clipping import ClippedGradients, Loss, method_of
+from reticent.privacy.clipping import ClippedGradients, Loss, OwnGradients, method_of
 from reticent.privacy.randomness import Randomness
 
 from .local_rules import PLAIN, LocalRule
 from .resources import training_bytes
+from .steps import Client, NoisyStep
+from .together import Together, expected_batch, reason_alone, shares_weights
 
 
 def student_model(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
@@ -39,63 +41,6 @@ def student_model(task: Task, plan: Plan, constants: Constants | None = None) ->
         PayloadError: If their structure is not one that the plan and the task allow.
     """
     return student_of(task, plan, constants)
-
-
-@dataclass(frozen=True)
-class NoisyStep:
-    """Public constants of one local step.
-
-    Attributes:
-        clip: L2 bound of one example's gradient; None when single gradients are not bounded:
-            privacy is off, or the whole update is bounded afterwards (unit ``client``).
-        noise: Standard deviation of the noise added to each coordinate of the clipped sum.
-        denominator: What the noised sum is divided by.
-    """
-
-    clip: float | None
-    noise: float
-    denominator: float
-
-
-class Client(NamedTuple):
-    """What one client trains on, and what it draws from.
-
-    Attributes:
-        examples: All of its private examples.
-        randomness: Source of batches and noise.
-        path: Names its streams: run, client and round.
-        rule: What is added to each of its noised gradients.
-        start: The model that it starts from, if not from the common one.
-    """
-
-    examples: Examples
-    randomness: Randomness
-    path: tuple[str | int, ...]
-    rule: LocalRule = PLAIN
-    start: Vector | None = None
-
-    def begins(self, common: Vector) -> Vector:
-        """Return the model that the client starts from."""
-        return common if self.start is None else self.start
-
-    def batch(self, index: int, rate: float) -> Examples:
-        """Draw the Poisson batch of step ``index`` at ``rate``."""
-        draws = self.randomness.stream("batch", *self.path, index).uniform(
-            len(self.examples.labels)
-        )
-        chosen = torch.from_numpy(np.flatnonzero(draws < rate))
-        return Examples(self.examples.inputs[chosen], self.examples.labels[chosen])
-
-    def noised(
-        self, gradient: NDArray[np.float64], index: int, step: NoisyStep
-    ) -> NDArray[np.float64]:
-        """Add the noise of step ``index`` to its gradient sum and divide it, in place."""
-        if step.noise > 0:
-            noise = self.randomness.stream("noise", *self.path, index).normal(len(gradient))
-            noise *= step.noise
-            gradient += noise
-        gradient /= step.denominator
-        return gradient
 
 
 _TRIED, _NO_BOUND, _ROUNDING = 4, 1e6, 1e-3  # examples, clip, relative difference
@@ -117,6 +62,7 @@ class LocalTrainer:
         """
         _check_soft_labels(constants, task)
         self.plan, self._input_shape = plan, task.input_shape
+        self._expected = expected_batch(plan, task)
         self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
@@ -194,22 +140,40 @@ class LocalTrainer:
     ) -> list[Vector]:
         """Return what :meth:`pseudo_gradient` does for each of many clients, up to rounding.
 
-        Where :attr:`alone` is None, one pass goes through the batches of several clients. The same
-        clients in the same order give the same bits.
+        Where :attr:`alone` is None, one pass goes through the batches of several clients: of all
+        of them where they share their weights, as in a single bounded step, and otherwise as
+        :mod:`.together` says. The same clients in the same order give the same bits.
         """
-        if self.alone is not None:
+        if shares_weights(self.plan) and self.alone is None:
+            return self._one_step(start, clients, step)
+        if self.alone is not None or len(clients) == 1:
             return [self._steps(client.begins(start), client, step) for client in clients]
-        batches = [client.batch(0, self.plan.federation.sampling_rate) for client in clients]
-        sums = self._gradient_sums(start, batches, step.clip)
-        for client, gradient in zip(clients, sums, strict=True):
-            client.noised(gradient, 0, step)
-        sums += 0.0  # as _steps adds to zeros: -0.0 becomes 0.0
-        return list(sums.astype(np.float32))
+        return self._together.pseudo_gradients(start, clients, step)
 
-    @property
+    @cached_property
     def alone(self) -> str | None:
         """Why clients are trained one by one; None if passes go through several's batches."""
-        return _bounded_alone(self.plan) or (_HOOKED if self._clipped.method == "hooks" else None)
+        hooked = shares_weights(self.plan) and self._clipped.method == "hooks"
+        return reason_alone(self.plan, self._model, self._expected, hooked)
+
+    @cached_property
+    def _together(self) -> Together:
+        private, rounding = (
+            self.plan.private,
+            stacked_rounding(self._model, self.plan.student.quantize),
+        )
+        clipping = private.clipping if private else "flat"
+        own = OwnGradients(self._model, self.layout, clipping=clipping)
+        return Together(own, self.plan.federation, self._loss, rounding)
+
+    def _one_step(self, start: Vector, clients: Sequence[Client], step: NoisyStep) -> list[Vector]:
+        """Return the clients' only steps, which they all take from ``start``."""
+        batches = [client.batch(0, self.plan.federation.sampling_rate) for client in clients]
+        sums = self._gradient_sums(start, batches, step.clip)
+        for row, client in zip(sums, clients, strict=True):
+            row[:] = client.rule.corrected(client.noised(row, 0, step), start)
+        sums += 0.0  # as _steps adds to zeros: -0.0 becomes 0.0
+        return list(sums.astype(np.float32))
 
     def _steps(self, start: Vector, client: Client, step: NoisyStep) -> Vector:
         federation = self.plan.federation
@@ -255,27 +219,15 @@ class LocalTrainer:
         return loss
 
 
-_HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
-
-
-def _bounded_alone(plan: Plan) -> str | None:
-    if plan.federation.local != Local():
-        return "federation.local gives each client weights or gradients of its own"
-    if plan.federation.steps_per_round > 1:
-        return "federation.steps_per_round is above 1: weights of clients differ after a step"
-    if plan.private is None or plan.private.unit == "client":
-        return "gradients of single examples are not clipped"
-    return None
-
-
 def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) -> str | None:
     """Return why a simulation trains clients one by one; None if it trains many in one pass.
 
     Constants are needed where the plan changes the student's layers; a sketch of them will do.
     """
     with _same_draws():
-        method, _ = method_of(student_model(task, plan, constants), task.input_shape)
-    return _bounded_alone(plan) or (_HOOKED if method == "hooks" else None)
+        model = student_model(task, plan, constants)
+        hooked = shares_weights(plan) and method_of(model, task.input_shape)[0] == "hooks"
+    return reason_alone(plan, model, expected_batch(plan, task), hooked)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:

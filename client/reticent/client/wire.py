@@ -15,7 +15,7 @@ from reticent.core.protocol import Order
 from reticent.core.seeds import numpy_generator
 from reticent.core.update import Vector
 
-from .training import NoisyStep
+from .steps import NoisyStep
 
 _MARGIN = 1.02
 """What one draw of the noise may need more than another; a hundred times its deviation or so."""

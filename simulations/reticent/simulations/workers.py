@@ -85,9 +85,10 @@ class Site:
     def answer_many(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield the replies to whole blocks, in order; each is what :meth:`answer` gives.
 
-        Equal up to float32 rounding of the update before it is encoded, and so within one
-        quantization step after it: :data:`BLOCK` clients at a time are trained together. A reply is
-        a function of the messages of its block, so the same blocks give the same bits, whoever
+        Equal up to float32 rounding of gradients, and so after one local step within one
+        quantization step of the codec: :data:`BLOCK` clients at a time are trained together, unless
+        public constants say that it does not pay (:mod:`reticent.client.together`). A reply is a
+        function of the messages of its block, so the same blocks give the same bits, whoever
         answers them.
         """
         pending = iter(messages)

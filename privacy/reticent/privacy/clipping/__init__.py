@@ -4,6 +4,8 @@
 module                    what it holds
 ========================  ====================================================================
 :mod:`.sums`              :class:`ClippedGradients`: the guarantee, micro-batches, masks
+:mod:`.own`               :class:`OwnGradients`: the same where every owner has its own weights
+:mod:`.own_layers`        the layers of chains, applied with each owner's weights
 :mod:`.bounds`            how long one example's gradient may be, tensor by tensor
 :mod:`.choice`            which way a student's gradients are computed
 :mod:`.terms`             gradients of single examples, as rows or as outer products
@@ -19,6 +21,14 @@ module                    what it holds
 
 from .choice import method_of
 from .ghost import chain_of
+from .own import OwnGradients, own_chain_of
 from .sums import ClippedGradients, Loss
 
-__all__ = ["ClippedGradients", "Loss", "chain_of", "method_of"]
+__all__ = [
+    "ClippedGradients",
+    "Loss",
+    "OwnGradients",
+    "chain_of",
+    "method_of",
+    "own_chain_of",
+]

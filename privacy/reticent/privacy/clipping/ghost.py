@@ -92,7 +92,7 @@ class GhostGradients:
                     f"{layer} gave {len(values)} rows for {len(labels)} examples: the first "
                     "dimension must be the batch in every layer"
                 )
-        back = _of_outputs(loss, values, labels)
+        back = of_outputs(loss, values, labels)
         terms: list[list[Term]] = []
         while passed and back is not None:
             back, found = passed.pop()(back)
@@ -100,7 +100,7 @@ class GhostGradients:
         return [term for found in reversed(terms) for term in found]
 
 
-def _of_outputs(
+def of_outputs(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     outputs: torch.Tensor,
     labels: torch.Tensor,

@@ -61,7 +61,7 @@ def applied(layer: nn.Module, before: torch.Tensor, needed: bool) -> tuple[torch
         return _relu(before)
     if type(layer) is nn.Flatten:
         return _flatten(layer, before)
-    return _by_autograd(layer, before, needed)
+    return by_autograd(layer, before, needed)
 
 
 def over_places(values: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def _flatten(layer: nn.Flatten, before: torch.Tensor) -> tuple[torch.Tensor, Bac
 def _group_norm(
     layer: nn.GroupNorm, before: torch.Tensor, needed: bool
 ) -> tuple[torch.Tensor, Backward]:
-    plain, backward_plain = _by_autograd(
+    plain, backward_plain = by_autograd(
         lambda x: F.group_norm(x, layer.num_groups, eps=layer.eps), before, needed
     )
     channels = (-1, *[1] * (before.dim() - 2))
@@ -132,9 +132,10 @@ def _recurrent(
     return whole.last.detach(), backward
 
 
-def _by_autograd(
+def by_autograd(
     layer: Callable[[torch.Tensor], torch.Tensor], before: torch.Tensor, needed: bool
 ) -> tuple[torch.Tensor, Backward]:
+    """Apply a layer without parameters."""
     if not needed:
         return layer(before), lambda _: (None, [])
     leaf = before.detach().requires_grad_()
@@ -189,7 +190,7 @@ def _product(
 def _input_gradient(layer: nn.Conv2d, before: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     weight = layer.weight.contiguous(memory_format=torch.channels_last)
     stride, dilation = list(layer.stride), list(layer.dilation)
-    given = (back, before, weight, None, stride, list(_padding(layer)), dilation)
+    given = (back, before, weight, None, stride, list(padding_of(layer)), dilation)
     return torch.ops.aten.convolution_backward(*given, False, [0, 0], 1, [True, False, False])[0]
 
 
@@ -201,7 +202,7 @@ def columns_of(layer: nn.Conv2d, inputs: torch.Tensor) -> tuple[torch.Tensor, Pa
     """
     n, channels, height, width = inputs.shape
     (kh, kw), (sh, sw) = cast(Pair, layer.kernel_size), cast(Pair, layer.stride)
-    (ph, pw), (dh, dw) = _padding(layer), cast(Pair, layer.dilation)
+    (ph, pw), (dh, dw) = padding_of(layer), cast(Pair, layer.dilation)
     high, wide = height + 2 * ph, width + 2 * pw
     places = (high - dh * (kh - 1) - 1) // sh + 1, (wide - dw * (kw - 1) - 1) // sw + 1
     inside = (slice(None), slice(ph, ph + height), slice(pw, pw + width))
@@ -220,5 +221,6 @@ def columns_of(layer: nn.Conv2d, inputs: torch.Tensor) -> tuple[torch.Tensor, Pa
     return view.reshape(n, places[0] * places[1], -1), places
 
 
-def _padding(layer: nn.Conv2d) -> Pair:
+def padding_of(layer: nn.Conv2d) -> Pair:
+    """Return how many zeros a convolution adds above and below, and left and right."""
     return (0, 0) if layer.padding == "valid" else cast(Pair, layer.padding)

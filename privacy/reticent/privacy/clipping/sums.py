@@ -94,7 +94,7 @@ class ClippedGradients:
         self._microbatch = microbatch
         self._bounds = Bounds.of(layout, clipping)
         self.method, self._gradients = chosen(model, method, shape)
-        self._masks = _masks(layout, self._gradients.orders)
+        self._masks = masks_of(layout, self._gradients.orders)
 
     def sum(
         self,
@@ -162,38 +162,60 @@ class ClippedGradients:
         with swap(self._model):
             for start in range(0, len(labels), self._microbatch):
                 stop = min(start + self._microbatch, len(labels))
-                present, their = _present(owners.part(start, stop))
+                present, their = present_in(owners.part(start, stop))
                 part = slice(start, stop)
                 # No name is given to the terms: they would live on during the next pass.
-                self._add(
+                add_clipped(
                     total[present],
                     self._gradients.terms(inputs[part], labels[part], loss),
+                    self._masks,
+                    self._bounds,
+                    self._layout.sizes,
                     clip,
                     their,
                 )
         values = total.numpy()
         return (values[:, self._layout.index] if self._layout.kept else values).astype(np.float64)
 
-    def _add(self, total: torch.Tensor, terms: Sequence[Term], clip: float, owners: Owners) -> None:
-        """Add each owner's clipped sum to its row of ``total``, in place."""
-        masked = zip(terms, self._masks, strict=True)
-        squares = torch.stack([term.squares(mask) for term, mask in masked], dim=1)
-        kept, factors = self._bounds.factors(squares, clip)
-        owners = owners if kept is None else owners.among(kept)
-        # Coordinates that are pruned are left out by the caller.
-        blocks = total.split(list(self._layout.sizes), dim=1)
-        for i, (term, block) in enumerate(zip(terms, blocks, strict=True)):
-            block += term.weighted(kept, factors[:, i], owners)
+
+def add_clipped(
+    total: torch.Tensor,
+    terms: Sequence[Term],
+    masks: Sequence[torch.Tensor | None],
+    bounds: Bounds,
+    sizes: Sequence[int],
+    clip: float,
+    owners: Owners,
+) -> None:
+    """Add each owner's clipped sum to its row of ``total``, in place.
+
+    Args:
+        total: float32 ``(owners, sum of sizes)``; coordinates that are pruned get something, too:
+            the caller leaves them out.
+        terms: The gradients of every parameter, in order.
+        masks: As :func:`masks_of` gives them for ``terms``.
+        bounds: How long one example's gradient may be.
+        sizes: Coordinates of every parameter.
+        clip: L2 bound C of one example's gradient.
+        owners: Of the examples.
+    """
+    masked = zip(terms, masks, strict=True)
+    squares = torch.stack([term.squares(mask) for term, mask in masked], dim=1)
+    kept, factors = bounds.factors(squares, clip)
+    owners = owners if kept is None else owners.among(kept)
+    blocks = total.split(list(sizes), dim=1)
+    for i, (term, block) in enumerate(zip(terms, blocks, strict=True)):
+        block += term.weighted(kept, factors[:, i], owners)
 
 
-def _present(owners: Owners) -> tuple[slice, Owners]:
+def present_in(owners: Owners) -> tuple[slice, Owners]:
     """Return which owners have examples, and those alone; between them all may have none."""
     found = [i for i, span in enumerate(owners.spans) if span.stop > span.start]
     present = slice(found[0], found[-1] + 1)
     return present, Owners(owners.ends[present.start : present.stop + 1])
 
 
-def _masks(layout: Layout, orders: Sequence[tuple[int, ...] | None]) -> list[torch.Tensor | None]:
+def masks_of(layout: Layout, orders: Sequence[tuple[int, ...] | None]) -> list[torch.Tensor | None]:
     """Return 1 and 0 for each parameter, its dimensions ordered; None where all of it is kept."""
     flat = torch.from_numpy(layout.mask.astype(np.float32)).split(list(layout.sizes))
     shaped = zip(flat, layout.shapes, layout.blocks, orders, strict=True)

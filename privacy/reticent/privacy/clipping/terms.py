@@ -49,6 +49,12 @@ class Owners:
         return [slice(*pair) for pair in pairwise(self.ends)]
 
     @cached_property
+    def index(self) -> torch.Tensor:
+        """Whose each example is, int64 ``(n,)``."""
+        counts = torch.tensor([span.stop - span.start for span in self.spans], dtype=torch.int64)
+        return torch.arange(len(counts)).repeat_interleave(counts)
+
+    @cached_property
     def matrix(self) -> torch.Tensor | None:
         """1 where an owner has an example, else 0, float32 ``(owners, n)``; None with one owner."""
         if len(self.ends) == 2:

@@ -1,0 +1,73 @@
+"""One client's side of local steps: its batches, its noise, and what a step does to a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from reticent.core.tasks import Examples
+from reticent.core.update import Vector
+from reticent.privacy.randomness import Randomness
+
+from .local_rules import PLAIN, LocalRule
+
+
+@dataclass(frozen=True)
+class NoisyStep:
+    """Public constants of one local step.
+
+    Attributes:
+        clip: L2 bound of one example's gradient; None when single gradients are not bounded:
+            privacy is off, or the whole update is bounded afterwards (unit ``client``).
+        noise: Standard deviation of the noise added to each coordinate of the clipped sum.
+        denominator: What the noised sum is divided by.
+    """
+
+    clip: float | None
+    noise: float
+    denominator: float
+
+
+class Client(NamedTuple):
+    """What one client trains on, and what it draws from.
+
+    Attributes:
+        examples: All of its private examples.
+        randomness: Source of batches and noise.
+        path: Names its streams: run, client and round.
+        rule: What is added to each of its noised gradients.
+        start: The model that it starts from, if not from the common one.
+    """
+
+    examples: Examples
+    randomness: Randomness
+    path: tuple[str | int, ...]
+    rule: LocalRule = PLAIN
+    start: Vector | None = None
+
+    def begins(self, common: Vector) -> Vector:
+        """Return the model that the client starts from."""
+        return common if self.start is None else self.start
+
+    def batch(self, index: int, rate: float) -> Examples:
+        """Draw the Poisson batch of step ``index`` at ``rate``."""
+        draws = self.randomness.stream("batch", *self.path, index).uniform(
+            len(self.examples.labels)
+        )
+        chosen = torch.from_numpy(np.flatnonzero(draws < rate))
+        return Examples(self.examples.inputs[chosen], self.examples.labels[chosen])
+
+    def noised(
+        self, gradient: NDArray[np.float64], index: int, step: NoisyStep
+    ) -> NDArray[np.float64]:
+        """Add the noise of step ``index`` to its gradient sum and divide it, in place."""
+        if step.noise > 0:
+            noise = self.randomness.stream("noise", *self.path, index).normal(len(gradient))
+            noise *= step.noise
+            gradient += noise
+        gradient /= step.denominator
+        return gradient

@@ -1,0 +1,133 @@
+"""Local steps of several clients in common passes, and when that is done.
+
+Clients that share their weights, as in a round of one bounded step, go through common passes at
+these (:class:`~reticent.privacy.clipping.ClippedGradients`). After a step, and with personal layers
+before it, every client has weights of its own: passes are then common for what treats all examples
+alike, and the matrix products are each client's
+(:class:`~reticent.privacy.clipping.OwnGradients`).
+
+Batches, noise, local rules and the arithmetic of a step are those of a client that is trained
+alone, by the same code; only its gradients are rounded to float32 in another order. Over several
+steps of quantization-aware training that can put a weight on the other side of a rounding boundary,
+which moves it by one quantization step, and what follows from there by as little as that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from reticent.core.plan import Federation, Plan
+from reticent.core.tasks import Task
+from reticent.core.update import Vector
+from reticent.privacy.clipping import Loss, OwnGradients, own_chain_of
+
+from .steps import Client, NoisyStep
+
+MOST_EXAMPLES, MOST_PARAMETERS = 16, 2**17
+"""Largest expected batch of a step, and largest student, of clients that are trained together on
+weights of their own. What passes share is the cost of starting them; where batches are larger, or
+nearly all the time goes into moving weights, there is little of it (``benchmarks/together.py``)."""
+
+_HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
+
+
+def shares_weights(plan: Plan) -> bool:
+    """Return whether all clients compute bounded gradients at the broadcast model only."""
+    federation, private = plan.federation, plan.private
+    bounded = private is not None and private.unit == "example"
+    return bounded and federation.steps_per_round == 1 and not federation.local.personal
+
+
+def expected_batch(plan: Plan, task: Task) -> float:
+    """Return how many examples a step draws on average, by public constants alone."""
+    return plan.federation.sampling_rate * task.nominal_examples
+
+
+def reason_alone(plan: Plan, model: nn.Module, batch: float, hooked: bool) -> str | None:
+    """Return why clients are trained one by one; None if in common passes. Reads no data.
+
+    Args:
+        plan: The plan.
+        model: Its student.
+        batch: As :func:`expected_batch` gives it.
+        hooked: Whether gradients of single examples at common weights are known to Opacus' hooks
+            only.
+    """
+    if shares_weights(plan):
+        return _HOOKED if hooked else None
+    found = _costly(plan, model, batch)
+    return found and f"each has weights of its own, and {found}"
+
+
+def _costly(plan: Plan, model: nn.Module, batch: float) -> str | None:
+    """Return why common passes at weights of one's own cannot be had, or would not pay."""
+    layers, size = own_chain_of(model), sum(p.numel() for p in model.parameters())
+    if layers is None:
+        return "the student is not a plain chain of layers without recurrence"
+    if batch > MOST_EXAMPLES:
+        return f"a step's expected batch of {batch:g} examples is above {MOST_EXAMPLES}"
+    if size > MOST_PARAMETERS:
+        return f"the student's {size:,} parameters are more than {MOST_PARAMETERS:,}"
+    bounded = plan.private is not None and plan.private.unit == "example"
+    if not bounded and not any(isinstance(layer, nn.Conv2d) for layer in layers):
+        return "gradients are not bounded, in a student without convolutions"
+    return None
+
+
+@dataclass(frozen=True)
+class Together:
+    """Trains clients with weights of their own in common passes.
+
+    Attributes:
+        own: What computes their gradient sums.
+        federation: The plan's section.
+        loss: The sum of the examples' losses.
+        rounding: What weights go through before they are used, as ``OwnGradients.sums`` takes it.
+    """
+
+    own: OwnGradients
+    federation: Federation
+    loss: Loss
+    rounding: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+    def pseudo_gradients(
+        self, start: Vector, clients: Sequence[Client], step: NoisyStep
+    ) -> list[Vector]:
+        """Return the sum of each client's noised steps, float32 ``(size,)`` each.
+
+        Args:
+            start: The broadcast parameters, float32 ``(size,)``.
+            clients: What each trains on, and from.
+            step: Public constants.
+        """
+        weights = np.stack([client.begins(start) for client in clients])
+        total = np.zeros(weights.shape, dtype=np.float64)
+        for index in range(self.federation.steps_per_round):
+            sums = self._sums(weights, clients, index, step.clip)
+            for client, gradient, own, row in zip(clients, sums, weights, total, strict=True):
+                moved = client.rule.corrected(client.noised(gradient, index, step), own)
+                row += moved
+                own[:] = (own - self.federation.learning_rate * moved).astype(np.float32)
+        return list(total.astype(np.float32))
+
+    def _sums(
+        self,
+        weights: NDArray[np.float32],
+        clients: Sequence[Client],
+        index: int,
+        clip: float | None,
+    ) -> NDArray[np.float64]:
+        """Return each client's gradient sum over its batch of step ``index``."""
+        batches = [client.batch(index, self.federation.sampling_rate) for client in clients]
+        inputs = torch.cat([batch.inputs for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches])
+        counts = [len(batch.labels) for batch in batches]
+        if not len(labels):
+            return np.zeros(weights.shape, dtype=np.float64)
+        return self.own.sums(weights, inputs, labels, counts, self.loss, clip, self.rounding)

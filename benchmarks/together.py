@@ -53,11 +53,11 @@ BATCHES = (1, 4, 8, 16, 32)
 MODELS = ("digits", "tiny", "tiny-gn", "cnn", "mlp")
 PROMISES = {
     "bounded": ("privacy.noise_multiplier=1.0", "privacy.trust=local"),
-    "plain": ("privacy=off",),
+    "plain": ("privacy.noise_multiplier=1.0", "privacy.unit=client"),
 }
 RUNS = {
     "unit example, local trust": PROMISES["bounded"],
-    "unit client": ("privacy.noise_multiplier=1.0", "privacy.unit=client"),
+    "unit client": PROMISES["plain"],
 }
 
 

@@ -172,7 +172,6 @@ VARIANTS = [
     [PER_LAYER, NOISE],
     ["student.distill.local_weight=0.4"],
     ["student.quantize.bits=2"],
-    ["privacy=off"],
     ["privacy.unit=client", NOISE],
     ["privacy.trust=local", NOISE, "federation.steps_per_round=2"],
     ["privacy.trust=local", NOISE, 'updates.codec=["topk"]', "updates.error_feedback=true"],
@@ -180,7 +179,10 @@ VARIANTS = [
     ["privacy.trust=local", NOISE, *SEVERAL, "federation.local.scaffold=true"],
     ["privacy.trust=local", NOISE, *SEVERAL, "federation.local.proximal=0.5", PER_LAYER],
     ["privacy.unit=client", NOISE, *SEVERAL, 'federation.local.personal=["6"]'],
-    ["privacy=off", *SEVERAL, "federation.local.proximal=0.5", "student.distill.local_weight=0.4"],
+    [
+        *("privacy.unit=client", NOISE, *SEVERAL),
+        *("federation.local.proximal=0.5", "student.distill.local_weight=0.4"),
+    ],
 ]
 
 
@@ -274,9 +276,10 @@ def test_it_is_said_which_plans_are_trained_one_by_one() -> None:
     def reason(rate: float, *overrides: str) -> str | None:
         return trained_alone(plan_of(*overrides, f"federation.sampling_rate={rate}"), larger)
 
-    assert reason(0.5, *local, *SEVERAL) is None and reason(0.5, "privacy=off") is None
+    assert reason(0.5, *local, *SEVERAL) is None
+    assert "to the bit" in (reason(0.5, "privacy=off") or "")
     large = "batch of 19.2 examples is above 16"
-    for overrides in ((*local, *SEVERAL), ("privacy=off",), ("privacy.unit=client", NOISE)):
+    for overrides in ((*local, *SEVERAL), ("privacy.unit=client", NOISE)):
         assert large in (reason(0.6, *overrides) or "")
     assert reason(1.0) is None and reason(1.0, *local, "federation.local.scaffold=true") is None
 
@@ -299,13 +302,14 @@ def test_students_for_which_it_would_not_pay_are_trained_one_by_one(
     task, fixed = Other(shape=(5,)), ("student.quantize.kind=none", "student.prune.kind=none")
     assert trained_alone(plan_of(*fixed), task) is None
     several = plan_of(*fixed, "privacy.trust=local", NOISE, *SEVERAL)
-    for plan, reason in ((several, bounded), (plan_of(*fixed, "privacy=off"), plain)):
+    unbounded = plan_of(*fixed, "privacy.unit=client", NOISE)
+    for plan, reason in ((several, bounded), (unbounded, plain)):
         found = trained_alone(plan, task)
         assert (reason in (found or "")) if reason else found is None
 
 
 def test_a_device_alone_is_trained_by_the_plain_loop() -> None:
-    plan = plan_of("privacy=off", *SEVERAL)
+    plan = plan_of("privacy.unit=client", NOISE, *SEVERAL)
     trainer = LocalTrainer(plan, SmallTask(), Constants(b"", SOFT))
     assert "_together" not in vars(trainer)
     start, step = trainer.layout.read(SmallTask().student("")), NoisyStep(None, 0.0, 6.0)

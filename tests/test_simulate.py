@@ -288,7 +288,7 @@ def federated_averaging(plan: Plan, start: np.ndarray) -> np.ndarray:
 def test_with_everything_off_it_is_federated_averaging_exactly(tmp_path: Path) -> None:
     plan = plan_of(*PLAIN)
     # In common passes torch would add up the same numbers in another order.
-    assert "expected batch" in (trained_alone(plan, load_task(plan.task, plan.seed)) or "")
+    assert "to the bit" in (trained_alone(plan, load_task(plan.task, plan.seed)) or "")
     run = simulate(plan, tmp_path / "run")
     journal = Journal(run)
     start = student_model(load_task(plan.task, plan.seed), plan)

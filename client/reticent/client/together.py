@@ -34,6 +34,7 @@ MOST_EXAMPLES, MOST_PARAMETERS = 16, 2**17
 weights of their own. What passes share is the cost of starting them; where batches are larger, or
 nearly all the time goes into moving weights, there is little of it (``benchmarks/together.py``)."""
 
+_EXACT = "privacy is off, and the run is then plain federated averaging to the bit"
 _HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
 
 
@@ -61,6 +62,8 @@ def reason_alone(plan: Plan, model: nn.Module, batch: float, hooked: bool) -> st
     """
     if shares_weights(plan):
         return _HOOKED if hooked else None
+    if plan.private is None:
+        return _EXACT
     found = _costly(plan, model, batch)
     return found and f"each has weights of its own, and {found}"
 
@@ -74,8 +77,8 @@ def _costly(plan: Plan, model: nn.Module, batch: float) -> str | None:
         return f"a step's expected batch of {batch:g} examples is above {MOST_EXAMPLES}"
     if size > MOST_PARAMETERS:
         return f"the student's {size:,} parameters are more than {MOST_PARAMETERS:,}"
-    bounded = plan.private is not None and plan.private.unit == "example"
-    if not bounded and not any(isinstance(layer, nn.Conv2d) for layer in layers):
+    plain = plan.private is None or plan.private.unit == "client"
+    if plain and not any(isinstance(layer, nn.Conv2d) for layer in layers):
         return "gradients are not bounded, in a student without convolutions"
     return None
 

@@ -4,9 +4,9 @@
 
 A row is one block of clients that take five local steps each: batches, passes, noise and the move
 of the weights, with int8 weights in training. "Bounded" clips the gradient of every example and
-adds noise to each step; "plain" is what clients do under privacy unit ``client``, or without
-privacy. Both ways take turns in one process on one thread; times are medians of the CPU time of the
-process, a ratio is of two medians of the same run. With ``--runs``, also whole simulations on
+adds noise to each step; "plain" is what clients do under privacy unit ``client``. Both ways take
+turns in one process on one thread; times are medians of the CPU time of the process, a ratio is of
+two medians of the same run. With ``--runs``, also whole simulations on
 ``digits`` (50 clients, 5 local steps): CPU time of the process for five rounds after the first.
 """
 

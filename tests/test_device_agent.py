@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,16 @@ from typing import Any
 import pytest
 
 from reticent.cli import main as command
-from reticent.client.agent import MOST_LOG_BYTES, append, environment, supernode
+from reticent.client.agent import MOST_LOG_BYTES, Agent, append, environment, supernode
 from reticent.client.backoff import Backoff
-from reticent.client.folder import Device, create_device, is_held, open_device, renew_device
+from reticent.client.folder import (
+    Device,
+    accept_policy,
+    create_device,
+    is_held,
+    open_device,
+    renew_device,
+)
 from reticent.client.launcher import write_launcher
 from reticent.client.unit import device_unit
 from reticent.core.bundle import Bundle, read_bundle, write_bundle
@@ -107,6 +115,17 @@ def test_a_renewal_by_another_devices_bundle_is_refused(home: Home, device: Devi
     with pytest.raises(ProvisionError, match="the bundle is of pi-2"):
         renew_device(device, other)
     assert {p: p.read_bytes() for p in device.folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("damage", [lambda key: key.unlink(), lambda key: key.write_text("no key")])
+def test_an_agent_does_not_go_on_without_its_node_key(
+    device: Device, damage: Callable[[Path], object]
+) -> None:
+    """A SuperNode without its key would be started over and over."""
+    accept_policy(device, POLICY, "here")
+    damage(device.node_key)
+    with pytest.raises(ProvisionError, match=re.escape(str(device.node_key))):
+        Agent(device, lambda _: None, lambda *_: pytest.fail("it was started")).run()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")

@@ -21,7 +21,7 @@ from reticent.core.run import write_atomic
 
 from .backoff import Backoff
 from .family import Child, adopt_orphans, end_children
-from .folder import Device, held
+from .folder import Device, held, read_node_key
 from .launcher import write_launcher
 from .leaving import leave
 
@@ -91,9 +91,11 @@ class Agent:
         Raises:
             RunError: If another agent runs for the folder.
             PolicyError: If the owner has accepted no policy.
+            ProvisionError: If the node key is gone or damaged: no restart of a SuperNode mends it.
         """
         with held(self.device):
             self.device.owners_policy()
+            read_node_key(self.device.node_key)
             write_launcher(self.device.programs)
             adopt_orphans()
             before = read_report(self.device)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from engines import ENGINES, needs_x86
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional
@@ -91,7 +92,10 @@ def by_hand(model: nn.Module, x: torch.Tensor, section: Quantize, levels: int) -
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize(("engine", "levels", "other"), [("qnnpack", 255, 127), ("x86", 127, 255)])
+@pytest.mark.parametrize(
+    ("engine", "levels", "other"),
+    [("qnnpack", 255, 127), pytest.param("x86", 127, 255, marks=needs_x86)],
+)
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_linear_layers_compute_what_rounding_by_hand_does(
     engine: Backend, levels: int, other: int, granularity: Granularity
@@ -139,7 +143,7 @@ def test_recurrent_layers_compute_what_rounding_by_hand_does(kind: str) -> None:
     assert (found - expected).abs().mean() < 0.5 * (found - only(codes(20))).abs().mean()
 
 
-@pytest.mark.parametrize("engine", ["qnnpack", "x86"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["lstm", "gru", "perceptron"])
 def test_it_agrees_with_float_as_torchs_own_does(kind: str, engine: Backend) -> None:
     model, x = (

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from engines import needs_x86
 from torch import nn
 from torch.nn import functional
 
@@ -170,6 +171,7 @@ def test_the_engine_is_restored_also_after_an_error() -> None:
         pass
 
 
+@needs_x86
 @pytest.mark.parametrize("bits", [8, 2])
 @pytest.mark.parametrize("kind", ["folded", "group"])
 def test_the_x86_engine_gives_the_answers_of_qnnpack(kind: str, bits: Bits) -> None:
@@ -188,6 +190,7 @@ def test_the_x86_engine_gives_the_answers_of_qnnpack(kind: str, bits: Bits) -> N
     assert torch.equal(other(x.contiguous(memory_format=torch.channels_last)), other(x))
 
 
+@needs_x86
 def test_weights_that_might_saturate_are_refused_by_x86_and_others_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

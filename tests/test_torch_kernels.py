@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import ENGINES
 from torch import nn
 from torch.nn import functional
 
@@ -55,7 +56,7 @@ def group_norm(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.quantized.group_norm(x, 4, weight, bias, 1e-5, 0.05, 128).dequantize()
 
 
-@pytest.mark.parametrize("engine", ["qnnpack", "x86"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_group_norm_of_channels_last_tensors_is_wrong_past_some_example(engine: str) -> None:
     right = functional.group_norm(quantized(False).dequantize(), 4)
     with quantized_engine(engine):

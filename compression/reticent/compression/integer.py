@@ -274,9 +274,9 @@ def build(spec: IntegerSpec, engine: str = "qnnpack") -> IntegerModel:
             cannot be used, or might saturate on this processor.
     """
     _check_arrays(spec)
-    if engine == "x86":
-        _refuse_saturation(spec)
     with quantized_engine(engine), warnings.catch_warnings():
+        if engine == "x86":
+            _refuse_saturation(spec)
         # torch warns, once in a process, that its quantized tensors will be removed.
         warnings.filterwarnings("ignore", message=".*quantize.*", category=UserWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -285,7 +285,9 @@ def build(spec: IntegerSpec, engine: str = "qnnpack") -> IntegerModel:
 
 
 def _refuse_saturation(spec: IntegerSpec) -> None:
-    if torch.cpu.get_capabilities().get("avx512_vnni", False):
+    # A torch that cannot tell (2.10 cannot) is taken to run on a processor without.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    if capabilities().get("avx512_vnni", False):
         return
     for name, array in spec.arrays.items():
         largest = int(array.to(torch.int16).abs().max()) if array.dtype == torch.int8 else 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from engines import has_vnni
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -74,6 +75,8 @@ def converted(kind: str) -> tuple[nn.Sequential, IntegerSpec]:
 def deployed(kind: str, name: BackendName) -> Deployed:
     if not installed(BACKENDS[name]):
         pytest.skip(f"{name} is not installed")
+    if name == "x86" and not has_vnni:
+        pytest.skip("this processor lacks AVX512-VNNI: weights of 8 bits are refused")
     return deploy(converted(kind)[1], BACKENDS[name], SHAPE)
 
 

@@ -115,9 +115,8 @@ class Packer:
             for record in message.content.values():
                 if id(record) not in self._index:
                     self._index[id(record)] = len(self._records)
-                    self._records.append(
-                        cast(ConfigRecord, record)
-                    )  # kept, so its id stays its own
+                    # Kept, so that its id stays its own.
+                    self._records.append(cast(ConfigRecord, record))
         if len(self._records) > known:
             self._work = Work(tuple(self._records), self._rules, self._kept).encode()
         return self._work

@@ -117,6 +117,15 @@ def test_a_renewal_by_another_devices_bundle_is_refused(home: Home, device: Devi
     assert {p: p.read_bytes() for p in device.folder.iterdir() if p.is_file()} == before
 
 
+def test_a_renewal_by_another_servers_bundle_is_refused(tmp_path: Path, device: Device) -> None:
+    before = {p: p.read_bytes() for p in device.folder.iterdir() if p.is_file()}
+    stranger = create_home(tmp_path / "stranger", ["127.0.0.1"], 8000, utc_now())
+    other = read_bundle(enroll(stranger, ["pi-1"], POLICY, utc_now())[0])
+    with pytest.raises(ProvisionError, match="the bundle is of another server"):
+        renew_device(device, other)
+    assert {p: p.read_bytes() for p in device.folder.iterdir() if p.is_file()} == before
+
+
 @pytest.mark.parametrize("damage", [lambda key: key.unlink(), lambda key: key.write_text("no key")])
 def test_an_agent_does_not_go_on_without_its_node_key(
     device: Device, damage: Callable[[Path], object]

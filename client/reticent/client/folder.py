@@ -185,11 +185,15 @@ def renew_device(device: Device, bundle: Bundle) -> Device:
     try:
         part.mkdir(mode=0o700)
         _unpack(part, bundle)
-        new = _bytes_of(part / "plans.pub.pem"), bundle.name, bundle.index
-        if new != (_bytes_of(device.folder / "plans.pub.pem"), device.name, device.index):
+        if (bundle.name, bundle.index) != (device.name, device.index):
             raise ProvisionError(
                 f"the bundle is of {bundle.name}, index {bundle.index}, and this is the folder of "
-                f"{device.name}, index {device.index}, of the same or another server"
+                f"{device.name}, index {device.index}"
+            )
+        if _bytes_of(part / "plans.pub.pem") != _bytes_of(device.folder / "plans.pub.pem"):
+            raise ProvisionError(
+                f"the bundle is of another server, whose key of plans is not the one that "
+                f"{device.folder} has; `reticent device init` makes a folder for it"
             )
         for path in sorted(part.iterdir()):
             path.replace(device.folder / path.name)

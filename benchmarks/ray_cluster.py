@@ -19,7 +19,7 @@ from typing import Any
 
 from family import titled
 from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
-from runs import SMALL, model_of
+from small_runs import SMALL, model_of
 
 PLAN = [*SMALL, "federation.rounds=4", "federation.retries=0"]
 DELAY = 0.1  # seconds after a round was begun

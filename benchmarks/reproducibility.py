@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from runs import SMALL, model_of
+from small_runs import SMALL, model_of
 
 
 @dataclass(frozen=True)

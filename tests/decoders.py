@@ -44,8 +44,6 @@ from reticent.client.kept import Kept
 from reticent.client.models import Models
 from reticent.client.policy import load_policy
 from reticent.client.records import pack
-from reticent.compression.artifact import TaskInfo, files_of
-from reticent.compression.artifact import _parse_manifest as parse_manifest
 from reticent.compression.artifact import _unpack as unpack_self_test
 from reticent.compression.backends.frames import framed, unframed
 from reticent.compression.backends.qnnpack import QNNPACK
@@ -54,6 +52,7 @@ from reticent.compression.codec.build import QUANTIZERS as PLAIN_NAMES
 from reticent.compression.codec.frame import OVERHEAD
 from reticent.compression.convert import calibrate, convert
 from reticent.compression.deployable import parse_form
+from reticent.compression.manifest import TaskInfo, files_of, parse_manifest
 from reticent.compression.structure import build as build_structure
 from reticent.compression.structure import describe
 from reticent.core.bundle import Bundle, read_bundle

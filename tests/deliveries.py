@@ -13,9 +13,10 @@ from reticent.client.delivery import Part, Recipient
 from reticent.client.folder import Device, accept_policy, create_device
 from reticent.client.models import Models
 from reticent.client.trial import check_model
-from reticent.compression.artifact import SelfTest, TaskInfo, write_artifact
+from reticent.compression.artifact import SelfTest, write_artifact
 from reticent.compression.convert import calibrate, convert
 from reticent.compression.integer import build
+from reticent.compression.manifest import TaskInfo
 from reticent.core.bundle import read_bundle, sign_plan
 from reticent.core.errors import ArtifactError
 from reticent.core.offer import Offer, Receipt, offer_of, sign_offer

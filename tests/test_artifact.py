@@ -22,16 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reticent.compression.artifact import (
-    SelfTest,
-    TaskInfo,
-    files_of,
-    load_artifact,
-    verify_artifact,
-    write_artifact,
-)
+from reticent.compression.artifact import SelfTest, load_artifact, verify_artifact, write_artifact
 from reticent.compression.convert import calibrate, convert
 from reticent.compression.integer import IntegerSpec, build
+from reticent.compression.manifest import TaskInfo, files_of
 from reticent.core.errors import ArtifactError, DataError
 from reticent.core.seeds import torch_generator
 from reticent.core.signing import make_signing_key, read_private_key, read_public_key

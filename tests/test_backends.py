@@ -16,19 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reticent.compression.artifact import (
-    SelfTest,
-    TaskInfo,
-    load_artifact,
-    verify_artifact,
-    write_artifact,
-)
+from reticent.compression.artifact import SelfTest, load_artifact, verify_artifact, write_artifact
 from reticent.compression.backends import BACKEND_NAMES, BackendName
 from reticent.compression.backends.base import Deployed, deploy, installed, load
 from reticent.compression.backends.frames import framed, unframed
 from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.convert import calibrate, compare, convert, fake_quantized_model
 from reticent.compression.integer import Graph, Grid, IntegerSpec
+from reticent.compression.manifest import TaskInfo
 from reticent.core.errors import ArtifactError, DataError, DependencyError
 from reticent.core.seeds import torch_generator
 

@@ -15,9 +15,10 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional
 
-from reticent.compression.artifact import SelfTest, TaskInfo, load_artifact, write_artifact
+from reticent.compression.artifact import SelfTest, load_artifact, write_artifact
 from reticent.compression.deployable import assemble, parse_spec, quantized, require_dynamic_form
 from reticent.compression.dynamic import DynamicSpec, build_dynamic, dynamic_spec, rounded_copy
+from reticent.compression.manifest import TaskInfo
 from reticent.compression.quantize import WeightGrid, fake_quantize
 from reticent.core.errors import ArtifactError, DataError, PlanError
 from reticent.core.plan import Backend, Granularity, Quantize, parse_plan

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from reticent.compression.artifact import TaskInfo
+from reticent.compression.manifest import TaskInfo
 from reticent.core.decoding import parse_npy
 from reticent.core.errors import DataError
 from reticent.core.tasks.idx import read_idx

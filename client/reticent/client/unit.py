@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reticent.core.errors import ProvisionError
+from reticent.core.systemd import quoted
 
 UNIT = "reticent-device.service"
 MEMORY_MAX = "1G"
@@ -20,7 +20,7 @@ def device_unit(folder: Path, command: Path) -> str:
     Raises:
         ProvisionError: If a path holds what a unit file cannot.
     """
-    where, runs = _quoted(folder), _quoted(command)
+    where, runs = quoted(folder), quoted(command)
     return f"""[Unit]
 Description=reticent device ({folder.name})
 Wants=network-online.target
@@ -57,10 +57,3 @@ ReadWritePaths={where}
 [Install]
 WantedBy=multi-user.target
 """
-
-
-def _quoted(path: Path) -> str:
-    text = str(path)
-    if not text.isprintable() or set(text) & set("\"'\\%$"):
-        raise ProvisionError(f"{path}: a systemd unit cannot hold such a path: choose another")
-    return f'"{text}"' if " " in text else text

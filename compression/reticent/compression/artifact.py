@@ -13,88 +13,37 @@ import importlib.metadata
 import json
 import math
 import os
-import secrets
-import shutil
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from reticent.core.errors import ArtifactError, DataError, ReticentError
-from reticent.core.signing import SIGNATURE_BYTES, is_signed, write_new
+from reticent.core.signing import SIGNATURE_BYTES, is_signed
 
-from .backends import BackendName
 from .backends.base import Deployed, deploy, load
 from .backends.registry import BACKENDS
+from .card import model_card
 from .deployable import Form, Spec, parse_form
 from .dynamic import DynamicGraph
 from .integer import Weighted
-
-FORMAT_VERSION = 2
-MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
-COMMON_FILES = ("model.json", "self_test.safetensors", "MODEL_CARD.md")
-MAX_FILE_BYTES = 256 * 2**20
-MAX_MANIFEST_BYTES = 2**20
-
-
-def files_of(backend: BackendName) -> tuple[str, ...]:
-    """Return the names of the files that a manifest of ``backend`` lists."""
-    return (BACKENDS[backend].model_file, *COMMON_FILES)
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TaskInfo(_Part):
-    """What the model is for.
-
-    Attributes:
-        name: Name of the task.
-        classes: Number of classes: the length of the logits.
-        input_shape: Shape of one example.
-        preprocessing: How raw data become inputs (say, the mean and deviation they were scaled by).
-    """
-
-    name: str
-    classes: Annotated[int, Field(ge=1)]
-    input_shape: tuple[Annotated[int, Field(ge=1)], ...]
-    preprocessing: str
-
-
-class FileEntry(_Part):
-    """Size and SHA-256 of one file."""
-
-    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Manifest(_Part):
-    """What an artifact is, and what it is made of.
-
-    Format 2 packs weights (:mod:`packing`); format 1, whose weights are plain int8, is still read.
-    ``privacy`` always has ``epsilon``: a number, or the word ``"infinity"`` when privacy was off.
-    ``backend`` says which file holds the model and what runs it (:mod:`.backends`).
-    """
-
-    format_version: Literal[1, 2] = FORMAT_VERSION
-    backend: BackendName = "qnnpack"
-    created_by: str
-    plan_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    task: TaskInfo
-    metrics: dict[str, Any]
-    privacy: dict[str, Any]
-    sizes: dict[str, Any]
-    files: dict[str, FileEntry]
+from .manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE,
+    Manifest,
+    TaskInfo,
+    parse_manifest,
+)
+from .publishing import check_target, publish
 
 
 @dataclass(frozen=True)
@@ -168,7 +117,7 @@ def write_artifact(
         ArtifactError: If the folder is taken or cannot be written, the self test fails, or the
             account is incomplete.
     """
-    _check_target(folder, replace)
+    check_target(folder, replace)
     deployed = deployed or deploy(spec, BACKENDS["qnnpack"], task.input_shape)
     _run_self_test(deployed.model, deployed.graph, task, self_test)
     account = {
@@ -180,10 +129,10 @@ def write_artifact(
         deployed.backend.model_file: deployed.data,
         "model.json": (deployed.graph.model_dump_json(indent=1) + "\n").encode(),
         "self_test.safetensors": _pack({"inputs": self_test.inputs, "logits": self_test.logits}),
-        "MODEL_CARD.md": _card(deployed, task, plan_digest, account).encode(),
+        "MODEL_CARD.md": model_card(deployed, task, plan_digest, account).encode(),
     }
     entries = {name: _entry(data) for name, data in contents.items()}
-    manifest = _parse_manifest(
+    manifest = parse_manifest(
         json.dumps(
             {
                 "format_version": FORMAT_VERSION,
@@ -199,7 +148,7 @@ def write_artifact(
     contents[MANIFEST] = (manifest.model_dump_json(indent=1) + "\n").encode()
     contents[SIGNATURE] = private_key.sign(contents[MANIFEST])
     try:
-        _publish(folder, contents, replace)
+        publish(folder, contents, replace)
     except OSError as error:
         raise ArtifactError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
@@ -242,7 +191,7 @@ def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dic
             f"{folder}: the signature does not fit: the manifest was changed, or it was signed "
             "with another key"
         )
-    manifest = _parse_manifest(text)
+    manifest = parse_manifest(text)
     _check_names(folder, manifest)
     contents: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
@@ -258,20 +207,6 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for name in sorted(present ^ {*manifest.files, MANIFEST, SIGNATURE}):
         problem = "is not part of an artifact" if name in present else "is missing"
         raise ArtifactError(f"{folder / name}: {problem}")
-
-
-def _parse_manifest(text: bytes) -> Manifest:
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArtifactError(f"{MANIFEST}: {where}: {first['msg']}") from error
-    # A fixed set of names leaves no room for paths that lead elsewhere.
-    files = files_of(manifest.backend)
-    if manifest.files.keys() != set(files):
-        raise ArtifactError(f"{MANIFEST}: lists {sorted(manifest.files)}: must list {list(files)}")
-    return manifest
 
 
 def _read_plain(path: Path, limit: int) -> bytes:
@@ -380,85 +315,3 @@ def _created_by() -> str:
         return f"reticent {importlib.metadata.version('reticent')}"
     except importlib.metadata.PackageNotFoundError:
         return "reticent (not installed)"
-
-
-def _card(
-    deployed: Deployed, task: TaskInfo, plan_digest: str, account: Mapping[str, Mapping[str, Any]]
-) -> str:
-    off = account["privacy"]["epsilon"] == "infinity"
-    promise = (
-        "Trained **without** differential privacy: ε = infinity. It may reveal its training data."
-        if off
-        else "Trained federatedly with differential privacy; the statement is below."
-    )
-    shape = " x ".join(map(str, task.input_shape))
-    lines = [
-        f"# Model card: {task.name}",
-        "",
-        f"A classifier with {task.classes} classes for inputs of shape {shape}, float32. The "
-        f"weights of its layers are integers, and it computes with 8-bit ones. "
-        f"`{deployed.backend.model_file}` runs on {deployed.backend.runs_on}; weights of fewer "
-        "bits or of low entropy are packed in the file.",
-        "",
-        f"Preprocessing: {task.preprocessing}",
-        "",
-        promise,
-    ]
-    for title in ("privacy", "metrics", "sizes"):
-        lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in account[title].items()]
-    return "\n".join([*lines, "", "## Origin", "", f"Plan (SHA-256): `{plan_digest}`", ""])
-
-
-def _cell(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _check_target(folder: Path, replace: bool) -> None:
-    if not (folder.exists() or folder.is_symlink()):
-        return
-    if not replace:
-        raise ArtifactError(f"{folder}: already exists; ask for it to be replaced, or move it")
-    if folder.is_symlink() or not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder}: is not an artifact, so it is not replaced")
-
-
-def _publish(folder: Path, contents: Mapping[str, bytes], replace: bool) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        for name, data in contents.items():
-            write_new(temporary / name, data, 0o644)
-        temporary.chmod(0o755)
-        _sync(temporary)
-        _swap(temporary, folder, replace)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _swap(temporary: Path, folder: Path, replace: bool) -> None:
-    # Checked again: the folder may have appeared while the files were written.
-    _check_target(folder, replace)
-    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
-    replaced = folder.exists()
-    if replaced:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if replaced:
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,11 +12,7 @@ import torch
 from torch import nn
 
 from reticent.compression.adapt import merged
-from reticent.compression.artifact import (
-    SelfTest,
-    TaskInfo,
-    write_artifact,
-)
+from reticent.compression.artifact import SelfTest, write_artifact
 from reticent.compression.backends.base import Backend, Deployed, deploy
 from reticent.compression.backends.registry import BACKENDS
 from reticent.compression.bench import Latency, side_by_side, size_on_disk
@@ -24,6 +20,7 @@ from reticent.compression.convert import Agreement, compare
 from reticent.compression.deployable import Spec, assemble, quantized
 from reticent.compression.fold import is_chain
 from reticent.compression.forms import integer_problem
+from reticent.compression.manifest import TaskInfo
 from reticent.core.errors import ArtifactError
 from reticent.core.plan import Plan, Quantize
 from reticent.core.run import write_atomic

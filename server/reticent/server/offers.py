@@ -170,7 +170,8 @@ def _offers(offer: Offer, plan: str, files: dict[str, bytes]) -> bool:
 
 def _files(home: Home, run: Run) -> dict[str, bytes]:
     """Return the files of a run's artifact, which devices will accept."""
-    from reticent.compression.artifact import MANIFEST, SIGNATURE, load_artifact  # imports torch
+    from reticent.compression.artifact import load_artifact  # imports torch
+    from reticent.compression.manifest import MANIFEST, SIGNATURE
 
     if not run.artifact.is_dir():
         raise ArtifactError(f"{run.folder}: has no artifact: the run has not ended, or made none")

@@ -1,0 +1,75 @@
+"""A folder of files that appears whole or not at all, for artifacts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from reticent.core.errors import ArtifactError
+from reticent.core.signing import write_new
+
+from .manifest import MANIFEST
+
+
+def check_target(folder: Path, replace: bool) -> None:
+    """Refuse a folder that is taken, or that is no artifact to be replaced.
+
+    Raises:
+        ArtifactError: If it is.
+    """
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    if not replace:
+        raise ArtifactError(f"{folder}: already exists; ask for it to be replaced, or move it")
+    if folder.is_symlink() or not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"{folder}: is not an artifact, so it is not replaced")
+
+
+def publish(folder: Path, contents: Mapping[str, bytes], replace: bool) -> None:
+    """Write ``contents``, by name, to ``folder``, which appears whole or not at all.
+
+    Raises:
+        ArtifactError: As :func:`check_target`.
+        OSError: If it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        for name, data in contents.items():
+            write_new(temporary / name, data, 0o644)
+        temporary.chmod(0o755)
+        _sync(temporary)
+        _swap(temporary, folder, replace)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _swap(temporary: Path, folder: Path, replace: bool) -> None:
+    # Checked again: the folder may have appeared while the files were written.
+    check_target(folder, replace)
+    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if replaced:
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -50,6 +50,7 @@ from reticent.core.update import Vector
 from .downlink import Broadcast
 from .fleet import Release
 from .strategy import PrivateAveraging
+from .waiting import wait_for_nodes
 
 ModelAfter = Callable[[int], Vector]
 
@@ -94,7 +95,7 @@ class BufferedAveraging(PrivateAveraging):
         if self._releases is None:
             if self._fleet is None:
                 raise NetworkError("buffered aggregation needs the virtual clock of a fleet")
-            nodes = self._wait_for_nodes(grid)
+            nodes = wait_for_nodes(grid, self._plan.federation, self._nodes)
             self._releases = islice(self._fleet.releases(nodes), number - 1, None)
         release = next(self._releases, None)
         if release is None:

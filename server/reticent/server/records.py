@@ -6,6 +6,9 @@ of Flower.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from flwr.app import ConfigRecord, RecordDict
 
 from reticent.core.errors import PayloadError
@@ -28,3 +31,17 @@ def payload_of(content: RecordDict, name: str) -> bytes:
         if isinstance(payload, bytes):
             return payload
     raise PayloadError("the reply is not one encoded update")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Records that many messages share, and the bytes in them."""
+
+    records: dict[str, ConfigRecord]
+    size: int
+
+    @staticmethod
+    def of(payloads: Mapping[str, bytes]) -> Shared:
+        """Return records with one payload each."""
+        records = {name: packed(payload) for name, payload in payloads.items()}
+        return Shared(records, sum(map(len, payloads.values())))

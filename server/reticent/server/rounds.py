@@ -9,6 +9,8 @@ from typing import Any
 
 from reticent.core.errors import NetworkError
 from reticent.core.personal import Split
+from reticent.core.plan import Federation
+from reticent.core.protocol import Refusal
 from reticent.core.update import Layout, Vector
 from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
@@ -164,6 +166,26 @@ class BudgetsSpent(NetworkError):
         """Describe the end of the training."""
         super().__init__(message)
         self.round, self.tally = round, tally
+
+
+def too_few(number: int, federation: Federation, tally: Tally, silent: str) -> NetworkError:
+    """Return the error of a round without a quorum, asked as often as the plan allows.
+
+    ``silent`` names who was asked last and did not reply, if anybody. Refusals for want of budget
+    count once, however often the round was asked.
+    """
+    asked = federation.retries + 1
+    reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
+    silence = f", at last without a reply of {silent}" if silent else ""
+    kept = f"rounds 1 to {number - 1} are kept" if number > 1 else "no round was committed yet"
+    text = (
+        f"round {number}: {tally.sum.count} of {federation.clients_per_round} clients gave a "
+        f"valid reply, {federation.quorum} are needed, asked {asked} times "
+        f"({reasons or 'no reply at all'}){silence}; {kept}"
+    )
+    if tally.sum.count + tally.dropped[Refusal.BUDGET.text] // asked >= federation.quorum:
+        return BudgetsSpent(text, number, tally)
+    return NetworkError(text)
 
 
 @dataclass(frozen=True)

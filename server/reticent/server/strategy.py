@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from reticent.compression.codec import Codec, build_codec
-from reticent.core.errors import NetworkError, PayloadError
+from reticent.core.errors import PayloadError
 from reticent.core.plan import Plan
-from reticent.core.protocol import PROTOCOL, Order, Refusal
+from reticent.core.protocol import PROTOCOL, Order
 from reticent.core.seeds import numpy_generator
 from reticent.core.update import Vector
 
@@ -26,10 +26,11 @@ from .fleet import Fleet, Virtual
 from .folding import Folder, FoldingGrid, Kept, Rules
 from .nodes import Nodes
 from .optimizer import Floats, ServerState, apply_round
-from .records import packed, payload_of
+from .records import Shared, packed, payload_of
 from .robust import combined, needs_all
-from .rounds import BudgetsSpent, RoundPlan, Tally
+from .rounds import RoundPlan, Tally, too_few
 from .sampling import Sampler, cohort_in_time
+from .waiting import wait_for_nodes, wait_for_return
 
 Committed = Callable[[ServerState, Tally, float], None]
 Opened = Callable[[list[int]], Iterable[int]]
@@ -144,7 +145,8 @@ class PrivateAveraging(Strategy):
             self._countersigner.begin()
         for self._attempt in range(federation.retries + 1):
             if self._attempt:
-                self._wait_for_return(grid)
+                accepted = self._tally.accepted
+                wait_for_return(grid, federation, self._nodes, self._cohort, accepted)
             messages = self.configure_train(number, arrays, config, grid)
             self._gather(number, messages, grid)
             self._remember_holders(number)
@@ -223,20 +225,8 @@ class PrivateAveraging(Strategy):
         return schedule.clip if self.state.clip is None else self.state.clip
 
     def _give_up(self, number: int) -> None:
-        tally, federation = self._tally, self._plan.federation
-        reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
         names = self._nodes.named(sorted(self._waiting))
-        silent = f", at last without a reply of {names}" if names else ""
-        kept = f"rounds 1 to {number - 1} are kept" if number > 1 else "no round was committed yet"
-        text = (
-            f"round {number}: {tally.sum.count} of {federation.clients_per_round} clients gave a "
-            f"valid reply, {federation.quorum} are needed, asked {federation.retries + 1} times "
-            f"({reasons or 'no reply at all'}){silent}; {kept}"
-        )
-        refused = tally.dropped[Refusal.BUDGET.text] // (federation.retries + 1)
-        if tally.sum.count + refused >= federation.quorum:
-            raise BudgetsSpent(text, number, tally)
-        raise NetworkError(text)
+        raise too_few(number, self._plan.federation, self._tally, names)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -270,8 +260,8 @@ class PrivateAveraging(Strategy):
         constants = packed(self._constants.constants)
         control = self._variates.payload(self.state)
         common = {} if control is None else {"control": control}
-        whole = _Packed.of({"broadcast": sent.whole, **common})
-        change = _Packed.of({"broadcast": sent.change or b"", "change": sent.marks, **common})
+        whole = Shared.of({"broadcast": sent.whole, **common})
+        change = Shared.of({"broadcast": sent.change or b"", "change": sent.marks, **common})
         for node in cohort:
             # Who was accepted in the last round holds its model; a device that lost it says so.
             latest = sent.change is not None and self._holds.get(node) == number - 1
@@ -328,7 +318,7 @@ class PrivateAveraging(Strategy):
         Raises:
             NetworkError: If fewer nodes are connected than the quorum, or may be asked.
         """
-        nodes = self._wait_for_nodes(grid)
+        nodes = wait_for_nodes(grid, self._plan.federation, self._nodes)
         asked: Mapping[int, int] = self._taken_part
         if not isinstance(nodes, range):  # of a simulation, whose nodes are its devices
             asked = {node: self._taken_part[self._nodes.identity(node)] for node in nodes}
@@ -336,42 +326,6 @@ class PrivateAveraging(Strategy):
             self._sampler, number, nodes, asked, self._fleet, self._time
         )
         return chosen
-
-    def _wait_for_nodes(self, grid: Grid) -> Sequence[int]:
-        federation = self._plan.federation
-        deadline = time.monotonic() + federation.timeout
-        while True:
-            nodes = grid.get_node_ids()
-            if not isinstance(nodes, range):  # a simulation's, however many, take no memory
-                nodes = sorted(nodes)
-            missing = self._nodes.seen(nodes)
-            if len(nodes) >= federation.clients_per_round:
-                return nodes
-            if time.monotonic() > deadline:
-                if len(nodes) >= federation.quorum:
-                    return nodes
-                raise NetworkError(
-                    f"{len(nodes)} clients are connected after {federation.timeout:g} s, "
-                    f"{federation.quorum} are needed{missing}"
-                )
-            time.sleep(1.0)
-
-    def _wait_for_return(self, grid: Grid) -> None:
-        """Before a round is asked again, wait until enough of its devices can answer.
-
-        A device that is not connected answers at once, with an error of Flower's: without this a
-        device that restarts would use up every retry within a second.
-        """
-        federation, accepted = self._plan.federation, self._tally.accepted
-        deadline = time.monotonic() + federation.timeout
-        while time.monotonic() < deadline:
-            nodes = grid.get_node_ids()
-            nodes = nodes if isinstance(nodes, range) else set(nodes)
-            there = sum(node in accepted or node in nodes for node in self._cohort)
-            if there >= federation.quorum:
-                return
-            self._nodes.seen(sorted(nodes))
-            time.sleep(1.0)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -437,19 +391,6 @@ class PrivateAveraging(Strategy):
     ) -> MetricRecord | None:
         """Aggregate nothing."""
         return None
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Records that many messages share, and the bytes in them."""
-
-    records: dict[str, ConfigRecord]
-    size: int
-
-    @staticmethod
-    def of(payloads: Mapping[str, bytes]) -> _Packed:
-        records = {name: packed(payload) for name, payload in payloads.items()}
-        return _Packed(records, sum(map(len, payloads.values())))
 
 
 def _array(values: Vector) -> Array:

@@ -1,0 +1,62 @@
+"""How long a round waits for its nodes: before it is asked, and before it is asked again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+
+from flwr.serverapp import Grid
+
+from reticent.core.errors import NetworkError
+from reticent.core.plan import Federation
+
+from .nodes import Nodes
+
+_LOOK_SECONDS = 1.0
+
+
+def wait_for_nodes(grid: Grid, federation: Federation, known: Nodes) -> Sequence[int]:
+    """Return the connected nodes, sorted: a full cohort, or after the timeout a quorum at least.
+
+    Raises:
+        NetworkError: If fewer than the quorum are connected after ``federation.timeout`` seconds.
+    """
+    deadline = time.monotonic() + federation.timeout
+    while True:
+        nodes = grid.get_node_ids()
+        if not isinstance(nodes, range):  # a simulation's, however many, take no memory
+            nodes = sorted(nodes)
+        missing = known.seen(nodes)
+        if len(nodes) >= federation.clients_per_round:
+            return nodes
+        if time.monotonic() > deadline:
+            if len(nodes) >= federation.quorum:
+                return nodes
+            raise NetworkError(
+                f"{len(nodes)} clients are connected after {federation.timeout:g} s, "
+                f"{federation.quorum} are needed{missing}"
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def wait_for_return(
+    grid: Grid,
+    federation: Federation,
+    known: Nodes,
+    cohort: Sequence[int],
+    accepted: Collection[int],
+) -> None:
+    """Before a round is asked again, wait until enough of its devices can answer.
+
+    A device that is not connected answers at once, with an error of Flower's: without this a
+    device that restarts would use up every retry within a second.
+    """
+    deadline = time.monotonic() + federation.timeout
+    while time.monotonic() < deadline:
+        nodes = grid.get_node_ids()
+        nodes = nodes if isinstance(nodes, range) else set(nodes)
+        there = sum(node in accepted or node in nodes for node in cohort)
+        if there >= federation.quorum:
+            return
+        known.seen(sorted(nodes))
+        time.sleep(_LOOK_SECONDS)

@@ -120,6 +120,14 @@ def test_worker_processes_give_the_same_model(finished: Run, tmp_path: Path) -> 
         ledger.verify()
 
 
+def test_worker_processes_give_the_same_model_after_several_local_steps(tmp_path: Path) -> None:
+    """Clients then have weights of their own, and pass through a step together."""
+    several = ("privacy.trust=local", "federation.steps_per_round=3", "federation.rounds=2")
+    one = simulate(plan_of(*several), tmp_path / "one")
+    two = simulate(plan_of(*several, "engine.workers=2"), tmp_path / "two")
+    assert one.read_summary()["model"] == two.read_summary()["model"]
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
     finished: Run, tmp_path: Path, rounds: int

@@ -22,7 +22,7 @@ from reticent.core.run import write_atomic
 from .backoff import Backoff
 from .family import Child, adopt_orphans, end_children
 from .folder import Device, held, read_node_key
-from .launcher import write_launcher
+from .launcher import SUPERNODE, write_launcher
 from .leaving import leave
 
 MOST_LOG_BYTES = 1_000_000
@@ -175,7 +175,7 @@ def supernode(device: Device, port: int) -> list[str]:
         raise ProvisionError(f"{device.folder}: Flower cannot be given such a path: move it")
     return [
         *(sys.executable, "-P", "-m", f"{__package__}.nursery", str(device.folder)),
-        "flower-supernode",
+        SUPERNODE,
         *("--root-certificates", str(device.authority)),
         *("--superlink", device.address),
         *("--auth-supernode-private-key", str(device.node_key)),

@@ -3,7 +3,8 @@
 A Flower app is a bundle of files that the server sends; ours is a ``pyproject.toml`` only, but a
 bundle may hold modules, which Flower would import with the rights of the device's owner. Here they
 are refused, by an audit hook (PEP 578), which cannot be taken off again: what a bundle may name is
-code that is installed on the device. Nothing of Flower is changed.
+code that is installed on the device. Of Flower only the SuperNode's way of receiving messages is
+changed (:mod:`.in_step`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import NoReturn
 
 from . import asking
 
-PROGRAM = "flwr-clientapp"
+SUPERNODE = "flower-supernode"
 EXECUTOR = "flower-superexec"
+PROGRAM = "flwr-clientapp"
 
 
 def forbid_code_in(folder: Path) -> None:
@@ -66,6 +68,10 @@ def run(words: Sequence[str]) -> NoReturn:
         words: Its name and its arguments.
     """
     forbid_code_in(Path(os.environ["FLWR_HOME"]))
+    if words[0] == SUPERNODE:
+        from .in_step import keep_in_step  # a ClientApp does without the SuperNode's modules
+
+        keep_in_step()
     sys.argv = list(words)
     sys.exit(loaded(words[0])())
 

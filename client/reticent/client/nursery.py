@@ -6,9 +6,9 @@ imported them already, so that they share that memory, and a round does not pay 
 those of Flower always, and those of torch if the device's owner lets it stay loaded
 (``resources.warm``). A message still has a process of its own.
 
-Nothing of Flower is changed: its programs are started by name, and :mod:`.launcher` puts others
-under their names, which ask here (:mod:`.asking`). Whatever goes wrong with that, they start
-Flower's own program. What is forked is a console script of Flower's, called as a console script is.
+Flower's programs are started by name, and :mod:`.launcher` puts others under their names, which ask
+here (:mod:`.asking`). Whatever goes wrong with that, they start Flower's own program. What is
+forked is a console script of Flower's, called as a console script is.
 
 A process with threads must not be forked, so none is ever started here; should a library start one
 at its import, nothing is forked.
@@ -38,7 +38,7 @@ from reticent.privacy.ledger import Ledger
 from .asking import SOCKET, YES
 from .family import end_with_parent, name_process
 from .folder import Device, open_device
-from .launcher import EXECUTOR, PROGRAM, loaded, run
+from .launcher import EXECUTOR, PROGRAM, SUPERNODE, loaded, run
 from .resources import LIBRARIES, Memory
 
 TICK = "reticent-tick"
@@ -185,7 +185,7 @@ def prepare(device: Device) -> None:
 
     Where memory is too short for a round beside that, torch is left out.
     """
-    for name in ("flower-supernode", EXECUTOR, PROGRAM):
+    for name in (SUPERNODE, EXECUTOR, PROGRAM):
         loaded(name)
     importlib.import_module("reticent.client.deployment")
     if not device.owners_policy().resources.warm:

@@ -1,0 +1,144 @@
+"""A SuperNode sends each message's own reply, also after one whose run ended half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal as flower
+from flwr.supernode.nodestate.nodestate_factory import NodeStateFactory
+
+from reticent.client import in_step
+
+NODE, RUN = 7, 1
+
+
+@dataclass
+class Supernode:
+    """Flower's state and functions of a SuperNode; the network and the ClientApp are played."""
+
+    store: Any
+    state: Any
+    sent: list[str] = field(default_factory=list)
+
+    def order(self, number: int) -> Message:
+        content = RecordDict({"order": ConfigRecord({"number": number})})
+        order = Message(content, dst_node_id=NODE, message_type="train", group_id=str(number))
+        order.metadata.__dict__["_message_id"] = order.object_id
+        return order
+
+    def receive(self, order: Message, confirm: Callable[[], None], gone: bool = False) -> Any:
+        """Receive ``order``; where it is ``gone`` its run ends while its content is fetched."""
+        objects = {k: o.deflate() for k, o in get_all_nested_objects(order).items()}
+        order.metadata.delivered_at = ""
+
+        def fetch(run: int, name: str) -> bytes:
+            if gone:
+                raise RunNotRunningException
+            return objects[name]
+
+        return flower._pull_and_store_message(
+            state=self.state,
+            object_store=self.store,
+            node_config={},
+            receive=lambda: (order, get_object_tree(order)),
+            get_run=Run.create_empty,
+            get_fab=lambda *_: pytest.fail("the run is known"),
+            pull_object=fetch,
+            confirm_message_received=lambda *_: confirm(),
+            trusted_entities=None,
+        )
+
+    def answer(self, order: Message) -> None:
+        """Reply as a ClientApp does, through the state."""
+        self.state.get_messages_legacy(run_ids=[RUN], is_reply=False, limit=1)
+        self.state.record_message_processing_start(order.metadata.message_id)
+        reply = Message(RecordDict(), reply_to=order)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        self.state._store_generated_message(reply)
+        self.state.record_message_processing_end(order.metadata.message_id)
+        self.state.store_message(reply)
+
+    def send(self) -> None:
+        def sending(reply: Message, *_: Any) -> tuple[set[str], str]:
+            self.sent.append(reply.metadata.reply_to_message_id)
+            return set(), ""
+
+        flower._push_messages(self.state, self.store, sending, lambda *_: None)
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Supernode:
+    for name, value in (("task_id", 1), ("run_id", RUN), ("node_id", 1)):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", value)
+    objects = ObjectStoreFactory()
+    state = NodeStateFactory(objects).state()
+    state.set_node_id(NODE)
+    state.store_run(Run.create_empty(RUN))
+    return Supernode(objects.store(), state)
+
+
+@pytest.fixture
+def mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "_pull_and_store_message", flower._pull_and_store_message)
+    in_step.keep_in_step()
+
+
+def ended() -> None:
+    raise RunNotRunningException
+
+
+def one_given_up_and_one_good(node: Supernode) -> tuple[str, str]:
+    """Answer an order whose run ends before it is confirmed, and then a good one."""
+    first, second = node.order(1), node.order(2)
+
+    def confirm() -> None:
+        node.answer(first)
+        ended()
+
+    assert node.receive(first, confirm) is None
+    assert node.receive(second, lambda: None) == RUN
+    node.answer(second)
+    node.send()
+    return first.metadata.message_id, second.metadata.message_id
+
+
+def test_flowers_own_supernode_sends_a_reply_too_many(node: Supernode) -> None:
+    """What is mended; once Flower does so itself, :mod:`reticent.client.in_step` can go."""
+    first, second = one_given_up_and_one_good(node)
+    assert node.sent == [first, second]
+
+
+@pytest.mark.usefixtures("mended")
+def test_a_reply_to_a_message_that_was_given_up_is_dropped(node: Supernode) -> None:
+    _, second = one_given_up_and_one_good(node)
+    assert node.sent == [second]
+
+
+@pytest.mark.usefixtures("mended")
+@pytest.mark.parametrize("gone", [False, True])
+def test_of_a_message_that_was_given_up_nothing_is_left_to_answer(
+    node: Supernode, gone: bool
+) -> None:
+    """Neither if it was here whole nor if its content never came: that would be waited for."""
+    assert node.receive(node.order(1), ended, gone) is None
+    assert not node.state.get_messages_legacy(is_reply=False)
+    assert [task.status.status for task in node.state.get_tasks()] == ["finished"]
+
+
+@pytest.mark.usefixtures("mended")
+def test_in_step_a_supernode_works_as_flowers_own(node: Supernode) -> None:
+    orders = [node.order(number) for number in range(3)]
+    for order in orders:
+        assert node.receive(order, lambda: None) == RUN
+        node.answer(order)
+        node.send()
+    assert node.sent == [order.metadata.message_id for order in orders]
+    assert node.receive(node.order(9), lambda: None) == RUN

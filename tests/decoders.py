@@ -20,6 +20,7 @@ import struct
 import tempfile
 import time
 import tracemalloc
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ from torch import nn
 from reticent.cli.inputs import read_inputs
 from reticent.client.agent import Report, read_report
 from reticent.client.budget import remembered_budget
+from reticent.client.bundles import require_no_code
 from reticent.client.diary import BEGUN, Diary
 from reticent.client.downlink import ModelMissing, changed, remember
 from reticent.client.folder import create_device, open_device, read_node_key
@@ -98,6 +100,7 @@ SECONDS = 1.0
 MIB = 2**20
 _ROOT = tempfile.TemporaryDirectory(prefix="decoders-")
 FOLDER = Path(_ROOT.name)
+APP = '[project]\nname = "run"\nversion = "1"\n[tool.flwr.app]\npublisher = "reticent"\n'
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 BLOCKS = (30, 0, 27)
 LAYOUT = Layout(("a", "b", "c"), ((6, 5), (0,), (9, 3)))
@@ -520,6 +523,11 @@ def _deployment() -> Iterator[Decoder]:
         key = replace(registry.devices["pi-1"].key, node=2**63 + 5)
         registry.devices["pi-1"] = registry.devices["pi-1"].with_key(key)
     yield Decoder("bundle", Bundle.decode, (path.read_bytes(),), _with_checksum)
+    app = io.BytesIO()
+    with zipfile.ZipFile(app, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pyproject.toml", APP)
+        archive.writestr(".info/CONTENT", "")
+    yield Decoder("app", require_no_code, (app.getvalue(),))
     device = create_device(FOLDER / "pi-1", read_bundle(path))
 
     def unpacked(data: bytes) -> object:

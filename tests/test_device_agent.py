@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from reticent.cli import main as command
 from reticent.client.agent import MOST_LOG_BYTES, Agent, append, environment, supernode
@@ -28,7 +29,7 @@ from reticent.client.folder import (
     open_device,
     renew_device,
 )
-from reticent.client.launcher import write_launcher
+from reticent.client.launcher import PROGRAM, REFUSED, write_launcher
 from reticent.client.unit import device_unit
 from reticent.core.bundle import Bundle, read_bundle, write_bundle
 from reticent.core.errors import PolicyError, ProvisionError
@@ -340,6 +341,59 @@ def test_code_that_a_server_sent_is_not_run(tmp_path: Path, inside: bool) -> Non
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == (1 if inside else 66)
     assert ("came from the server" in done.stderr) is inside
+
+
+FORGED = """
+import importlib, importlib.util, marshal, struct, sys
+from pathlib import Path
+from reticent.client.launcher import find_installed_only, forbid_code_in
+
+home, app, module = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+code = compile("import os; os._exit(66)", "/usr/lib/python3/innocent.py", "exec")
+data = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, 0, 0) + marshal.dumps(code)
+for name in ("evil.pyc", "reticent/evil.pyc", "reticent/client/evil.pyc"):
+    (app / name).parent.mkdir(parents=True, exist_ok=True)
+    (app / name).write_bytes(data)
+importlib.import_module("reticent.client")
+forbid_code_in(home)
+if sys.argv[4] == "guarded":
+    find_installed_only(home)
+sys.path.insert(0, str(app))
+importlib.invalidate_caches()
+importlib.import_module("reticent.client.backoff")
+importlib.metadata.version("flwr")
+importlib.import_module(module)
+"""
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("module", ["evil", "reticent.evil", "reticent.client.evil"])
+def test_compiled_code_that_names_another_file_is_not_run_either(
+    tmp_path: Path, inside: bool, module: str
+) -> None:
+    """A compiled module says itself which file it is from; not even Flower's folder need hold it.
+
+    The last two are parts of packages without an ``__init__.py``, which grow with ``sys.path``.
+    """
+    home = tmp_path / "flower"
+    app = home / "apps" / "app" if inside else tmp_path / "elsewhere"
+    words = [sys.executable, "-c", FORGED, str(home), str(app), module]
+    done = subprocess.run([*words, "guarded"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
+    if module == "evil":  # what it is kept from
+        done = subprocess.run([*words, "free"], capture_output=True, text=True, check=False)
+        assert done.returncode == 66
+
+
+def test_of_flowers_programs_for_apps_one_is_started(device: Device) -> None:
+    write_launcher(device.programs)
+    assert {PROGRAM, *REFUSED} == set(TASK_TYPE_TO_COMMAND.values())
+    settings = environment(device)
+    for program in REFUSED:
+        found = shutil.which(program, path=settings["PATH"])
+        assert found == str(device.programs / program)
+        done = subprocess.run([str(found)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "is not run on this device" in done.stderr
 
 
 def test_flower_finds_the_launcher_first_and_it_is_flowers_own_program(device: Device) -> None:

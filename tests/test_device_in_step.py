@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
@@ -16,8 +22,29 @@ from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate.nodestate_factory import NodeStateFactory
 
 from reticent.client import in_step
+from reticent.client.bundles import MOST_BYTES, require_no_code
+from reticent.core.errors import PayloadError
+from reticent.core.plan import parse_plan
+from reticent.server.certificates import utc_now
+from reticent.server.home import create_home
+from reticent.server.operate import write_app
 
 NODE, RUN = 7, 1
+PROJECT = """[project]
+name = "run"
+version = "0.1.0"
+description = "A run"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "reticent"
+[tool.flwr.app.components]
+serverapp = "a:b"
+clientapp = "c:d"
+"""
+
+
+def unknown(*_: Any) -> None:
+    pytest.fail("the run is known")
 
 
 @dataclass
@@ -34,7 +61,9 @@ class Supernode:
         order.metadata.__dict__["_message_id"] = order.object_id
         return order
 
-    def receive(self, order: Message, confirm: Callable[[], None], gone: bool = False) -> Any:
+    def receive(
+        self, order: Message, confirm: Callable[[], None], gone: bool = False, **fetched: Any
+    ) -> Any:
         """Receive ``order``; where it is ``gone`` its run ends while its content is fetched."""
         objects = {k: o.deflate() for k, o in get_all_nested_objects(order).items()}
         order.metadata.delivered_at = ""
@@ -49,8 +78,7 @@ class Supernode:
             object_store=self.store,
             node_config={},
             receive=lambda: (order, get_object_tree(order)),
-            get_run=Run.create_empty,
-            get_fab=lambda *_: pytest.fail("the run is known"),
+            **{"get_run": Run.create_empty, "get_fab": unknown, **fetched},
             pull_object=fetch,
             confirm_message_received=lambda *_: confirm(),
             trusted_entities=None,
@@ -88,7 +116,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Supernode:
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flower, "_pull_and_store_message", flower._pull_and_store_message)
-    in_step.keep_in_step()
+    in_step.mend_supernode()
 
 
 def ended() -> None:
@@ -142,3 +170,62 @@ def test_in_step_a_supernode_works_as_flowers_own(node: Supernode) -> None:
         node.send()
     assert node.sent == [order.metadata.message_id for order in orders]
     assert node.receive(node.order(9), lambda: None) == RUN
+
+
+def bundle(**files: str) -> Any:
+    """Return an app as Flower sends it; each file's name is given with its dots as ``_``."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, text in {"pyproject.toml": PROJECT, ".info/CONTENT": "", **files}.items():
+            archive.writestr(name, text)
+    return data.getvalue()
+
+
+@pytest.mark.usefixtures("mended")
+@pytest.mark.parametrize(
+    ("kind", "content", "run"),
+    [
+        (TaskType.SERVER_APP, bundle(), 2),
+        (TaskType.AGENT_APP, bundle(), None),
+        (TaskType.SERVER_APP, bundle(**{"evil.py": ""}), None),
+        (TaskType.SERVER_APP, b"", None),
+    ],
+)
+def test_messages_of_runs_that_bring_code_are_ignored(
+    node: Supernode, kind: TaskType, content: bytes, run: int | None
+) -> None:
+    order = node.order(1)
+    order.metadata.__dict__["_run_id"] = 2
+    found = node.receive(
+        order,
+        lambda: None,
+        get_run=lambda number: replace(Run.create_empty(number), primary_task_type=kind),
+        get_fab=lambda digest, number: Fab(digest, content, {}),
+    )
+    assert found == run
+    assert len(node.state.get_tasks()) == (0 if run is None else 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK", "no bundle"),
+        (bundle(**{"reticent/evil.pyc": ""}), "only"),
+        (bundle(**{"pyproject.toml": "["}), "no bundle"),
+        (bundle(**{"pyproject.toml": PROJECT.replace("0.1.0", "1/../../x")}), "project.version"),
+        (bundle(**{"pyproject.toml": PROJECT.replace("reticent", "/etc")}), "publisher"),
+        (bundle(**{"pyproject.toml": "a = 1"}), "project.name"),
+        (bundle(**{"pyproject.toml": "#" * (MOST_BYTES + 1)}), "more than"),
+    ],
+)
+def test_a_bundle_of_more_than_a_configuration_is_refused(content: bytes, said: str) -> None:
+    with pytest.raises(PayloadError, match=said):
+        require_no_code(content)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatch")
+def test_the_servers_own_apps_are_taken(tmp_path: Path) -> None:
+    home = create_home(tmp_path / "server", ["127.0.0.1"], 8000, utc_now())
+    (tmp_path / "app").mkdir()
+    write_app(tmp_path / "app", parse_plan("", []), home, {}, "a:b")
+    require_no_code(build_fab_from_disk(tmp_path / "app"))

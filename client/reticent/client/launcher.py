@@ -1,10 +1,11 @@
 """Stands in for Flower's programs on a device, so that a server cannot send code.
 
-A Flower app is a bundle of files that the server sends; ours is a ``pyproject.toml`` only, but a
-bundle may hold modules, which Flower would import with the rights of the device's owner. Here they
-are refused, by an audit hook (PEP 578), which cannot be taken off again: what a bundle may name is
-code that is installed on the device. Of Flower only the SuperNode's way of receiving messages is
-changed (:mod:`.in_step`).
+A Flower app is a bundle of files that the server sends; ours is a ``pyproject.toml`` only, and the
+SuperNode takes no other (:mod:`.in_step`). Should one come past it all the same, its code is not
+run: modules are looked for only where they were looked for before the bundle came, an audit hook
+(PEP 578), which cannot be taken off again, refuses code from Flower's folder, and the programs of
+Flower's that are for other kinds of apps are not started. What a bundle may name is code that is
+installed on the device.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import NoReturn
 
 from . import asking
@@ -22,6 +25,7 @@ from . import asking
 SUPERNODE = "flower-supernode"
 EXECUTOR = "flower-superexec"
 PROGRAM = "flwr-clientapp"
+REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 
 
 def forbid_code_in(folder: Path) -> None:
@@ -44,6 +48,45 @@ def forbid_code_in(folder: Path) -> None:
     sys.addaudithook(hook)
 
 
+class _Installed:
+    """Finds modules on ``sys.path`` as it was, and parts of packages not in ``folder`` either."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = list(sys.path)
+        self._folder = os.path.realpath(folder) + os.sep
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a module as Python does."""
+        if path is None:
+            return PathFinder.find_spec(name, self._path, target)
+        # A namespace package grows with sys.path, and so into what was added to it.
+        added = set(sys.path) - set(self._path)
+        return PathFinder.find_spec(name, [p for p in path if not self._came(p, added)], target)
+
+    def invalidate_caches(self) -> None:
+        """Look at folders anew."""
+        PathFinder.invalidate_caches()
+
+    def find_distributions(self, *context: DistributionFinder.Context) -> Iterable[Distribution]:
+        """Find what is installed, for ``importlib.metadata``."""
+        return PathFinder.find_distributions(*context)
+
+    def _came(self, place: str, added: set[str]) -> bool:
+        where = os.path.realpath(place) + os.sep
+        return any(
+            where.startswith(bound)
+            for bound in (self._folder, *(os.path.realpath(a) + os.sep for a in added))
+        )
+
+
+def find_installed_only(folder: Path) -> None:
+    """From now on import modules only from where they are found now, and none from ``folder``."""
+    finder = _Installed(folder)
+    sys.meta_path[:] = [finder if found is PathFinder else found for found in sys.meta_path]
+
+
 def write_launcher(folder: Path) -> None:
     """Write the programs that Flower finds before its own; ``folder`` comes first in PATH."""
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -52,6 +95,10 @@ def write_launcher(folder: Path) -> None:
     for program in (PROGRAM, EXECUTOR):
         path = folder / program
         path.write_text(f'#!/bin/sh\nexec {command} {program} "$@"\n')
+        path.chmod(0o700)
+    for program in REFUSED:
+        path = folder / program
+        path.write_text(f'#!/bin/sh\necho "{program}: is not run on this device" >&2\nexit 1\n')
         path.chmod(0o700)
 
 
@@ -67,11 +114,13 @@ def run(words: Sequence[str]) -> NoReturn:
     Args:
         words: Its name and its arguments.
     """
-    forbid_code_in(Path(os.environ["FLWR_HOME"]))
+    folder = Path(os.environ["FLWR_HOME"])
+    forbid_code_in(folder)
+    find_installed_only(folder)
     if words[0] == SUPERNODE:
-        from .in_step import keep_in_step  # a ClientApp does without the SuperNode's modules
+        from .in_step import mend_supernode  # a ClientApp does without the SuperNode's modules
 
-        keep_in_step()
+        mend_supernode()
     sys.argv = list(words)
     sys.exit(loaded(words[0])())
 

@@ -1,0 +1,61 @@
+"""Flower apps as a device takes them: a name and a configuration, and no code.
+
+A Flower app is a bundle (a zip archive) that the server sends. Ours holds a ``pyproject.toml`` and
+its own list of contents; whatever holds more, or would be unpacked anywhere but where Flower keeps
+apps, is refused before Flower stores it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tomllib
+import zipfile
+import zlib
+from typing import Any
+
+from reticent.core.errors import PayloadError
+
+FILES = ("pyproject.toml", ".info/CONTENT")
+MOST_BYTES = 2**17
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+def require_no_code(bundle: bytes) -> None:
+    """Check a bundle that a server sent.
+
+    Raises:
+        PayloadError: If it is no bundle, holds another file than those of :data:`FILES`, one of
+            more than ``MOST_BYTES``, or a name from which no safe folder can be made.
+    """
+    project = _project(bundle)
+    for path in (("project", "name"), ("project", "version"), ("tool", "flwr", "app", "publisher")):
+        value: Any = project
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, str) or not _WORD.fullmatch(value):
+            raise PayloadError(
+                f"the app's {'.'.join(path)}={value!r}: must be letters, digits and . _ + -"
+            )
+
+
+def _project(bundle: bytes) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+            found = archive.infolist()
+            names = sorted(entry.filename for entry in found)
+            if names != sorted(FILES):
+                raise PayloadError(f"the app holds {names}: only {list(FILES)} are taken")
+            if any(entry.file_size > MOST_BYTES for entry in found):
+                raise PayloadError(f"the app holds a file of more than {MOST_BYTES} bytes")
+            with archive.open(FILES[0]) as file:
+                # A size in a zip archive is what its maker wrote there.
+                text = file.read(MOST_BYTES + 1)
+            if len(text) > MOST_BYTES:
+                raise PayloadError(f"the app holds a file of more than {MOST_BYTES} bytes")
+            return tomllib.loads(text.decode())
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError),
+        *(ValueError, RecursionError),
+    ) as error:
+        raise PayloadError(f"the app is no bundle of Flower's: {error}") from error

@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shlex
 import shutil
 import ssl
 import stat
 import subprocess
 import tomllib
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import click
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from reticent.cli.main import cli
+from reticent.client.unit import device_unit
 from reticent.core.errors import ProvisionError
 from reticent.core.signing import read_private_key, read_public_key
 from reticent.server.certificates import (
@@ -251,6 +256,20 @@ def test_systemd_accepts_the_unit_and_would_not_accept_a_wrong_one(tmp_path: Pat
     assert "reticent-server" not in complaints(text)
     assert "Unknown key" in complaints(text.replace("UMask", "Umaks"))
     assert complaints(text.replace(str(command), str(tmp_path / "absent")))
+
+
+@pytest.mark.parametrize("unit", [server_unit, device_unit])
+def test_the_command_line_takes_what_a_unit_starts(unit: Callable[[Path, Path], str]) -> None:
+    folder = Path("/srv/a folder")
+    (line,) = (x for x in unit(folder, Path("/opt/reticent")).splitlines() if "ExecStart" in x)
+    words = shlex.split(line.removeprefix("ExecStart="))
+    assert words.pop(0) == "/opt/reticent"
+    command: click.Command | None = cli
+    context = click.Context(cli)
+    while isinstance(command, click.Group):
+        _, command, words = command.resolve_command(context, words)
+    assert command is not None
+    assert command.make_context("unit", words).params["folder"] == folder
 
 
 def test_a_path_that_a_unit_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ NAME = "reticent-server.service"
 def server_unit(folder: Path, command: Path) -> str:
     """Return the unit; ``command`` is the absolute path of the ``reticent`` command.
 
-    The service sees the system read-only and may write to ``folder`` alone.
+    The service sees the system read-only and may write to ``folder`` alone. Exit statuses that no
+    restart mends (usage, a folder in use, keys) stop it.
 
     Raises:
         ProvisionError: If a path holds what a unit file cannot.
@@ -24,9 +25,10 @@ Wants=network-online.target
 After=network-online.target
 
 [Service]
-ExecStart={runs} server start {where}
+ExecStart={runs} server start --dir {where}
 Restart=on-failure
 RestartSec=5
+RestartPreventExitStatus=2 8 11
 KillMode=mixed
 UMask=0077
 NoNewPrivileges=true

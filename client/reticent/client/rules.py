@@ -57,32 +57,36 @@ def _against_weights(limits: Limits, plan: Plan) -> list[str]:
 
 
 def _against_names(policy: Policy, plan: Plan) -> list[str]:
-    allow, task, model = policy.allow, plan.task.name, plan.student.model
-    trust = plan.private.trust if plan.private else "off"
-    said: list[str] = []
-    if allow.tasks is None and ":" in task:
-        said.append(f"task {task}: runs a module of this device, so allow.tasks must name it")
-    if allow.tasks is not None and task not in allow.tasks:
-        said.append(f"task {task}: allow.tasks is {', '.join(allow.tasks) or 'empty'}")
-    if allow.models is not None and model not in allow.models:
-        said.append(f"model {model}: allow.models is {', '.join(allow.models) or 'empty'}")
+    allow, trust = policy.allow, plan.private.trust if plan.private else "off"
+    said = _against_code(policy, plan)
     if trust not in allow.trust:
         said.append(f"trust {trust}: allow.trust is {', '.join(allow.trust) or 'empty'}")
     return said
 
 
+def _against_code(policy: Policy, plan: Plan) -> list[str]:
+    """Return what is against the plan's task and student, of which each can name a module."""
+    allow = policy.allow
+    named = (
+        ("task", plan.task.name, "allow.tasks", allow.tasks),
+        ("model", plan.student.model, "allow.models", allow.models),
+    )
+    said: list[str] = []
+    for what, name, key, allowed in named:
+        if allowed is None and ":" in name:
+            said.append(f"{what} {name}: runs a module of this device, so {key} must name it")
+        if allowed is not None and name not in allowed:
+            said.append(f"{what} {name}: {key} is {', '.join(allowed) or 'empty'}")
+    return said
+
+
 def against_model(policy: Policy, plan: Plan, size: int) -> list[str]:
     """Return what in an offered model, of ``size`` bytes, the policy does not allow."""
-    allow, delivery, task = policy.allow, policy.delivery, plan.task.name
+    delivery = policy.delivery
     said = [] if delivery.accept else ["a model is offered: delivery.accept is false"]
     if size > delivery.largest_mb * MEGABYTE:
         said.append(f"a model of {size} bytes: delivery.largest_mb is {delivery.largest_mb}")
-    if allow.tasks is not None and task not in allow.tasks:
-        said.append(f"task {task}: allow.tasks is {', '.join(allow.tasks) or 'empty'}")
-    if allow.models is not None and plan.student.model not in allow.models:
-        known = ", ".join(allow.models) or "empty"
-        said.append(f"model {plan.student.model}: allow.models is {known}")
-    return said
+    return said + _against_code(policy, plan)
 
 
 def against_now(when: When, seen: Readings, now: datetime) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, RecordDict
 from test_deployment import PLAN, TASK, ask, order, released, scheduled
 
-from reticent.client import deployment, guard, rate
+from reticent.client import deployment, guard, rate, turn
 from reticent.client.diary import (
     BEGUN,
     ENDED,
@@ -26,9 +28,13 @@ from reticent.client.diary import (
 )
 from reticent.client.folder import Device, accept_policy, create_device
 from reticent.client.guard import MOST_FAILURES
+from reticent.client.order import Refused
+from reticent.client.policy import parse_policy
 from reticent.client.resources import Memory, training_bytes
+from reticent.client.rules import against_model, against_plan
 from reticent.client.status import device_status
 from reticent.core.bundle import read_bundle, sign_plan
+from reticent.core.plan import parse_plan
 from reticent.core.protocol import Refusal
 from reticent.core.signing import PRIVATE_KEY, read_private_key
 from reticent.privacy.accounting import epsilon
@@ -69,6 +75,10 @@ def charges(device: Device) -> int:
         return ledger.overview("device", deployment.budget_of(device.owners_policy())).charges
 
 
+def reply_code(reply: Any) -> int:
+    return reply.error.code if reply.has_error() else 0
+
+
 def refused(device: Device, given: Context | None = None, number: int = 1) -> tuple[int, str]:
     """Return the code that the server gets and the reason that the owner reads."""
     reply = ask(given or context(device), order(number))
@@ -93,6 +103,7 @@ REFUSALS = [
     ("[limits]\nlargest_sampling_rate = 0.1", Refusal.POLICY, "largest_sampling_rate is 0.1"),
     ('[allow]\ntasks = ["fashion"]', Refusal.POLICY, "task digits: allow.tasks is fashion"),
     ('[allow]\nmodels = ["other"]', Refusal.POLICY, "allow.models is other"),
+    ("[allow]\nmodels = []", Refusal.POLICY, "allow.models is empty"),
     ('[allow]\ntrust = ["aggregator"]', Refusal.POLICY, "trust local"),
     ("[when]\nlargest_celsius = 0.001", Refusal.NOT_NOW, ""),
     ("[resources]\nspare_memory_mb = 99999999", Refusal.NOT_NOW, "MB of memory free"),
@@ -114,6 +125,58 @@ def test_a_refusal_has_a_fixed_code_and_a_reason_for_the_owner_and_costs_no_budg
     assert status["budget"]["spent"] == 0.0
     accept_policy(device, BUDGET, "test")  # an edit holds from the next order on
     released(ask(context(device), order()))
+
+
+@pytest.mark.parametrize(
+    "limits", ["[limits]\nlargest_participations = 1", "lifetime_epsilon = {once}"]
+)
+def test_orders_that_come_at_once_do_not_overspend_what_the_ledger_does_not_check(
+    device: Device, monkeypatch: pytest.MonkeyPatch, limits: str
+) -> None:
+    """Each order has a process of its own; this one begins a second order before it charges."""
+    once = 1.01 * epsilon([scheduled().round_event()], 1e-5)
+    accept_policy(device, f"{BUDGET}window_days = 1.0\n" + limits.format(once=once), "test")
+    codes: list[int] = []
+
+    def second() -> None:
+        codes.append(reply_code(ask(context(device), order(2))))
+
+    other = threading.Thread(target=second)
+    admit = guard.Guard.admit
+
+    def admitted(self: guard.Guard, *given: Any) -> None:
+        admit(self, *given)
+        if not other.ident:
+            other.start()
+            time.sleep(1.0)  # it waits for its turn, and is admitted and charged without one
+
+    monkeypatch.setattr(guard.Guard, "admit", admitted)
+    monkeypatch.setattr(deployment, "_ledger", Ledger.open)  # a connection is of one thread
+    released(ask(context(device), order(1)))
+    other.join(60)
+    assert codes and codes[0] in {Refusal.POLICY, Refusal.BUDGET}
+    assert charges(device) == 1
+
+
+@pytest.mark.parametrize(("key", "name"), [("task.name", "tasks"), ("student.model", "models")])
+def test_a_module_of_the_device_is_run_only_if_the_policy_names_it(key: str, name: str) -> None:
+    """The plan is signed, as all here are; that is not enough to run what happens to be there."""
+    plan = parse_plan("", [f"{key}=this:s"])
+    for policy, allowed in (("", False), (f'[allow]\n{name} = ["this:s"]', True)):
+        owners = parse_policy(BUDGET + policy)
+        for said in (against_plan(owners, plan, order(1)), against_model(owners, plan, 1)):
+            assert any(f"allow.{name}" in reason for reason in said) is not allowed
+
+
+def test_an_order_does_not_wait_for_ever_for_its_turn(tmp_path: Path) -> None:
+    with turn.turn(tmp_path):
+        with pytest.raises(Refused) as refusal, turn.turn(tmp_path, patience=0.0):
+            pass
+        assert refusal.value.refusal == Refusal.NOT_NOW
+    with turn.turn(tmp_path, patience=0.0):
+        pass
+    with pytest.raises(Refused), turn.turn(tmp_path / "absent"):
+        pass
 
 
 def test_unsigned_plans_and_those_of_other_keys_are_refused(device: Device) -> None:

@@ -25,6 +25,7 @@ from .rate import Rate
 from .resources import LIBRARIES, Memory, disk_free
 from .rules import against_now, against_plan, against_room
 from .sensors import Sensors
+from .turn import turn
 
 MOST_FAILURES = 3
 """Rounds of one plan in a row that may fail or die before the device takes no more of them."""
@@ -67,20 +68,24 @@ class Guard:
     def following(self, order: Order, plan_text: str) -> Iterator[None]:
         """Admit an order, and write down that its round begins and how it ends.
 
+        Orders are followed one after another (:mod:`.turn`): the ledger's own budget is held
+        against each charge as it is made, and the policy's other limits here, before it.
+
         An exception that is no refusal, or a process that is killed, leaves a begun round without
         an end, which counts as a failure.
 
         Raises:
-            Refused: As :meth:`admit`.
+            Refused: As :meth:`admit`, or if another order takes too long.
         """
-        self.admit(order, plan_text)
-        self.diary.add(BEGUN, plan=order.plan, round=order.round)
-        try:
-            yield
-        except Refused:
-            self.diary.add(ENDED, plan=order.plan, round=order.round)
-            raise
-        self.diary.add(RELEASED, plan=order.plan, round=order.round)
+        with turn(self.diary.folder):
+            self.admit(order, plan_text)
+            self.diary.add(BEGUN, plan=order.plan, round=order.round)
+            try:
+                yield
+            except Refused:
+                self.diary.add(ENDED, plan=order.plan, round=order.round)
+                raise
+            self.diary.add(RELEASED, plan=order.plan, round=order.round)
 
     def admit(self, order: Order, plan_text: str) -> None:
         """Let an order through.

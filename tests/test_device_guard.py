@@ -209,6 +209,22 @@ def test_an_order_that_fails_again_and_again_is_not_followed_any_more(
     assert diary.failures(PLAN.digest)[0] == 0
 
 
+def test_a_clock_that_was_set_back_neither_blocks_a_plan_nor_lets_it_fail_for_ever(
+    device: Device,
+) -> None:
+    """Far back is forgiven once, a little back is not."""
+    now = Diary(device.state).clock()
+    ahead = Diary(device.state, lambda: now + 3 * 365 * 86400)
+    for number in range(1, MOST_FAILURES + 1):
+        ahead.add(BEGUN, plan=PLAN.digest, round=number)
+    given = context(device)
+    released(ask(given, order(4)))
+    for number in range(1, MOST_FAILURES + 1):
+        ahead.add(BEGUN, plan=PLAN.digest, round=number)
+    Diary(device.state, lambda: now + 3600).add(BEGUN, plan=PLAN.digest, round=5)
+    assert "failed 4 times in a row" in refused(device, number=6)[1]
+
+
 def test_a_release_forgives_and_an_early_refusal_does_not_count(tmp_path: Path) -> None:
     diary = Diary(tmp_path)
     for what in (BEGUN, FAILED, BEGUN, RELEASED, BEGUN):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from reticent.client.diary import (
     REFUSED,
     RELEASED,
     Diary,
+    Line,
 )
+from reticent.client.failures import MOST_PLANS
 from reticent.client.folder import Device, accept_policy, create_device
 from reticent.client.guard import MOST_FAILURES
 from reticent.client.resources import Memory, training_bytes
@@ -235,6 +239,42 @@ def test_a_release_forgives_and_an_early_refusal_does_not_count(tmp_path: Path) 
     diary.add(ENDED, plan="p")  # by the budget, after it began
     diary.add(BEGUN, plan="other")
     assert diary.failures("p")[0] == 0
+
+
+def fill(folder: Path, *whats: str) -> None:
+    """Add as many lines to a diary as make the next one trim it, each of a plan of its own."""
+    lines = [asdict(Line(5.0, what, plan=f"{n}")) for n in range(2 * MOST_LINES) for what in whats]
+    with (folder / "diary.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def test_nothing_pushes_out_how_often_a_plan_failed(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 5.0)
+    for number in range(3):
+        diary.add(BEGUN, plan="p", round=number)
+    fill(tmp_path, BEGUN, RELEASED)
+    for what in (BEGUN, RELEASED) * 2:
+        diary.add(what, plan="other")
+    assert diary.failures("p") == (3, 5.0)
+    assert diary.failures("other") == (0, 0.0)
+    for number in range(MOST_PLANS + 3):  # as many as somebody signs
+        diary.add(BEGUN, plan=f"signed {number}")
+    assert len(json.loads((tmp_path / "failures.json").read_text())) == MOST_PLANS
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"p": [3]}', '{"p": [3, NaN]}', "[" * 100000])
+def test_failures_are_counted_from_the_diary_where_they_are_not_kept(
+    tmp_path: Path, text: str | None
+) -> None:
+    """A device of an older version, or a damaged file."""
+    diary = Diary(tmp_path, lambda: 5.0)
+    for what in (BEGUN, RELEASED, BEGUN, BEGUN, BEGUN, ENDED):
+        diary.add(what, plan="p")
+    kept = tmp_path / "failures.json"
+    kept.unlink() if text is None else kept.write_text(text)
+    assert diary.failures("p") == (2, 5.0)
+    diary.add(BEGUN, plan="p")
+    assert json.loads(kept.read_text()) == {"p": [3, 5.0]}
 
 
 def test_the_diary_is_short_private_and_survives_a_torn_line(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +20,15 @@ from typing import Any
 from reticent.core.run import write_atomic
 from reticent.privacy.ledger.files import alone
 
+from .failures import Failures, read_failures, write_failures
+
 MOST_LINES = 500
 MOST_TEXT = 300
 BEGUN, RELEASED, ENDED = "begun", "released", "ended"
 REFUSED, FAILED = "refused", "failed"
 INSTALLED = "installed"
+_CHANGES = {BEGUN: 1, ENDED: -1, RELEASED: -math.inf}
+"""What each line does to the count of rounds without an end; of any other line, nothing."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Diary:
         line = Line(self.clock(), what, reason[:MOST_TEXT], plan[:64], round, code)
         data = json.dumps(asdict(line)).encode() + b"\n"
         with alone(self.folder):  # each message is a process of its own
+            if what in _CHANGES:  # first: a round must not begin uncounted
+                failures = self._failures()
+                _count(failures, line)
+                write_failures(self.folder, failures)
             self._trim()
             with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
                 end = file.seek(0, os.SEEK_END)
@@ -94,15 +103,15 @@ class Diary:
         A process that was killed leaves no other trace. A round that was refused after it began is
         at an end, but says nothing about whether the next one works.
         """
-        count, last = 0, 0.0
-        for line in (line for line in self.lines() if line.plan == plan):
-            if line.what == BEGUN:
-                count, last = count + 1, line.at
-            elif line.what == RELEASED:
-                count = 0
-            elif line.what == ENDED:
-                count -= 1
-        return max(0, count), last
+        return self._failures().get(plan, (0, 0.0))
+
+    def _failures(self) -> Failures:
+        failures = read_failures(self.folder)
+        if failures is None:  # damaged, or the device is of a version that counted lines
+            failures = {}
+            for line in self.lines():
+                _count(failures, line)
+        return failures
 
     def refusals(self) -> dict[str, int]:
         """Return how often each reason was given, the commonest first."""
@@ -115,6 +124,14 @@ class Diary:
             if len(kept) >= 2 * MOST_LINES:
                 write_atomic(self._path, b"".join(kept[-MOST_LINES:]))
                 self._path.chmod(0o600)
+
+
+def _count(failures: Failures, line: Line) -> None:
+    """Change the count of the line's plan as the line says; a plan without any is taken out."""
+    if line.what in _CHANGES:
+        count, last = failures.pop(line.plan, (0, 0.0))
+        if (after := count + _CHANGES[line.what]) > 0:
+            failures[line.plan] = int(after), float(line.at) if line.what == BEGUN else last
 
 
 def _last_byte(file: Any, end: int) -> bytes:
@@ -130,5 +147,5 @@ def _parse(text: str) -> Line | None:
     except (ValueError, TypeError, RecursionError):
         return None
     kinds = (type(line.reason), type(line.plan), type(line.what), type(line.round), type(line.code))
-    sound = kinds == (str, str, str, int, int) and isinstance(line.at, int | float)
+    sound = kinds == (str, str, str, int, int) and type(line.at) is float
     return line if sound else None

@@ -20,7 +20,9 @@ from reticent.client.diary import (
     BEGUN,
     ENDED,
     FAILED,
+    INSTALLED,
     MOST_LINES,
+    MOST_REFUSALS,
     MOST_TEXT,
     REFUSED,
     RELEASED,
@@ -284,10 +286,48 @@ def test_the_diary_is_short_private_and_survives_a_torn_line(tmp_path: Path) -> 
     diary.add(REFUSED, "x" * 5000)
     assert [line.what for line in diary.lines()] == [REFUSED]
     assert len(diary.lines()[0].reason) == MOST_TEXT
-    path.write_bytes(path.read_bytes().splitlines(keepends=True)[1] * (2 * MOST_LINES))
+    fill(tmp_path, BEGUN)
     diary.add(RELEASED)
-    assert len(diary.lines()) == MOST_LINES + 1
+    assert len(diary.lines()) == MOST_LINES + 2
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_refusals_and_failures_push_out_nothing_that_was_done(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 5.0)
+    for what in (INSTALLED, BEGUN, RELEASED):
+        diary.add(what, "mine", plan="p")
+    diary.add(REFUSED, "before")
+    fill(tmp_path, REFUSED, FAILED)
+    diary.add(BEGUN, plan="p")
+    done = [line.what for line in diary.lines() if line.what not in (REFUSED, FAILED)]
+    assert done == [INSTALLED, BEGUN, RELEASED, BEGUN]
+    assert len(diary.lines()) == len(done) + MOST_REFUSALS
+    assert [line.plan for line in diary.lines()[-3:]] == [f"{2 * MOST_LINES - 1}"] * 2 + ["p"]
+
+
+def test_refusals_are_kept_and_counted_however_much_was_done(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 5.0)
+    diary.add(RELEASED, plan="p", round=7)
+    for number, reason in enumerate(["not charging", "hot", "not charging"] * 4):
+        diary.add(REFUSED, reason, "p", number, 1012)
+    for _ in range(3):
+        fill(tmp_path, BEGUN, ENDED)
+        diary.add(REFUSED, "hot", "p", 99, 1012)
+    assert diary.refusals() == {"not charging": 8, "hot": 7}
+    seen = [(line.round, line.times) for line in diary.lines() if line.reason == "not charging"]
+    assert seen == [(11, 8)]  # the last of them
+    assert [line.round for line in diary.lines() if line.what == RELEASED] == [7]
+    assert diary.lines()[-1].round == 99
+
+
+def test_lines_of_a_diary_without_numbers_are_read(tmp_path: Path) -> None:
+    """As the first versions wrote them."""
+    line = {"at": 5.0, "what": REFUSED, "reason": "hot", "plan": "p", "round": 1, "code": 1012}
+    odd = [{**line, "times": times} for times in (0, -1, 1.0, True, "1")]
+    path = tmp_path / "diary.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in [line, *odd, line]))
+    assert Diary(tmp_path).lines() == [Line(5.0, REFUSED, "hot", "p", 1, 1012)] * 2
+    assert Diary(tmp_path).refusals() == {"hot": 2}
 
 
 def test_a_refusal_needs_no_torch(device: Device) -> None:

@@ -122,6 +122,28 @@ def test_a_refusal_has_a_fixed_code_and_a_reason_for_the_owner_and_costs_no_budg
     released(ask(context(device), order()))
 
 
+def test_rounds_are_counted_by_the_ledger_whatever_the_diary_still_holds(device: Device) -> None:
+    now = datetime.now().astimezone()
+    assert device_status(device, now)["rounds_released"] == 0
+    given = context(device)
+    for number in (1, 2, 2):  # the second is asked again, and is one round
+        released(ask(given, order(number)))
+    fill(device.state, BEGUN, ENDED)
+    Diary(device.state).add(BEGUN)
+    status = device_status(device, now)
+    assert (status["rounds_released"], status["budget"]["rounds"]) == (2, 2)
+    assert status["last_round"]["round"] == 2
+    device.policy.unlink()
+    status = device_status(device, now)
+    assert (status["rounds_released"], status["budget"]) == (2, None)
+    (device.state / "ledger.tip").unlink()
+    status = device_status(device, now)
+    assert (status["rounds_released"], status["budget"]) == (None, None)
+    policy, ledger = status["against"]
+    assert "accepted no policy" in policy
+    assert "ledger.tip" in ledger
+
+
 def test_unsigned_plans_and_those_of_other_keys_are_refused(device: Device) -> None:
     other = Ed25519PrivateKey.generate()
     for wrong in ("", "00" * 64, signature(device, other)):

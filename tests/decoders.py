@@ -40,6 +40,7 @@ from reticent.client.budget import remembered_budget
 from reticent.client.bundles import require_no_code
 from reticent.client.diary import BEGUN, Diary
 from reticent.client.downlink import ModelMissing, changed, remember
+from reticent.client.failures import read_failures
 from reticent.client.folder import create_device, open_device, read_node_key
 from reticent.client.identity import open_identity, require_met
 from reticent.client.kept import Kept
@@ -572,6 +573,9 @@ def _told() -> Iterator[Decoder]:
         return diary.lines(), diary.failures("ab" * 32), diary.refusals()
 
     yield Decoder("diary.jsonl", at("told/diary.jsonl", told), (lines,), factor=512)
+    counts = (run.folder / "failures.json").read_bytes()
+    failed = at("told/failures.json", lambda path: read_failures(path.parent))
+    yield Decoder("failures.json", failed, (counts,), factor=256)
     device = open_device(FOLDER / "pi-1")
     report = json.dumps(asdict(Report("running", node=7))).encode()
     said = at("pi-1/agent.json", lambda _: read_report(device))

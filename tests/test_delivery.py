@@ -202,6 +202,21 @@ def test_an_older_version_stays_refused_after_the_owner_went_back(
     assert bring(fleet.recipient(), signed, data) == Receipt(3, 0)
 
 
+def test_the_owner_goes_back_to_no_damaged_model_and_keeps_the_current_one(
+    fleet: Fleet, files: Files, newer: Files
+) -> None:
+    for version, content in ((1, files), (2, newer)):
+        _, signed, data = offered(fleet, content, version)
+        bring(fleet.recipient(), signed, data)
+    damaged = fleet.models.path(1) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with fleet.models.alone(), pytest.raises(ArtifactError, match=r"models/1: is damaged"):
+        fleet.models.roll_back()
+    assert installed(fleet) == [2, 1]
+    assert on_disk(fleet) == {"2", "1", "state.json"}
+    assert load_installed(fleet.device).version == 2
+
+
 def test_a_model_of_another_plan_is_refused(fleet: Fleet, files: Files, tmp_path: Path) -> None:
     _, signed, data = offered(fleet, files, plan="cd" * 32)
     assert refusal(lambda: bring(fleet.recipient(), signed, data)) is Refusal.WRONG_PLAN

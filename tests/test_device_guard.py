@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ from reticent.client.diary import (
     BEGUN,
     ENDED,
     FAILED,
+    INSTALLED,
     MOST_LINES,
+    MOST_REFUSALS,
     MOST_TEXT,
     REFUSED,
     RELEASED,
     Diary,
+    Line,
 )
+from reticent.client.failures import MOST_PLANS
 from reticent.client.folder import Device, accept_policy, create_device
 from reticent.client.guard import MOST_FAILURES
 from reticent.client.order import Refused
@@ -179,6 +185,28 @@ def test_an_order_does_not_wait_for_ever_for_its_turn(tmp_path: Path) -> None:
         pass
 
 
+def test_rounds_are_counted_by_the_ledger_whatever_the_diary_still_holds(device: Device) -> None:
+    now = datetime.now().astimezone()
+    assert device_status(device, now)["rounds_released"] == 0
+    given = context(device)
+    for number in (1, 2, 2):  # the second is asked again, and is one round
+        released(ask(given, order(number)))
+    fill(device.state, BEGUN, ENDED)
+    Diary(device.state).add(BEGUN)
+    status = device_status(device, now)
+    assert (status["rounds_released"], status["budget"]["rounds"]) == (2, 2)
+    assert status["last_round"]["round"] == 2
+    device.policy.unlink()
+    status = device_status(device, now)
+    assert (status["rounds_released"], status["budget"]) == (2, None)
+    (device.state / "ledger.tip").unlink()
+    status = device_status(device, now)
+    assert (status["rounds_released"], status["budget"]) == (None, None)
+    policy, ledger = status["against"]
+    assert "accepted no policy" in policy
+    assert "ledger.tip" in ledger
+
+
 def test_unsigned_plans_and_those_of_other_keys_are_refused(device: Device) -> None:
     other = Ed25519PrivateKey.generate()
     for wrong in ("", "00" * 64, signature(device, other)):
@@ -272,6 +300,22 @@ def test_an_order_that_fails_again_and_again_is_not_followed_any_more(
     assert diary.failures(PLAN.digest)[0] == 0
 
 
+def test_a_clock_that_was_set_back_neither_blocks_a_plan_nor_lets_it_fail_for_ever(
+    device: Device,
+) -> None:
+    """Far back is forgiven once, a little back is not."""
+    now = Diary(device.state).clock()
+    ahead = Diary(device.state, lambda: now + 3 * 365 * 86400)
+    for number in range(1, MOST_FAILURES + 1):
+        ahead.add(BEGUN, plan=PLAN.digest, round=number)
+    given = context(device)
+    released(ask(given, order(4)))
+    for number in range(1, MOST_FAILURES + 1):
+        ahead.add(BEGUN, plan=PLAN.digest, round=number)
+    Diary(device.state, lambda: now + 3600).add(BEGUN, plan=PLAN.digest, round=5)
+    assert "failed 4 times in a row" in refused(device, number=6)[1]
+
+
 def test_a_release_forgives_and_an_early_refusal_does_not_count(tmp_path: Path) -> None:
     diary = Diary(tmp_path)
     for what in (BEGUN, FAILED, BEGUN, RELEASED, BEGUN):
@@ -284,6 +328,42 @@ def test_a_release_forgives_and_an_early_refusal_does_not_count(tmp_path: Path) 
     assert diary.failures("p")[0] == 0
 
 
+def fill(folder: Path, *whats: str) -> None:
+    """Add as many lines to a diary as make the next one trim it, each of a plan of its own."""
+    lines = [asdict(Line(5.0, what, plan=f"{n}")) for n in range(2 * MOST_LINES) for what in whats]
+    with (folder / "diary.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def test_nothing_pushes_out_how_often_a_plan_failed(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 5.0)
+    for number in range(3):
+        diary.add(BEGUN, plan="p", round=number)
+    fill(tmp_path, BEGUN, RELEASED)
+    for what in (BEGUN, RELEASED) * 2:
+        diary.add(what, plan="other")
+    assert diary.failures("p") == (3, 5.0)
+    assert diary.failures("other") == (0, 0.0)
+    for number in range(MOST_PLANS + 3):  # as many as somebody signs
+        diary.add(BEGUN, plan=f"signed {number}")
+    assert len(json.loads((tmp_path / "failures.json").read_text())) == MOST_PLANS
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"p": [3]}', '{"p": [3, NaN]}', "[" * 100000])
+def test_failures_are_counted_from_the_diary_where_they_are_not_kept(
+    tmp_path: Path, text: str | None
+) -> None:
+    """A device of an older version, or a damaged file."""
+    diary = Diary(tmp_path, lambda: 5.0)
+    for what in (BEGUN, RELEASED, BEGUN, BEGUN, BEGUN, ENDED):
+        diary.add(what, plan="p")
+    kept = tmp_path / "failures.json"
+    kept.unlink() if text is None else kept.write_text(text)
+    assert diary.failures("p") == (2, 5.0)
+    diary.add(BEGUN, plan="p")
+    assert json.loads(kept.read_text()) == {"p": [3, 5.0]}
+
+
 def test_the_diary_is_short_private_and_survives_a_torn_line(tmp_path: Path) -> None:
     diary = Diary(tmp_path, lambda: 1.0)
     path = tmp_path / "diary.jsonl"
@@ -291,10 +371,48 @@ def test_the_diary_is_short_private_and_survives_a_torn_line(tmp_path: Path) -> 
     diary.add(REFUSED, "x" * 5000)
     assert [line.what for line in diary.lines()] == [REFUSED]
     assert len(diary.lines()[0].reason) == MOST_TEXT
-    path.write_bytes(path.read_bytes().splitlines(keepends=True)[1] * (2 * MOST_LINES))
+    fill(tmp_path, BEGUN)
     diary.add(RELEASED)
-    assert len(diary.lines()) == MOST_LINES + 1
+    assert len(diary.lines()) == MOST_LINES + 2
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_refusals_and_failures_push_out_nothing_that_was_done(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 5.0)
+    for what in (INSTALLED, BEGUN, RELEASED):
+        diary.add(what, "mine", plan="p")
+    diary.add(REFUSED, "before")
+    fill(tmp_path, REFUSED, FAILED)
+    diary.add(BEGUN, plan="p")
+    done = [line.what for line in diary.lines() if line.what not in (REFUSED, FAILED)]
+    assert done == [INSTALLED, BEGUN, RELEASED, BEGUN]
+    assert len(diary.lines()) == len(done) + MOST_REFUSALS
+    assert [line.plan for line in diary.lines()[-3:]] == [f"{2 * MOST_LINES - 1}"] * 2 + ["p"]
+
+
+def test_refusals_are_kept_and_counted_however_much_was_done(tmp_path: Path) -> None:
+    diary = Diary(tmp_path, lambda: 5.0)
+    diary.add(RELEASED, plan="p", round=7)
+    for number, reason in enumerate(["not charging", "hot", "not charging"] * 4):
+        diary.add(REFUSED, reason, "p", number, 1012)
+    for _ in range(3):
+        fill(tmp_path, BEGUN, ENDED)
+        diary.add(REFUSED, "hot", "p", 99, 1012)
+    assert diary.refusals() == {"not charging": 8, "hot": 7}
+    seen = [(line.round, line.times) for line in diary.lines() if line.reason == "not charging"]
+    assert seen == [(11, 8)]  # the last of them
+    assert [line.round for line in diary.lines() if line.what == RELEASED] == [7]
+    assert diary.lines()[-1].round == 99
+
+
+def test_lines_of_a_diary_without_numbers_are_read(tmp_path: Path) -> None:
+    """As the first versions wrote them."""
+    line = {"at": 5.0, "what": REFUSED, "reason": "hot", "plan": "p", "round": 1, "code": 1012}
+    odd = [{**line, "times": times} for times in (0, -1, 1.0, True, "1")]
+    path = tmp_path / "diary.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in [line, *odd, line]))
+    assert Diary(tmp_path).lines() == [Line(5.0, REFUSED, "hot", "p", 1, 1012)] * 2
+    assert Diary(tmp_path).refusals() == {"hot": 2}
 
 
 def test_a_refusal_needs_no_torch(device: Device) -> None:

@@ -200,6 +200,34 @@ def test_a_battery_tells_whether_it_charges_where_no_supply_is_listed(tmp_path: 
         assert Sensors(tmp_path, lambda: "").read().charging is charging
 
 
+@pytest.mark.parametrize(
+    ("online", "status", "charging"),
+    [
+        ({}, "Full", True),
+        ({}, "Not charging", True),
+        ({"AC": "0"}, "Full", False),
+        ({"AC": "0"}, "Not charging", False),
+        ({"AC": "0"}, "Unknown", False),
+        ({"AC": "0"}, "Charging", True),  # from a supply that is not listed
+        ({"AC": "1", "USB": "0"}, "Full", True),
+        ({"AC": "0", "USB": "1"}, "Discharging", True),  # from a weak supply
+        ({"AC": "0", "USB": ""}, "Full", False),
+        ({"AC": ""}, "Full", None),  # listed, and cannot be read
+        ({"AC": ""}, "Discharging", False),
+    ],
+)
+def test_a_full_battery_is_no_supply_where_supplies_are_listed(
+    tmp_path: Path, online: dict[str, str], status: str, charging: bool | None
+) -> None:
+    folder = tmp_path / "sys/class/power_supply"
+    for name, text in online.items():
+        put(folder, f"{name}/type", "Mains" if name == "AC" else "USB")
+        put(folder, f"{name}/online", text)
+    put(folder, "BAT0/type", "Battery")
+    put(folder, "BAT0/status", status)
+    assert Sensors(tmp_path, lambda: "").read().charging is charging
+
+
 def test_what_cannot_be_read_is_unknown_and_no_guess(tmp_path: Path) -> None:
     assert Sensors(tmp_path, lambda: "").read() == Readings()
     put(tmp_path, "sys/class/power_supply/B/type", "Battery")

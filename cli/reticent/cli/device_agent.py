@@ -130,12 +130,12 @@ def opened(folder: Path) -> Device:
 
 
 def _rows(found: dict[str, Any]) -> list[list[str]]:
-    agent, last = found["agent"], found["last_round"]
+    agent, last, rounds = found["agent"], found["last_round"], found["rounds_released"]
     rows = [
         ["device", f"{found['name']}, of {found['server']}"],
         ["agent", _agent(agent)],
         ["connection", str(agent.get("connection", "none"))],
-        ["rounds released", f"{found['rounds_released']}"],
+        ["rounds released", "unknown" if rounds is None else f"{rounds}"],
         ["last round", "none" if last is None else f"{last['round']}, {_time(last['at'])}"],
         ["model", _model(found["model"])],
         *_sensor_rows(found["sensors"]),

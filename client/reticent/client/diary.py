@@ -2,16 +2,22 @@
 
 ``diary.jsonl`` holds one JSON object a line, the newest last, and is kept below twice
 :data:`MOST_LINES` lines. It holds no data, no losses and no key.
+
+Guarantee: what was not done pushes out nothing that was done, however often somebody asks for it.
+When the file is cut, refusals and failures that are the same become one line with their number,
+and have room of their own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from time import time
 from typing import Any
@@ -19,11 +25,21 @@ from typing import Any
 from reticent.core.run import write_atomic
 from reticent.privacy.ledger.files import alone
 
+from .failures import Failures, read_failures, write_failures
+
 MOST_LINES = 500
+MOST_REFUSALS = 100
+"""Different refusals and failures that are kept when the diary is cut, beside the other lines."""
+
 MOST_TEXT = 300
+_LATEST = 1e11
+"""Seconds since 1970 that every calendar still has."""
+
 BEGUN, RELEASED, ENDED = "begun", "released", "ended"
-REFUSED, FAILED = "refused", "failed"
+REFUSED, FAILED = _NOT_DONE = "refused", "failed"
 INSTALLED = "installed"
+_CHANGES = {BEGUN: 1, ENDED: -1, RELEASED: -math.inf}
+"""What each line does to the count of rounds without an end; of any other line, nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Line:
         plan: Digest of the plan that the order named.
         round: The order's round.
         code: What the server was told; 0 where nothing was refused.
+        times: How often it happened, the last time as written here; more than 1 for ``refused``
+            and ``failed`` alone.
     """
 
     at: float
@@ -46,6 +64,7 @@ class Line:
     plan: str = ""
     round: int = 0
     code: int = 0
+    times: int = 1
 
 
 class Diary:
@@ -70,6 +89,10 @@ class Diary:
         line = Line(self.clock(), what, reason[:MOST_TEXT], plan[:64], round, code)
         data = json.dumps(asdict(line)).encode() + b"\n"
         with alone(self.folder):  # each message is a process of its own
+            if what in _CHANGES:  # first: a round must not begin uncounted
+                failures = self._failures()
+                _count(failures, line)
+                write_failures(self.folder, failures)
             self._trim()
             with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
                 end = file.seek(0, os.SEEK_END)
@@ -94,27 +117,58 @@ class Diary:
         A process that was killed leaves no other trace. A round that was refused after it began is
         at an end, but says nothing about whether the next one works.
         """
-        count, last = 0, 0.0
-        for line in (line for line in self.lines() if line.plan == plan):
-            if line.what == BEGUN:
-                count, last = count + 1, line.at
-            elif line.what == RELEASED:
-                count = 0
-            elif line.what == ENDED:
-                count -= 1
-        return max(0, count), last
+        return self._failures().get(plan, (0, 0.0))
+
+    def _failures(self) -> Failures:
+        failures = read_failures(self.folder)
+        if failures is None:  # damaged, or the device is of a version that counted lines
+            failures = {}
+            for line in self.lines():
+                _count(failures, line)
+        return failures
 
     def refusals(self) -> dict[str, int]:
         """Return how often each reason was given, the commonest first."""
-        reasons = Counter(line.reason for line in self.lines() if line.what == REFUSED)
+        reasons: Counter[str] = Counter()
+        for line in self.lines():
+            if line.what == REFUSED:
+                reasons[line.reason] += line.times
         return dict(reasons.most_common())
 
     def _trim(self) -> None:
         with suppress(FileNotFoundError):
-            kept = self._path.read_bytes().splitlines(keepends=True)
-            if len(kept) >= 2 * MOST_LINES:
-                write_atomic(self._path, b"".join(kept[-MOST_LINES:]))
+            if self._path.read_bytes().count(b"\n") >= 2 * MOST_LINES:
+                kept = (json.dumps(asdict(line)) + "\n" for line in _cut(self.lines()))
+                write_atomic(self._path, "".join(kept).encode())
                 self._path.chmod(0o600)
+
+
+def _count(failures: Failures, line: Line) -> None:
+    """Change the count of the line's plan as the line says; a plan without any is taken out."""
+    if line.what in _CHANGES:
+        count, last = failures.pop(line.plan, (0, 0.0))
+        if (after := count + _CHANGES[line.what]) > 0:
+            failures[line.plan] = int(after), float(line.at) if line.what == BEGUN else last
+
+
+def _cut(lines: Iterable[Line]) -> list[Line]:
+    """Return the newest lines, oldest first; the last round that was released is among them."""
+    numbered = list(enumerate(lines))
+    done = [one for one in numbered if one[1].what not in _NOT_DONE]
+    released = [one for one in done if one[1].what == RELEASED]
+    refused = _folded(one for one in numbered if one[1].what in _NOT_DONE)
+    kept = {*done[-MOST_LINES:], *released[-1:], *refused[-MOST_REFUSALS:]}
+    return [line for _, line in sorted(kept, key=itemgetter(0))]
+
+
+def _folded(numbered: Iterable[tuple[int, Line]]) -> list[tuple[int, Line]]:
+    """Return the last of each kind of refusal or failure, with how many there were."""
+    kinds: dict[object, tuple[int, Line]] = {}
+    for number, line in numbered:
+        kind = line.what, line.reason, line.plan, line.code
+        times = kinds.pop(kind)[1].times if kind in kinds else 0
+        kinds[kind] = number, replace(line, times=times + line.times)
+    return list(kinds.values())
 
 
 def _last_byte(file: Any, end: int) -> bytes:
@@ -129,6 +183,8 @@ def _parse(text: str) -> Line | None:
         line = Line(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
         return None
-    kinds = (type(line.reason), type(line.plan), type(line.what), type(line.round), type(line.code))
-    sound = kinds == (str, str, str, int, int) and isinstance(line.at, int | float)
-    return line if sound else None
+    words = (line.what, line.reason, line.plan)
+    numbers = (line.round, line.code, line.times)
+    sound = all(type(word) is str for word in words) and all(type(n) is int for n in numbers)
+    sound = sound and type(line.at) is float and 0 <= line.at < _LATEST
+    return line if sound and line.times > 0 else None

@@ -167,11 +167,15 @@ class Models:
         """Make the last good model the current one again, for the owner; return what is installed.
 
         Raises:
-            ArtifactError: If there is none.
+            ArtifactError: If there is none, or its files are not as they were; nothing is changed.
         """
         before = self.state()
         if len(before.slots) < 2:
             raise ArtifactError(f"{self.folder}: holds no model before the current one")
+        # Now, because the current one is gone for good afterwards.
+        if not self._intact(before.slots[1]):
+            path = self.path(before.slots[1].version)
+            raise ArtifactError(f"{path}: is damaged; the device keeps the current model instead")
         self._write(replace(before, slots=before.slots[1:]))
         self._tidy()
         return self.state()

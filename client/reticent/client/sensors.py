@@ -10,6 +10,7 @@ from pathlib import Path
 
 _CALL_SECONDS = 5.0
 _EXTERNAL = {"Mains", "USB", "Wireless", "UPS"}
+_RESTING = {"Full", "Not charging"}
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Readings:
     """One look at the device.
 
     Attributes:
-        charging: Whether an external supply is online; a device without batteries and without any
-            listed supply says None.
+        charging: Whether an external supply is online, or a battery fills from one that is not
+            listed; a device without batteries and without any listed supply says None.
         battery: Share of charge of the emptiest battery, 0 to 1.
         metered: Whether the connection is metered, or NetworkManager guesses that it is.
         celsius: Temperature of the hottest thermal zone.
@@ -77,13 +78,15 @@ class Sensors:
     def _charging(self) -> bool | None:
         states = [_number(f / "online") for kind, f in self._supplies() if kind in _EXTERNAL]
         known = [state for state in states if state is not None]
-        if any(known):
-            return True
-        # Some boards list no supply but the battery, which says by itself that it fills.
+        # Some boards list not every supply; a battery that fills does so from one of them.
         fills = [_word(f / "status") for kind, f in self._supplies() if kind == "Battery"]
-        if any(word in ("Charging", "Full", "Not charging") for word in fills):
+        if any(known) or "Charging" in fills:
             return True
-        return False if known or "Discharging" in fills else None
+        if known or "Discharging" in fills:
+            return False
+        # A battery is full for a while after it was unplugged, too: that is taken for an answer
+        # only where nothing else could give one.
+        return True if not states and any(word in _RESTING for word in fills) else None
 
     def _battery(self) -> float | None:
         found = [_number(f / "capacity") for kind, f in self._supplies() if kind == "Battery"]

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from reticent.core.errors import ArtifactError, ReticentError
-from reticent.privacy.ledger import Ledger
+from reticent.privacy.ledger import Budget, Ledger, Overview
 
 from .agent import read_report
 from .budget import DEVICE, budget_of
@@ -16,12 +16,13 @@ from .diary import RELEASED, Diary
 from .folder import Device, is_held
 from .identity import require_met
 from .models import Models
-from .policy import Policy
 from .resources import LIBRARIES, Memory, disk_free
 from .rules import against_now, against_room
 from .sensors import Sensors
 
 _WARN_DAYS = 30
+_ENDLESS = Budget(math.inf, 1e-5)
+"""To count the rounds of a ledger where no budget can be read."""
 
 
 def device_status(
@@ -32,6 +33,8 @@ def device_status(
 ) -> dict[str, Any]:
     """Return the state of a device, ready for JSON; what cannot be told says why in words.
 
+    Rounds are counted by the ledger, which forgets none; the diary holds the last of them.
+
     Args:
         device: The device.
         now: The local time, with its zone.
@@ -39,16 +42,21 @@ def device_status(
         memory: Where free memory is looked up.
     """
     diary = Diary(device.state)
-    released = [line for line in diary.lines() if line.what == RELEASED]
+    released = [line for line in diary.lines() if line.what == RELEASED]  # the last one is kept
     seen, free = (sensors or Sensors()).read(), (memory or Memory()).free()
     disk = disk_free(device.state)
+    limit, overview, rounds = None, None, None
     try:
         policy = device.owners_policy()
-        against = against_now(policy.when, seen, now)
+        limit, against = budget_of(policy), against_now(policy.when, seen, now)
         against += against_room(policy, free, disk, LIBRARIES)
-        budget = _budget(device, policy)
     except ReticentError as error:
-        against, budget = [str(error)], None
+        against = [str(error)]
+    try:
+        overview = _overview(device, limit or _ENDLESS)
+        rounds = 0 if overview is None else overview.releases
+    except ReticentError as error:
+        limit, against = None, [*against, str(error)]
     return {
         "name": device.name,
         "server": device.address,
@@ -56,13 +64,13 @@ def device_status(
         "key_warning": _expiry(device, now),
         "agent": _agent(device),
         "last_round": asdict(released[-1]) if released else None,
-        "rounds_released": len(released),
+        "rounds_released": rounds,
         "refusals": diary.refusals(),
         "model": _model(device),
         "sensors": {**asdict(seen), "free_memory": free, "free_disk": disk},
         "accepts_now": not against,
         "against": against,
-        "budget": budget,
+        "budget": None if limit is None else _budget(limit, overview),
     }
 
 
@@ -82,14 +90,19 @@ def _model(device: Device) -> dict[str, Any]:
     return {"installed": [asdict(slot) for slot in state.slots], "highest": state.highest}
 
 
-def _budget(device: Device, policy: Policy) -> dict[str, Any]:
-    limit = budget_of(policy)
-    chosen = {"epsilon": _number(limit.epsilon), "delta": limit.delta, "window": limit.window}
+def _overview(device: Device, limit: Budget) -> Overview | None:
+    """Return what the device's ledger says; None before its first round."""
     if not (device.state / "ledger.db").is_file():
-        return {**chosen, "spent": 0.0, "left": _number(limit.epsilon), "rounds": 0}
+        return None
     with Ledger.open(device.state) as ledger:
         require_met(ledger, device.state)
-        found = ledger.overview(DEVICE, limit)
+        return ledger.overview(DEVICE, limit)
+
+
+def _budget(limit: Budget, found: Overview | None) -> dict[str, Any]:
+    chosen = {"epsilon": _number(limit.epsilon), "delta": limit.delta, "window": limit.window}
+    if found is None:
+        return {**chosen, "spent": 0.0, "left": _number(limit.epsilon), "rounds": 0}
     spent, left = _number(found.spent), _number(found.remaining)
     return {**chosen, "spent": spent, "left": left, "rounds": found.charges}
 

@@ -3,12 +3,16 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from cryptography import x509
@@ -27,7 +31,7 @@ from reticent.server.certificates import (
     make_server,
     read_certificate,
 )
-from reticent.server.flower import arguments
+from reticent.server.flower import answers, arguments
 from reticent.server.home import Home, create_home, open_home, rotate_certificate
 from reticent.server.unit import server_unit
 
@@ -100,7 +104,11 @@ def test_names_are_names_and_addresses_are_addresses(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["", "a b", "-a.example", "a..b", "300.1.1.1", "1.2.3", "ä.example", "a" * 64]
+    "host",
+    [
+        *("", "a b", "-a.example", "a..b", "300.1.1.1", "1.2.3", "ä.example", "a" * 64),
+        *("fe80::1%eth0", "::ffff:192.0.2.7"),
+    ],
 )
 def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
     with pytest.raises(ProvisionError, match="--host"):
@@ -185,8 +193,63 @@ def test_a_server_for_this_machine_alone_listens_on_no_other_interface(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("host", "listens", "inward"),
+    [
+        ("::1", "::1", "::1"),
+        ("2001:db8::1", "::", "::1"),
+        ("127.0.0.2", "127.0.0.2", "127.0.0.2"),
+        ("192.0.2.7", "0.0.0.0", "127.0.0.1"),
+        ("a.example", "0.0.0.0", "127.0.0.1"),
+    ],
+)
+def test_a_superlink_is_reached_where_devices_and_commands_look_for_it(
+    tmp_path: Path, host: str, listens: str, inward: str
+) -> None:
+    home = create_home(tmp_path / "server", [host], 8443, NOW)
+    given = arguments(home)
+    assert given[given.index("--host") + 1] == listens
+    connection = tomllib.loads((home.flower / "config.toml").read_text())["superlink"]
+    where = f"[{inward}]:8443" if ":" in inward else f"{inward}:8443"
+    assert connection["reticent"]["address"] == where
+    if ":" in inward and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with tls_server(home) as port:
+        assert answers(Home(home.folder, home.hosts, port))
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def tls_server(home: Home) -> Iterator[int]:
+    """Listen with the server's certificate, as its SuperLink does, on a free port."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(home.tls / "server.crt", home.tls / "server.key")
+    family = socket.AF_INET6 if ":" in home.listens_on else socket.AF_INET
+    with socket.create_server((home.listens_on, 0), family=family) as listener:
+        greeting = Thread(target=lambda: greet(context, listener))
+        greeting.start()
+        yield listener.getsockname()[1]
+        greeting.join(10)
+
+
+def greet(context: ssl.SSLContext, listener: socket.socket) -> None:
+    raw, _ = listener.accept()
+    with context.wrap_socket(raw, server_side=True):
+        pass
+
+
+@pytest.mark.parametrize(
     "text",
-    ["", "hosts = []\nport = 1", 'hosts = ["a"]\nport = 0', 'hosts = ["a"]\nport = true', "x"],
+    [
+        *("", "hosts = []\nport = 1", 'hosts = ["a"]\nport = 0', 'hosts = ["a"]\nport = true', "x"),
+        *("hosts = [1, {}]\nport = 1", 'hosts = [""]\nport = 1', 'hosts = ["a", "b c"]\nport = 1'),
+    ],
 )
 def test_damaged_settings_are_an_error(home: Home, text: str) -> None:
     (home.folder / "server.toml").write_text(text)

@@ -101,27 +101,45 @@ def make_node_key() -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
-def alternative_names(hosts: list[str]) -> list[x509.GeneralName]:
+def alternative_names(hosts: list[str], where: str = "--host") -> list[x509.GeneralName]:
     """Return the hosts as subject alternative names; addresses as such, and not as names.
 
+    Args:
+        hosts: Names and addresses.
+        where: Where they were given, for errors.
+
     Raises:
-        ProvisionError: If there is none, or one is neither a name nor an address.
+        ProvisionError: If there is none, or one is neither a name nor an address that a SuperLink
+            can be reached at.
     """
     if not hosts:
-        raise ProvisionError("--host: must name the server at least once")
-    return [_alternative(host) for host in hosts]
+        raise ProvisionError(f"{where} must name the server at least once")
+    return [_alternative(host, where) for host in hosts]
 
 
-def _alternative(host: str) -> x509.GeneralName:
+def _alternative(host: str, where: str) -> x509.GeneralName:
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
+        return x509.IPAddress(_address(host, where))
     except ValueError:
         pass
     labels = host.split(".")
     named = len(host) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
     if not named or labels[-1].isdigit():
-        raise ProvisionError(f"--host {host!r}: must be a host name or an IP address")
+        raise ProvisionError(f"{where} {host!r}: must be a host name or an IP address")
     return x509.DNSName(host)
+
+
+def _address(host: str, where: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an IP address that means the same on every machine."""
+    found = ipaddress.ip_address(host)
+    if isinstance(found, ipaddress.IPv6Address) and found.scope_id is not None:
+        raise ProvisionError(
+            f"{where} {host!r}: must have no scope (%{found.scope_id}), which names an interface "
+            "of one machine: give another address, or a host name"
+        )
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+        raise ProvisionError(f"{where} {host!r}: must be written as {found.ipv4_mapped}")
+    return found
 
 
 def read_certificate(pem: bytes, where: Path | str) -> x509.Certificate:

@@ -111,8 +111,8 @@ def answers(home: Home) -> bool:
     trusting = ssl.create_default_context(cafile=str(home.tls / "ca.crt"))
     try:
         with (
-            socket.create_connection(("127.0.0.1", home.port), 5) as raw,
-            trusting.wrap_socket(raw, server_hostname="127.0.0.1"),
+            socket.create_connection((home.inward, home.port), 5) as raw,
+            trusting.wrap_socket(raw, server_hostname=home.inward),
         ):
             return True
     except OSError:

@@ -24,7 +24,7 @@ from .countersign import create_state
 from .unit import NAME, server_unit
 
 CONNECTION = "reticent"
-_ALWAYS = ["localhost", "127.0.0.1"]  # the server's own commands come in through these
+_ALWAYS = ["localhost", "127.0.0.1"]  # names of this machine, wherever its commands come in
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,22 @@ class Home:
     @property
     def address(self) -> str:
         """``host:port`` for devices."""
-        host = self.hosts[0]
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return _joined(self.hosts[0], self.port)
 
     @property
     def listens_on(self) -> str:
-        """The loopback interface if devices are to come from there alone, else every interface."""
-        return "127.0.0.1" if all(map(_is_loopback, self.hosts)) else "0.0.0.0"
+        """The first host if devices are to come from this machine alone, else every interface.
+
+        Of IPv6 if the first host is an address of IPv6: the SuperLink listens on one family.
+        """
+        if all(map(_is_loopback, self.hosts)):
+            return _loopback(self.hosts[0])
+        return "::" if ":" in self.hosts[0] else "0.0.0.0"
+
+    @property
+    def inward(self) -> str:
+        """The loopback address at which this machine's own commands reach the SuperLink."""
+        return {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(self.listens_on, self.listens_on)
 
     @property
     def tls(self) -> Path:
@@ -192,7 +201,7 @@ def command() -> Path:
 
 
 def _write_server(home: Home, authority: Issued, now: datetime) -> None:
-    names = list(dict.fromkeys([*home.hosts, *_ALWAYS]))
+    names = list(dict.fromkeys([*home.hosts, *_ALWAYS, home.inward]))
     made = make_server(authority, names, now)
     # A crash between the two leaves a pair that TLS refuses: rotating again mends it.
     write_private(home.tls / "server.key", made.key)
@@ -209,7 +218,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 def _connection(home: Home) -> str:
     settings = {
-        "address": f"127.0.0.1:{home.port}",
+        "address": _joined(home.inward, home.port),
         "root-certificates": str(home.tls / "ca.crt"),
     }
     table = {"superlink": {"default": CONNECTION, CONNECTION: settings}}
@@ -226,7 +235,15 @@ def _settings(given: dict[str, Any], path: Path) -> tuple[tuple[str, ...], int]:
         raise ProvisionError(f"{path}: must hold hosts, a list, and port, and nothing else")
     if type(port) is not int or not 1 <= port <= 65535:
         raise ProvisionError(f"{path}: port={port!r}: must be a number from 1 to 65535")
-    return tuple(map(str, hosts)), port
+    return _hosts(hosts, path), port
+
+
+def _hosts(given: list[Any], path: Path) -> tuple[str, ...]:
+    for host in given:
+        if not isinstance(host, str):
+            raise ProvisionError(f"{path}: hosts: {host!r}: must be a string")
+    alternative_names(given, f"{path}: hosts:")
+    return tuple(given)
 
 
 def _read(path: Path) -> bytes:
@@ -238,8 +255,16 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _loopback(host: str) -> str:
+    return "127.0.0.1" if host == "localhost" else str(ipaddress.ip_address(host))

@@ -142,6 +142,26 @@ def test_a_run_that_is_there_is_not_begun_again(
     assert json.loads(capsys.readouterr().out)["run"]["state"] == "finished"
 
 
+def test_a_last_run_that_is_gone_is_said_beside_the_devices(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert call(monkeypatch, "enroll", "pi") == 0
+    gone = tmp_path / "gone"
+    (server / "last-run").write_text(str(gone))
+    capsys.readouterr()
+    assert call(monkeypatch, "status") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "server.crt until" in shown and "pi 0 unknown" in shown
+    assert "problem" in shown and "not a run directory" in shown
+    assert call(monkeypatch, "status", "--json") == 0
+    run = json.loads(capsys.readouterr().out)["run"]
+    assert run["folder"] == str(gone) and "not a run directory" in run["problem"]
+    assert call(monkeypatch, "status", "--run", gone) == 8
+    (server / "last-run").write_bytes(b"\xff")
+    assert call(monkeypatch, "status") == 0
+    assert "last-run: cannot be read" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_line_of_metrics_that_is_being_written_is_read_later(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", load_plan(PLAN))
     run.metrics.write_text('{"round": 1}\n{"rou')

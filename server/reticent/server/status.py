@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from reticent.core.errors import NetworkError
+from reticent.core.errors import NetworkError, ReticentError
 from reticent.core.run import Run
 
 from .attempt import FAILED, FINISHED, read_attempt
@@ -98,6 +98,23 @@ def last_run(home: Home) -> Run | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise NetworkError(f"{home.last_run}: cannot be read: {error}") from error
+
+
+def last_run_status(home: Home) -> dict[str, Any] | None:
+    """Return the progress of the run that was served last; None if there was none.
+
+    If it cannot be told, which says nothing about the server, there is only ``folder``, and
+    ``problem``, which says why.
+    """
+    where = home.last_run
+    try:
+        run = last_run(home)
+        if run is None:
+            return None
+        where = run.folder
+        return run_status(run)
+    except ReticentError as error:
+        return {"folder": str(where), "problem": str(error)}
 
 
 def _activity(run: Run) -> dict[str, Any]:

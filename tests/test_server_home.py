@@ -273,6 +273,15 @@ def test_rotation_makes_a_new_key_under_the_same_authority(home: Home) -> None:
     ssl.create_default_context().load_cert_chain(home.tls / "server.crt", home.tls / "server.key")
 
 
+def test_a_key_of_another_authority_signs_no_certificate(home: Home, tmp_path: Path) -> None:
+    other = create_home(tmp_path / "other", HOSTS, 8443, NOW)
+    before = (home.tls / "server.crt").read_bytes()
+    shutil.copy(other.tls / "ca.key", home.tls / "ca.key")
+    with pytest.raises(ProvisionError, match=r"ca\.key: is not the key"):
+        rotate_certificate(home, NOW)
+    assert (home.tls / "server.crt").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("days", "said"),
     [

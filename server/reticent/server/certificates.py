@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -61,7 +62,8 @@ def make_server(authority: Issued, hosts: list[str], now: datetime) -> Issued:
     It does not outlive the authority.
 
     Raises:
-        ProvisionError: If a host is neither a name nor an address, or the authority has expired.
+        ProvisionError: If a host is neither a name nor an address, or the authority has expired or
+            is damaged.
     """
     ca = read_certificate(authority.certificate, "the authority's certificate")
     if now >= ca.not_valid_after_utc:
@@ -69,9 +71,7 @@ def make_server(authority: Issued, hosts: list[str], now: datetime) -> Issued:
             f"the certificate authority expired on {ca.not_valid_after_utc:%Y-%m-%d}: make a new "
             "server with `reticent server init` and enroll the devices again"
         )
-    signer = serialization.load_pem_private_key(authority.key, None)
-    if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise ProvisionError("the authority's key is not an elliptic curve key")
+    signer = read_authority_key(authority, "the authority's key")
     key = ec.generate_private_key(ec.SECP256R1())
     days = min(SERVER_DAYS, (ca.not_valid_after_utc - now).days)
     builder = _builder(_name(hosts[0][:64]), ca.subject, key.public_key(), now, days)
@@ -152,6 +152,25 @@ def read_certificate(pem: bytes, where: Path | str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem)
     except (ValueError, x509.InvalidVersion) as error:
         raise ProvisionError(f"{where}: is not a certificate in PEM") from error
+
+
+def read_authority_key(authority: Issued, where: Path | str) -> ec.EllipticCurvePrivateKey:
+    """Return an authority's key.
+
+    Raises:
+        ProvisionError: If it cannot be read, or its certificate is of another key: no device would
+            trust what it signs.
+    """
+    try:
+        key = serialization.load_pem_private_key(authority.key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ProvisionError(f"{where}: is not an unencrypted private key in PEM") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ProvisionError(f"{where}: is not an elliptic curve key")
+    certificate = read_certificate(authority.certificate, "the authority's certificate")
+    if key.public_key() != certificate.public_key():
+        raise ProvisionError(f"{where}: is not the key of the authority's certificate")
+    return key
 
 
 def expiry(pem: bytes, where: Path | str) -> datetime:

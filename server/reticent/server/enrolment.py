@@ -51,8 +51,9 @@ def enroll(home: Home, names: list[str], policy: str, now: datetime) -> list[Pat
     The SuperLink is told by :func:`synchronize`.
 
     Raises:
-        ProvisionError: If a name is malformed or taken, or a file is where its bundle belongs: then
-            none is enrolled.
+        ProvisionError: If a name is malformed or taken, a file is where its bundle belongs, or the
+            authority's certificate cannot be read: then none is enrolled.
+        ArtifactError: If a key of the server cannot be read: likewise.
     """
     with changing(home.devices) as registry:
         for name in names:
@@ -227,7 +228,7 @@ def _write(
         address=home.address,
         created=key.issued,
         expires=key.expires,
-        ca_certificate=(home.tls / "ca.crt").read_text(),
+        ca_certificate=home.authority(),
         node_key=private,
         node_public=key.public,
         policy=policy,

@@ -14,12 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from reticent.core.errors import ProvisionError
 from reticent.core.run import write_atomic
-from reticent.core.signing import PUBLIC_KEY, make_signing_key, write_new
+from reticent.core.signing import PUBLIC_KEY, make_signing_key, read_public_key, write_new
 
-from .certificates import Issued, alternative_names, expiry, make_authority, make_server
+from .certificates import (
+    Issued,
+    alternative_names,
+    expiry,
+    make_authority,
+    make_server,
+    read_authority_key,
+    read_certificate,
+)
 from .countersign import create_state
 from .unit import NAME, server_unit
 
@@ -112,8 +121,23 @@ class Home:
         return self.folder / NAME
 
     def public_key(self, purpose: str = "") -> str:
-        """Return the public half of a key as PEM; ``purpose`` is "", "plans" or "artifacts"."""
-        return (self.keys / purpose / PUBLIC_KEY).read_text()
+        """Return the public half of a key as PEM; ``purpose`` is "", "plans" or "artifacts".
+
+        Raises:
+            ArtifactError: If it is not there, or not one.
+        """
+        path = self.keys / purpose / PUBLIC_KEY
+        read_public_key(path)
+        return path.read_text()
+
+    def authority(self) -> str:
+        """Return the certificate of the server's authority as PEM.
+
+        Raises:
+            ProvisionError: If it is not there, or not one.
+        """
+        path = self.tls / "ca.crt"
+        return read_certificate(_read(path), path).public_bytes(Encoding.PEM).decode("ascii")
 
     def certificate_ends(self, name: str) -> datetime:
         """Return when ``ca.crt`` or ``server.crt`` ends."""
@@ -172,8 +196,13 @@ def rotate_certificate(home: Home, now: datetime) -> datetime:
 
     Returns:
         When the new certificate ends.
+
+    Raises:
+        ProvisionError: If the authority cannot be used: the old certificate stays.
     """
-    authority = Issued(_read(home.tls / "ca.crt"), _read(home.tls / "ca.key"))
+    where = home.tls / "ca.key"
+    authority = Issued(home.authority().encode("ascii"), _read(where))
+    read_authority_key(authority, where)
     _write_server(home, authority, now)
     return home.certificate_ends("server.crt")
 

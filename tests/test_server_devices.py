@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from reticent.core.bundle import is_signed_policy, read_bundle
-from reticent.core.errors import NetworkError, ProvisionError
+from reticent.core.errors import NetworkError, ProvisionError, RunError
 from reticent.core.plan import parse_plan
 from reticent.core.run import create_run
 from reticent.core.signing import read_public_key
@@ -291,6 +291,25 @@ METRICS: dict[str, Any] = {
     "accuracy": 0.5,
     "epsilon": 1.25,
 }
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"round": 1}, "dropped is absent"),
+        ({**METRICS, "replies": None}, "replies=None"),
+        ({**METRICS, "dropped": {"the client failed": "1"}}, "dropped={"),
+        ({**METRICS, "accuracy": "most"}, "accuracy='most'"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(
+    tmp_path: Path, line: dict[str, Any], said: str
+) -> None:
+    run = create_run(tmp_path / "run", parse_plan(""))
+    run.metrics.write_text(json.dumps(METRICS) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 2: damaged: ") as caught:
+        run_status(run)
+    assert said in str(caught.value)
 
 
 def test_the_status_of_a_run_adds_up_its_rounds(tmp_path: Path) -> None:

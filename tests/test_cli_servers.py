@@ -15,6 +15,7 @@ from reticent.core.signing import read_public_key
 from reticent.server.certificates import SERVER_DAYS, utc_now
 from reticent.server.home import create_home, open_home, rotate_certificate
 from reticent.server.operate import committed
+from reticent.server.registry import read_registry
 
 Capture = pytest.CaptureFixture[str]
 PLAN = Path(__file__).resolve().parent.parent / "examples" / "deployment" / "plan.toml"
@@ -140,6 +141,61 @@ def test_a_run_that_is_there_is_not_begun_again(
     assert "has finished" in capsys.readouterr().err
     assert call(monkeypatch, "status", "--run", run.folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["run"]["state"] == "finished"
+
+
+@pytest.mark.parametrize("content", [None, b"junk"])
+@pytest.mark.parametrize(
+    ("name", "words", "status"),
+    [
+        ("tls/ca.crt", ("list",), 11),
+        ("tls/ca.crt", ("status",), 11),
+        ("tls/ca.crt", ("enroll", "a"), 11),
+        ("tls/ca.crt", ("rotate",), 11),
+        ("tls/ca.key", ("rotate",), 11),
+        ("keys/signing_key.pub.pem", ("enroll", "a"), 7),
+        ("keys/plans/signing_key.pub.pem", ("enroll", "a"), 7),
+        ("keys/artifacts/signing_key.pub.pem", ("enroll", "a"), 7),
+        ("keys/plans/signing_key.pem", ("enroll", "a"), 7),
+    ],
+)
+def test_a_file_that_is_missing_or_junk_is_named_before_anything_is_recorded(
+    server: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    name: str,
+    words: tuple[str, ...],
+    status: int,
+    content: bytes | None,
+) -> None:
+    certificate = (server / "tls" / "server.crt").read_bytes()
+    (server / name).unlink()
+    if content is not None:
+        (server / name).write_bytes(content)
+    assert call(monkeypatch, *words) == status
+    assert f"error: {server / name}: " in capsys.readouterr().err
+    assert read_registry(server / "devices.json").devices == {}
+    assert list((server / "bundles").iterdir()) == []
+    assert (server / "tls" / "server.crt").read_bytes() == certificate
+
+
+def test_a_last_run_that_is_gone_is_said_beside_the_devices(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert call(monkeypatch, "enroll", "pi") == 0
+    gone = tmp_path / "gone"
+    (server / "last-run").write_text(str(gone))
+    capsys.readouterr()
+    assert call(monkeypatch, "status") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "server.crt until" in shown and "pi 0 unknown" in shown
+    assert "problem" in shown and "not a run directory" in shown
+    assert call(monkeypatch, "status", "--json") == 0
+    run = json.loads(capsys.readouterr().out)["run"]
+    assert run["folder"] == str(gone) and "not a run directory" in run["problem"]
+    assert call(monkeypatch, "status", "--run", gone) == 8
+    (server / "last-run").write_bytes(b"\xff")
+    assert call(monkeypatch, "status") == 0
+    assert "last-run: cannot be read" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_line_of_metrics_that_is_being_written_is_read_later(tmp_path: Path) -> None:

@@ -307,6 +307,14 @@ def test_progress_is_kept_and_a_damaged_record_is_said(shipment: Shipment) -> No
         shipment.progress()
 
 
+def test_a_damaged_offer_is_named(fleet: Fleet, shipment: Shipment) -> None:
+    path = shipment.folder / "offer"
+    path.write_bytes(shipment.signed[:-1])
+    with pytest.raises(ArtifactError, match=r"offer: the offer is not signed") as caught:
+        last_delivery(fleet.home)
+    assert str(path) in str(caught.value)
+
+
 def test_a_model_goes_to_devices_that_are_welcome(fleet: Fleet) -> None:
     assert receivers(fleet.home, ()) == receivers(fleet.home, ("pi-1", "pi-1")) == ("pi-1",)
     with pytest.raises(ProvisionError, match="is not enrolled"):

@@ -93,6 +93,36 @@ def test_a_bundle_that_is_not_sound_makes_no_folder(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("key", ["created", "expires"])
+@pytest.mark.parametrize("time", ["soon", "2027-01-01", "2027-01-01T00:00:00"])
+def test_a_time_that_is_none_or_has_no_zone_is_named(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    time: str,
+) -> None:
+    path = device.folder / "device.toml"
+    path.write_text(re.sub(rf'{key} = ".*"', f'{key} = "{time}"', path.read_text()))
+    assert call(monkeypatch, "status", "--dir", device.folder) == 11
+    said = capsys.readouterr().err
+    assert f"{path}: {key}='{time}': must be an ISO 8601 time with its zone" in said
+
+
+@pytest.mark.parametrize("words", [("status",), ("run",)])
+def test_a_device_whose_ledgers_folder_is_gone_gets_no_new_one(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+) -> None:
+    accept_policy(device, POLICY, "here")
+    shutil.rmtree(device.state)
+    assert call(monkeypatch, *words, "--dir", device.folder) == 5
+    assert f"error: {device.state}: is gone" in capsys.readouterr().err
+    assert not device.state.exists()
+
+
 def test_a_folder_is_never_overwritten(device: Device, bundle: Bundle) -> None:
     with pytest.raises(ProvisionError, match="not empty"):
         create_device(device.folder, bundle)

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reticent.client.budget import budget_of
 from reticent.client.policy import Policy, changed, parse_policy, policy_from
 from reticent.client.rules import MEGABYTE, against_now, against_plan, against_room
 from reticent.client.sensors import Readings, Sensors, metered
-from reticent.core.errors import PolicyError
+from reticent.core.errors import PolicyError, PrivacyError
 from reticent.core.plan import parse_plan
 from reticent.core.protocol import PROTOCOL, Order
+from reticent.privacy.ledger import Budget
 from reticent.server.enrolment import POLICY
 
 BUDGET = {"budget": {"epsilon": 2.0, "delta": 1e-5}}
@@ -44,6 +46,12 @@ def order(noise: float = 1.0) -> Order:
         ('[budget]\nepsilon = 1.0\ndelta = 1e-5\n[when]\nhours = ["9-5"]', 'like "22:00-06:00"'),
         ('[budget]\nepsilon = 1.0\ndelta = 1e-5\n[when]\nunknown = "hm"', "'refuse' or 'allow'"),
         ('[budget]\nepsilon = 1.0\ndelta = 1e-5\n[allow]\nsigners = ["ab"]', "allow.signers.0"),
+        ("[budget]\nepsilon = 1.0\ndelta = 1e-5\nwindow_days = 1e-9", "window_days=1e-09: must"),
+        ("[budget]\nepsilon = 1.0\ndelta = 1e-5\nwindow_days = 1e308", "window_days=1e+308: must"),
+        ("[budget]\nepsilon = 2026-01-01\ndelta = 1e-5", "budget.epsilon=2026-01-01: must not"),
+        ("[budget]\nepsilon = 1.0\n[when]\nhours = [07:30:00]", "when.hours.0=07:30:00: must not"),
+        ("[budget]\nepsilon = " + "[" * 200 + "]" * 200, "recursion limit"),
+        ("[budget]\nepsilon = " + "[" * 20_000, "not TOML"),
         ("[budget", "not TOML"),
     ],
 )
@@ -77,6 +85,31 @@ def test_changes_set_keys_and_take_them_out() -> None:
     for wrong in ("when.charging", "charging=true", "a.b.c=1"):
         with pytest.raises(PolicyError, match=r"section\.key=value"):
             changed({}, wrong)
+
+
+@pytest.mark.parametrize("depth", [100, 200, 300, 400, 20_000])
+def test_a_change_that_is_nested_deeply_is_a_policy_error(depth: int) -> None:
+    with pytest.raises(PolicyError):
+        policy_from(changed(dict(BUDGET), "budget.epsilon=" + "[" * depth + "]" * depth))
+    with pytest.raises(PolicyError, match=r"budget\.epsilon"):
+        policy_from(changed(dict(BUDGET), "budget.epsilon=" + "[" * depth))
+
+
+def test_a_change_changes_one_key() -> None:
+    with pytest.raises(PolicyError, match=r"budget\.epsilon"):
+        policy_from(changed(dict(BUDGET), "budget.epsilon=1.0\ndelta=0.5"))
+
+
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_a_window_is_accepted_if_a_ledger_takes_it(days: float) -> None:
+    section = {**BUDGET["budget"], "window_days": days}
+    try:
+        taken = Budget(section["epsilon"], section["delta"], days * 86400)
+    except PrivacyError:
+        with pytest.raises(PolicyError, match="window_days"):
+            policy_from({"budget": section})
+    else:
+        assert budget_of(policy_from({"budget": section})) == taken
 
 
 @pytest.mark.parametrize(

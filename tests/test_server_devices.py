@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from reticent.core.bundle import is_signed_policy, read_bundle
-from reticent.core.errors import NetworkError, ProvisionError
+from reticent.core.errors import NetworkError, ProvisionError, RunError
 from reticent.core.plan import parse_plan
 from reticent.core.run import create_run
 from reticent.core.signing import read_public_key
@@ -117,6 +117,22 @@ def test_if_one_name_cannot_be_enrolled_none_is(home: Home, names: list[str], sa
     assert [p.name for p in home.bundles.iterdir()] == ["a.bundle"]
 
 
+def test_a_file_where_a_bundle_belongs_keeps_every_name_from_being_enrolled(home: Home) -> None:
+    (home.bundles / "b.bundle").write_text("of a server before")
+    with pytest.raises(ProvisionError, match=r"b\.bundle: is already there"):
+        enroll(home, ["a", "b"], POLICY, NOW)
+    assert read_registry(home.devices).devices == {}
+    assert [p.name for p in home.bundles.iterdir()] == ["b.bundle"]
+
+
+def test_a_renewal_is_never_taken_for_another_devices_bundle(home: Home) -> None:
+    enroll(home, ["pi", "pi-2", "pi.2"], POLICY, NOW)
+    path = renew(home, "pi", POLICY, NOW)
+    assert read_bundle(path).name == "pi"
+    with pytest.raises(ProvisionError, match="no name for a device"):
+        enroll(home, [path.stem], POLICY, NOW)
+
+
 def test_the_superlink_is_told_once_and_may_have_been_down(home: Home, link: Link) -> None:
     enroll(home, ["a", "b"], POLICY, NOW)
     link.down = True
@@ -170,7 +186,7 @@ def test_an_old_key_is_admitted_until_the_device_comes_back_with_the_new_one(
     told(home, link)
     link.comes_online(100)
     path = renew(home, "a", POLICY, NOW + timedelta(days=1))
-    assert path.name == "a-2.bundle" and read_bundle(path).index == 0
+    assert path.name == "a~2.bundle" and read_bundle(path).index == 0
     assert told(home, link) == ["a: registered as node 101"]
     assert link.admitted() == {100, 101}
     link.comes_online(101)
@@ -275,6 +291,25 @@ METRICS: dict[str, Any] = {
     "accuracy": 0.5,
     "epsilon": 1.25,
 }
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"round": 1}, "dropped is absent"),
+        ({**METRICS, "replies": None}, "replies=None"),
+        ({**METRICS, "dropped": {"the client failed": "1"}}, "dropped={"),
+        ({**METRICS, "accuracy": "most"}, "accuracy='most'"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(
+    tmp_path: Path, line: dict[str, Any], said: str
+) -> None:
+    run = create_run(tmp_path / "run", parse_plan(""))
+    run.metrics.write_text(json.dumps(METRICS) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: line 2: damaged: ") as caught:
+        run_status(run)
+    assert said in str(caught.value)
 
 
 def test_the_status_of_a_run_adds_up_its_rounds(tmp_path: Path) -> None:

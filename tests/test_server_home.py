@@ -4,13 +4,16 @@ import ipaddress
 import os
 import shlex
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 
 import click
 import pytest
@@ -32,7 +35,7 @@ from reticent.server.certificates import (
     make_server,
     read_certificate,
 )
-from reticent.server.flower import arguments
+from reticent.server.flower import answers, arguments
 from reticent.server.home import Home, create_home, open_home, rotate_certificate
 from reticent.server.unit import server_unit
 
@@ -105,7 +108,11 @@ def test_names_are_names_and_addresses_are_addresses(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["", "a b", "-a.example", "a..b", "300.1.1.1", "1.2.3", "ä.example", "a" * 64]
+    "host",
+    [
+        *("", "a b", "-a.example", "a..b", "300.1.1.1", "1.2.3", "ä.example", "a" * 64),
+        *("fe80::1%eth0", "::ffff:192.0.2.7"),
+    ],
 )
 def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
     with pytest.raises(ProvisionError, match="--host"):
@@ -190,8 +197,63 @@ def test_a_server_for_this_machine_alone_listens_on_no_other_interface(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("host", "listens", "inward"),
+    [
+        ("::1", "::1", "::1"),
+        ("2001:db8::1", "::", "::1"),
+        ("127.0.0.2", "127.0.0.2", "127.0.0.2"),
+        ("192.0.2.7", "0.0.0.0", "127.0.0.1"),
+        ("a.example", "0.0.0.0", "127.0.0.1"),
+    ],
+)
+def test_a_superlink_is_reached_where_devices_and_commands_look_for_it(
+    tmp_path: Path, host: str, listens: str, inward: str
+) -> None:
+    home = create_home(tmp_path / "server", [host], 8443, NOW)
+    given = arguments(home)
+    assert given[given.index("--host") + 1] == listens
+    connection = tomllib.loads((home.flower / "config.toml").read_text())["superlink"]
+    where = f"[{inward}]:8443" if ":" in inward else f"{inward}:8443"
+    assert connection["reticent"]["address"] == where
+    if ":" in inward and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with tls_server(home) as port:
+        assert answers(Home(home.folder, home.hosts, port))
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def tls_server(home: Home) -> Iterator[int]:
+    """Listen with the server's certificate, as its SuperLink does, on a free port."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(home.tls / "server.crt", home.tls / "server.key")
+    family = socket.AF_INET6 if ":" in home.listens_on else socket.AF_INET
+    with socket.create_server((home.listens_on, 0), family=family) as listener:
+        greeting = Thread(target=lambda: greet(context, listener))
+        greeting.start()
+        yield listener.getsockname()[1]
+        greeting.join(10)
+
+
+def greet(context: ssl.SSLContext, listener: socket.socket) -> None:
+    raw, _ = listener.accept()
+    with context.wrap_socket(raw, server_side=True):
+        pass
+
+
+@pytest.mark.parametrize(
     "text",
-    ["", "hosts = []\nport = 1", 'hosts = ["a"]\nport = 0', 'hosts = ["a"]\nport = true', "x"],
+    [
+        *("", "hosts = []\nport = 1", 'hosts = ["a"]\nport = 0', 'hosts = ["a"]\nport = true', "x"),
+        *("hosts = [1, {}]\nport = 1", 'hosts = [""]\nport = 1', 'hosts = ["a", "b c"]\nport = 1'),
+    ],
 )
 def test_damaged_settings_are_an_error(home: Home, text: str) -> None:
     (home.folder / "server.toml").write_text(text)
@@ -213,6 +275,15 @@ def test_rotation_makes_a_new_key_under_the_same_authority(home: Home) -> None:
     assert stat.S_IMODE((home.tls / "server.key").stat().st_mode) == 0o600
     loaded(home.tls / "server.crt").verify_directly_issued_by(loaded(home.tls / "ca.crt"))
     ssl.create_default_context().load_cert_chain(home.tls / "server.crt", home.tls / "server.key")
+
+
+def test_a_key_of_another_authority_signs_no_certificate(home: Home, tmp_path: Path) -> None:
+    other = create_home(tmp_path / "other", HOSTS, 8443, NOW)
+    before = (home.tls / "server.crt").read_bytes()
+    shutil.copy(other.tls / "ca.key", home.tls / "ca.key")
+    with pytest.raises(ProvisionError, match=r"ca\.key: is not the key"):
+        rotate_certificate(home, NOW)
+    assert (home.tls / "server.crt").read_bytes() == before
 
 
 @pytest.mark.parametrize(

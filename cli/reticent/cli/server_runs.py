@@ -124,13 +124,12 @@ def status(folder: Path, where: Path | None, as_json: bool) -> None:
     from reticent.server.certificates import utc_now
     from reticent.server.home import open_home
     from reticent.server.offers import last_delivery
-    from reticent.server.status import last_run, run_status, server_status
+    from reticent.server.status import last_run_status, run_status, server_status
 
     home = open_home(folder)
     shown = server_status(home, superlink_nodes(home), utc_now())
     model = last_delivery(home)
-    found = Run(where) if where else last_run(home)
-    progress = None if found is None else run_status(found)
+    progress = run_status(Run(where)) if where else last_run_status(home)
     if as_json:
         emit({"server": shown, "run": progress, "model": model})
         return
@@ -148,6 +147,8 @@ def status(folder: Path, where: Path | None, as_json: bool) -> None:
 
 
 def _rows(run: dict[str, Any]) -> list[list[str]]:
+    if "problem" in run:
+        return [["problem", run["problem"]]]
     rows = [
         ["state", run["state"]],
         ["round", f"{run['round']} of {run['rounds']}"],

@@ -16,14 +16,11 @@ from .policy import Policy
 DEVICE = "device"
 """The one name in a real device's ledger; who it is towards servers is its key."""
 
-_DAY = 86400
-
 
 def budget_of(policy: Policy) -> Budget:
     """Return the budget of an owner's policy."""
     chosen = policy.budget
-    window = None if chosen.window_days is None else chosen.window_days * _DAY
-    return Budget(chosen.epsilon, chosen.delta, window)
+    return Budget(chosen.epsilon, chosen.delta, chosen.window)
 
 
 def remember_budget(folder: Path, budget: Budget) -> None:

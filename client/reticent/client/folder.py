@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from reticent.core.bundle import NAME, Bundle, is_signed_policy
-from reticent.core.errors import ArtifactError, PolicyError, ProvisionError, RunError
+from reticent.core.bundle import NAME, Bundle, is_signed_policy, require_moment
+from reticent.core.errors import ArtifactError, LedgerError, PolicyError, ProvisionError, RunError
 from reticent.core.run import write_atomic
 from reticent.core.signing import read_public_key, write_new
 
@@ -209,6 +209,7 @@ def open_device(folder: Path) -> Device:
 
     Raises:
         ProvisionError: If it is not there, or damaged.
+        LedgerError: If the folder of its ledger is gone: a new one would know of nothing spent.
     """
     folder = folder.expanduser().absolute()
     path = folder / "device.toml"
@@ -225,6 +226,13 @@ def open_device(folder: Path) -> Device:
         raise ProvisionError(f"{path}: must hold {', '.join(_KEYS)}, and nothing else")
     if not NAME.fullmatch(found["name"]):
         raise ProvisionError(f"{path}: name={found['name']!r}: must match {NAME.pattern}")
+    for key in ("created", "expires"):
+        require_moment(found[key], f"{path}: {key}")
+    if not (folder / "state").is_dir():
+        raise LedgerError(
+            f"{folder / 'state'}: is gone, and with it the record of what the device has spent: "
+            "put it back (a device whose spending is unknown must not spend more)"
+        )
     wanted: dict[str, Any] = {k: found[k] for k in _KEYS if k != "created"}
     return Device(folder, **wanted)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
-from datetime import time
+from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -29,6 +30,7 @@ from reticent.core.errors import PolicyError
 from reticent.core.offer import MOST_MODEL
 
 MOST_BYTES = 64 * 1024
+_DAY = 86400
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 Count = Annotated[int, Field(ge=1)]
@@ -48,7 +50,7 @@ class BudgetSection(Section):
     Attributes:
         epsilon: The budget: for life, or in any window.
         delta: Its delta.
-        window_days: The budget then renews; absent: it is for life.
+        window_days: The budget then renews; absent: it is for life. At least a second.
         lifetime_epsilon: With a window, what is never exceeded however often it renews.
     """
 
@@ -56,6 +58,11 @@ class BudgetSection(Section):
     delta: Annotated[float, Field(gt=0, lt=1)]
     window_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     lifetime_epsilon: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def window(self) -> float | None:
+        """The window in seconds; None for life."""
+        return None if self.window_days is None else self.window_days * _DAY
 
     @field_validator("epsilon", "lifetime_epsilon", mode="before")
     @classmethod
@@ -65,6 +72,16 @@ class BudgetSection(Section):
     @field_serializer("epsilon", "lifetime_epsilon")
     def _written(self, value: float | None) -> float | str | None:
         return "infinity" if value == float("inf") else value
+
+    @model_validator(mode="after")
+    def _window_is_one_of_a_ledgers(self) -> Self:
+        # What a ledger's Budget takes, without its import: an agent would hold SciPy in memory.
+        if self.window is not None and not 1 <= self.window < math.inf:
+            raise ValueError(
+                f"window_days={self.window_days:g}: must be at least 1/{_DAY} (a second), and "
+                "finite in seconds"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lifetime_needs_a_window(self) -> Self:
@@ -214,6 +231,8 @@ def policy_from(data: Mapping[str, Any], where: str = "policy") -> Policy:
     except ValidationError as error:
         lines = [_explain(cast(dict[str, Any], e)) for e in error.errors()]
         raise PolicyError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
+    except RecursionError as error:
+        raise PolicyError(f"{where}: is nested too deeply") from error
     except (TypeError, ValueError) as error:
         raise PolicyError(f"{where}: {error}") from error
 
@@ -259,15 +278,18 @@ def changed(data: dict[str, Any], change: str) -> dict[str, Any]:
         raise PolicyError(f"{change}: must look like section.key=value")
     section = dict(data.get(path[0], {}))
     if value.strip():
-        section[path[1]] = _value(value.strip())
+        section[path[1]] = _value(key.strip(), value.strip())
     else:
         section.pop(path[1], None)
     return {**data, path[0]: section}
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        found = tomllib.loads(f"x = {text}")
+        return found["x"] if set(found) == {"x"} else text
+    except RecursionError as error:
+        raise PolicyError(f"{key}: is nested too deeply") from error
     except ValueError:
         return text
 
@@ -280,10 +302,19 @@ def _spans(text: str, now: time) -> bool:
     return begin <= clock < end if begin < end else clock >= begin or clock < end
 
 
-def _portable(value: Any) -> Any:
-    """Write infinity as JSON can: TOML has ``inf``, strict JSON has not."""
+def _portable(value: Any, path: str = "") -> Any:
+    """Write infinity as JSON can: TOML has ``inf``, strict JSON has not; nor has it times.
+
+    Raises:
+        ValueError: Naming the key of a time.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _portable(v) for k, v in cast(Mapping[str, Any], value).items()}
+        items = cast(Mapping[str, Any], value).items()
+        return {str(k): _portable(v, f"{path}.{k}".removeprefix(".")) for k, v in items}
+    if isinstance(value, list):
+        return [_portable(v, f"{path}.{n}") for n, v in enumerate(cast(list[Any], value))]
+    if isinstance(value, date | time):  # a datetime is a date too
+        raise ValueError(f"{path}={value.isoformat()}: must not be a date or a time")
     return "infinity" if value == float("inf") else value
 
 
@@ -294,6 +325,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"unknown key {path}{_suggestion(loc)}"
     if error["type"] == "missing":
         return f"{path} is absent: the device's owner must set it"
+    if error["type"] == "json_invalid":
+        return f"cannot be read: {error['ctx']['error']}"
     if error["type"] == "value_error":
         return f"{path}: {error['ctx']['error']}"
     given = error["input"]

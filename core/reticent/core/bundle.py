@@ -194,7 +194,7 @@ def _checked(content: dict[str, Any], where: str) -> Bundle:
     if not NAME.fullmatch(content["name"]):
         raise ProvisionError(f"{where}: name={content['name']!r}: must match {NAME.pattern}")
     for key in ("created", "expires"):
-        _moment(content[key], f"{where}: {key}")
+        require_moment(content[key], f"{where}: {key}")
     return Bundle(**content)
 
 
@@ -202,7 +202,12 @@ def _is_text(value: str) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in value)
 
 
-def _moment(text: str, where: str) -> None:
+def require_moment(text: str, where: str) -> None:
+    """Refuse what is no time with its zone.
+
+    Raises:
+        ProvisionError: Naming ``where``, what was given and what is allowed.
+    """
     try:
         aware = datetime.fromisoformat(text).tzinfo is not None
     except ValueError:

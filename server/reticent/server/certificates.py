@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -61,7 +62,8 @@ def make_server(authority: Issued, hosts: list[str], now: datetime) -> Issued:
     It does not outlive the authority.
 
     Raises:
-        ProvisionError: If a host is neither a name nor an address, or the authority has expired.
+        ProvisionError: If a host is neither a name nor an address, or the authority has expired or
+            is damaged.
     """
     ca = read_certificate(authority.certificate, "the authority's certificate")
     if now >= ca.not_valid_after_utc:
@@ -69,9 +71,7 @@ def make_server(authority: Issued, hosts: list[str], now: datetime) -> Issued:
             f"the certificate authority expired on {ca.not_valid_after_utc:%Y-%m-%d}: make a new "
             "server with `reticent server init` and enroll the devices again"
         )
-    signer = serialization.load_pem_private_key(authority.key, None)
-    if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise ProvisionError("the authority's key is not an elliptic curve key")
+    signer = read_authority_key(authority, "the authority's key")
     key = ec.generate_private_key(ec.SECP256R1())
     days = min(SERVER_DAYS, (ca.not_valid_after_utc - now).days)
     builder = _builder(_name(hosts[0][:64]), ca.subject, key.public_key(), now, days)
@@ -101,27 +101,45 @@ def make_node_key() -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
-def alternative_names(hosts: list[str]) -> list[x509.GeneralName]:
+def alternative_names(hosts: list[str], where: str = "--host") -> list[x509.GeneralName]:
     """Return the hosts as subject alternative names; addresses as such, and not as names.
 
+    Args:
+        hosts: Names and addresses.
+        where: Where they were given, for errors.
+
     Raises:
-        ProvisionError: If there is none, or one is neither a name nor an address.
+        ProvisionError: If there is none, or one is neither a name nor an address that a SuperLink
+            can be reached at.
     """
     if not hosts:
-        raise ProvisionError("--host: must name the server at least once")
-    return [_alternative(host) for host in hosts]
+        raise ProvisionError(f"{where} must name the server at least once")
+    return [_alternative(host, where) for host in hosts]
 
 
-def _alternative(host: str) -> x509.GeneralName:
+def _alternative(host: str, where: str) -> x509.GeneralName:
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
+        return x509.IPAddress(_address(host, where))
     except ValueError:
         pass
     labels = host.split(".")
     named = len(host) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
     if not named or labels[-1].isdigit():
-        raise ProvisionError(f"--host {host!r}: must be a host name or an IP address")
+        raise ProvisionError(f"{where} {host!r}: must be a host name or an IP address")
     return x509.DNSName(host)
+
+
+def _address(host: str, where: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an IP address that means the same on every machine."""
+    found = ipaddress.ip_address(host)
+    if isinstance(found, ipaddress.IPv6Address) and found.scope_id is not None:
+        raise ProvisionError(
+            f"{where} {host!r}: must have no scope (%{found.scope_id}), which names an interface "
+            "of one machine: give another address, or a host name"
+        )
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+        raise ProvisionError(f"{where} {host!r}: must be written as {found.ipv4_mapped}")
+    return found
 
 
 def read_certificate(pem: bytes, where: Path | str) -> x509.Certificate:
@@ -134,6 +152,25 @@ def read_certificate(pem: bytes, where: Path | str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem)
     except (ValueError, x509.InvalidVersion) as error:
         raise ProvisionError(f"{where}: is not a certificate in PEM") from error
+
+
+def read_authority_key(authority: Issued, where: Path | str) -> ec.EllipticCurvePrivateKey:
+    """Return an authority's key.
+
+    Raises:
+        ProvisionError: If it cannot be read, or its certificate is of another key: no device would
+            trust what it signs.
+    """
+    try:
+        key = serialization.load_pem_private_key(authority.key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ProvisionError(f"{where}: is not an unencrypted private key in PEM") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ProvisionError(f"{where}: is not an elliptic curve key")
+    certificate = read_certificate(authority.certificate, "the authority's certificate")
+    if key.public_key() != certificate.public_key():
+        raise ProvisionError(f"{where}: is not the key of the authority's certificate")
+    return key
 
 
 def expiry(pem: bytes, where: Path | str) -> datetime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,11 +51,14 @@ def enroll(home: Home, names: list[str], policy: str, now: datetime) -> list[Pat
     The SuperLink is told by :func:`synchronize`.
 
     Raises:
-        ProvisionError: If a name is malformed or taken: then none is enrolled.
+        ProvisionError: If a name is malformed or taken, a file is where its bundle belongs, or the
+            authority's certificate cannot be read: then none is enrolled.
+        ArtifactError: If a key of the server cannot be read: likewise.
     """
     with changing(home.devices) as registry:
         for name in names:
             _require_free(registry, name, names)
+            _require_no_file(_bundle(home, name))
         return [_enroll(home, registry, name, policy, now) for name in names]
 
 
@@ -70,7 +74,7 @@ def renew(home: Home, name: str, policy: str, now: datetime) -> Path:
     with changing(home.devices) as registry:
         device = registry.named(name)
         private, key = _new_key(now)
-        path = home.bundles / f"{name}-{len(device.keys) + 1}.bundle"
+        path = _bundle(home, name, len(device.keys) + 1)
         _write(home, path, name, device.index, private, key, policy)
         registry.devices[name] = replace(device, keys=(*device.keys, key))
     return path
@@ -185,10 +189,24 @@ def _require_free(registry: Registry, name: str, names: list[str]) -> None:
         )
 
 
+def _bundle(home: Home, name: str, number: int = 1) -> Path:
+    """Return where the bundle of a device's key of this number belongs.
+
+    No name holds the ``~``: a renewal's file is never that of another device.
+    """
+    return home.bundles / (f"{name}.bundle" if number == 1 else f"{name}~{number}.bundle")
+
+
+def _require_no_file(path: Path) -> None:
+    # Found only when it is written, the devices before it would be enrolled and not shown.
+    if os.path.lexists(path):
+        raise ProvisionError(f"{path}: is already there; keep or move it")
+
+
 def _enroll(home: Home, registry: Registry, name: str, policy: str, now: datetime) -> Path:
     private, key = _new_key(now)
     index = registry.next_index
-    path = home.bundles / f"{name}.bundle"
+    path = _bundle(home, name)
     _write(home, path, name, index, private, key, policy)
     registry.devices[name] = Device(index, now.isoformat(), None, (key,))
     return path
@@ -210,7 +228,7 @@ def _write(
         address=home.address,
         created=key.issued,
         expires=key.expires,
-        ca_certificate=(home.tls / "ca.crt").read_text(),
+        ca_certificate=home.authority(),
         node_key=private,
         node_public=key.public,
         policy=policy,

@@ -107,12 +107,16 @@ def _json(text: str) -> dict[str, Any] | None:
 
 
 def answers(home: Home) -> bool:
-    """Return whether something on the SuperLink's port shows a certificate of our authority."""
-    trusting = ssl.create_default_context(cafile=str(home.tls / "ca.crt"))
+    """Return whether something on the SuperLink's port shows a certificate of our authority.
+
+    Raises:
+        ProvisionError: If the authority's certificate cannot be read.
+    """
+    trusting = ssl.create_default_context(cadata=home.authority())
     try:
         with (
-            socket.create_connection(("127.0.0.1", home.port), 5) as raw,
-            trusting.wrap_socket(raw, server_hostname="127.0.0.1"),
+            socket.create_connection((home.inward, home.port), 5) as raw,
+            trusting.wrap_socket(raw, server_hostname=home.inward),
         ):
             return True
     except OSError:

@@ -14,17 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from reticent.core.errors import ProvisionError
 from reticent.core.run import write_atomic
-from reticent.core.signing import PUBLIC_KEY, make_signing_key, write_new
+from reticent.core.signing import PUBLIC_KEY, make_signing_key, read_public_key, write_new
 
-from .certificates import Issued, alternative_names, expiry, make_authority, make_server
+from .certificates import (
+    Issued,
+    alternative_names,
+    expiry,
+    make_authority,
+    make_server,
+    read_authority_key,
+    read_certificate,
+)
 from .countersign import create_state
 from .unit import NAME, server_unit
 
 CONNECTION = "reticent"
-_ALWAYS = ["localhost", "127.0.0.1"]  # the server's own commands come in through these
+_ALWAYS = ["localhost", "127.0.0.1"]  # names of this machine, wherever its commands come in
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,22 @@ class Home:
     @property
     def address(self) -> str:
         """``host:port`` for devices."""
-        host = self.hosts[0]
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return _joined(self.hosts[0], self.port)
 
     @property
     def listens_on(self) -> str:
-        """The loopback interface if devices are to come from there alone, else every interface."""
-        return "127.0.0.1" if all(map(_is_loopback, self.hosts)) else "0.0.0.0"
+        """The first host if devices are to come from this machine alone, else every interface.
+
+        Of IPv6 if the first host is an address of IPv6: the SuperLink listens on one family.
+        """
+        if all(map(_is_loopback, self.hosts)):
+            return _loopback(self.hosts[0])
+        return "::" if ":" in self.hosts[0] else "0.0.0.0"
+
+    @property
+    def inward(self) -> str:
+        """The loopback address at which this machine's own commands reach the SuperLink."""
+        return {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(self.listens_on, self.listens_on)
 
     @property
     def tls(self) -> Path:
@@ -103,8 +121,23 @@ class Home:
         return self.folder / NAME
 
     def public_key(self, purpose: str = "") -> str:
-        """Return the public half of a key as PEM; ``purpose`` is "", "plans" or "artifacts"."""
-        return (self.keys / purpose / PUBLIC_KEY).read_text()
+        """Return the public half of a key as PEM; ``purpose`` is "", "plans" or "artifacts".
+
+        Raises:
+            ArtifactError: If it is not there, or not one.
+        """
+        path = self.keys / purpose / PUBLIC_KEY
+        read_public_key(path)
+        return path.read_text()
+
+    def authority(self) -> str:
+        """Return the certificate of the server's authority as PEM.
+
+        Raises:
+            ProvisionError: If it is not there, or not one.
+        """
+        path = self.tls / "ca.crt"
+        return read_certificate(_read(path), path).public_bytes(Encoding.PEM).decode("ascii")
 
     def certificate_ends(self, name: str) -> datetime:
         """Return when ``ca.crt`` or ``server.crt`` ends."""
@@ -163,8 +196,13 @@ def rotate_certificate(home: Home, now: datetime) -> datetime:
 
     Returns:
         When the new certificate ends.
+
+    Raises:
+        ProvisionError: If the authority cannot be used: the old certificate stays.
     """
-    authority = Issued(_read(home.tls / "ca.crt"), _read(home.tls / "ca.key"))
+    where = home.tls / "ca.key"
+    authority = Issued(home.authority().encode("ascii"), _read(where))
+    read_authority_key(authority, where)
     _write_server(home, authority, now)
     return home.certificate_ends("server.crt")
 
@@ -192,7 +230,7 @@ def command() -> Path:
 
 
 def _write_server(home: Home, authority: Issued, now: datetime) -> None:
-    names = list(dict.fromkeys([*home.hosts, *_ALWAYS]))
+    names = list(dict.fromkeys([*home.hosts, *_ALWAYS, home.inward]))
     made = make_server(authority, names, now)
     # A crash between the two leaves a pair that TLS refuses: rotating again mends it.
     write_private(home.tls / "server.key", made.key)
@@ -209,7 +247,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 def _connection(home: Home) -> str:
     settings = {
-        "address": f"127.0.0.1:{home.port}",
+        "address": _joined(home.inward, home.port),
         "root-certificates": str(home.tls / "ca.crt"),
     }
     table = {"superlink": {"default": CONNECTION, CONNECTION: settings}}
@@ -226,7 +264,15 @@ def _settings(given: dict[str, Any], path: Path) -> tuple[tuple[str, ...], int]:
         raise ProvisionError(f"{path}: must hold hosts, a list, and port, and nothing else")
     if type(port) is not int or not 1 <= port <= 65535:
         raise ProvisionError(f"{path}: port={port!r}: must be a number from 1 to 65535")
-    return tuple(map(str, hosts)), port
+    return _hosts(hosts, path), port
+
+
+def _hosts(given: list[Any], path: Path) -> tuple[str, ...]:
+    for host in given:
+        if not isinstance(host, str):
+            raise ProvisionError(f"{path}: hosts: {host!r}: must be a string")
+    alternative_names(given, f"{path}: hosts:")
+    return tuple(given)
 
 
 def _read(path: Path) -> bytes:
@@ -238,8 +284,16 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _loopback(host: str) -> str:
+    return "127.0.0.1" if host == "localhost" else str(ipaddress.ip_address(host))

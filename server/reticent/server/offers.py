@@ -157,7 +157,10 @@ def open_shipment(home: Home, version: int) -> Shipment:
     except OSError as error:
         raise ArtifactError(f"{folder}: no offer there: {error.strerror}") from error
     key = read_public_key(home.keys / "artifacts" / PUBLIC_KEY)
-    return Shipment(folder, open_offer(key, signed), signed)
+    try:
+        return Shipment(folder, open_offer(key, signed), signed)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder / 'offer'}: {error}") from error
 
 
 def _number(path: Path) -> int:

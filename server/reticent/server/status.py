@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from reticent.core.errors import NetworkError
+from reticent.core.errors import NetworkError, ReticentError, RunError
 from reticent.core.run import Run
 
 from .attempt import FAILED, FINISHED, read_attempt
@@ -19,6 +20,12 @@ from .registry import Device, read_registry
 _RENEWALS = {
     "ca.crt": "make a new server and enroll the devices again",
     "server.crt": "renew it with `reticent server rotate`",
+}
+_KINDS = {
+    "dropped": (dict,),
+    **dict.fromkeys(("replies", "asked", "bytes_up", "bytes_down", "bytes_constants"), (int,)),
+    "accuracy": (float, int, NoneType),
+    "epsilon": (float, int, NoneType),
 }
 _NAMES = {"ca.crt": "the certificate authority", "server.crt": "the server's certificate"}
 
@@ -69,7 +76,7 @@ def run_status(run: Run) -> dict[str, Any]:
         RunError: If there is no run, or it is damaged.
     """
     plan = run.plan()
-    metrics = run.read_metrics()
+    metrics = _metrics(run)
     dropped = Counter[str]()
     for line in metrics:
         dropped.update(line["dropped"])
@@ -90,6 +97,19 @@ def run_status(run: Run) -> dict[str, Any]:
     }
 
 
+def _metrics(run: Run) -> list[dict[str, Any]]:
+    """Return the run's metrics, each line with what is added up here."""
+    metrics = run.read_metrics()
+    for number, line in enumerate(metrics, 1):
+        for key, kinds in _KINDS.items():
+            if key not in line:
+                raise RunError(f"{run.metrics}: line {number}: damaged: {key} is absent")
+            values = line[key].values() if type(line[key]) is dict else ()
+            if type(line[key]) not in kinds or any(type(count) is not int for count in values):
+                raise RunError(f"{run.metrics}: line {number}: damaged: {key}={line[key]!r}")
+    return metrics
+
+
 def last_run(home: Home) -> Run | None:
     """Return the run that this server served last; None if there was none."""
     try:
@@ -98,6 +118,23 @@ def last_run(home: Home) -> Run | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise NetworkError(f"{home.last_run}: cannot be read: {error}") from error
+
+
+def last_run_status(home: Home) -> dict[str, Any] | None:
+    """Return the progress of the run that was served last; None if there was none.
+
+    If it cannot be told, which says nothing about the server, there is only ``folder``, and
+    ``problem``, which says why.
+    """
+    where = home.last_run
+    try:
+        run = last_run(home)
+        if run is None:
+            return None
+        where = run.folder
+        return run_status(run)
+    except ReticentError as error:
+        return {"folder": str(where), "problem": str(error)}
 
 
 def _activity(run: Run) -> dict[str, Any]:

@@ -32,6 +32,8 @@ from reticent.simulations.explain import explain_plan
 from reticent.simulations.fleet import fleet_for
 from reticent.simulations.grid import node_of
 from reticent.simulations.simulate import simulate
+from reticent.simulations.sweep.points import Point
+from reticent.simulations.sweep.results import figures_of
 
 SMALL = [
     "task.name=digits",
@@ -294,6 +296,12 @@ def test_a_secret_cohort_is_charged_whole_at_once_and_reported_as_it_was_sampled
     assert adversaries["The server"]["epsilon"] == "infinity"
     assert "not who took part either" in adversaries["Readers of the models"]["assumes"]
     assert run.read_summary()["privacy"]["epsilon"] == promised
+    # A sweep's table says the same, and nothing of the draw travels with the model.
+    row = figures_of(run, Point((), plan.seed, plan))
+    assert row.epsilons["Readers of the models"] == promised
+    manifest = json.loads((run.artifact / "manifest.json").read_text())
+    assert not {"largest_asked", "largest_participation"} & manifest["privacy"].keys()
+    assert any("secret draws" in line["remark"] for line in report["not_covered"])
 
 
 def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(
@@ -303,6 +311,9 @@ def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(
     rows = {row["field"]: row["answer"] for row in collect(run)["checklist"]}
     assert "Poisson sampling" in rows["Sampling performed"]
     assert rows["Sampling accounted"].startswith("none: a client of a round counts in full")
+    assert not any("secret draws" in line["remark"] for line in collect(run)["not_covered"])
+    manifest = json.loads((run.artifact / "manifest.json").read_text())
+    assert manifest["privacy"]["largest_asked"] > 0
 
 
 def test_the_command_shows_virtual_time_and_prices_a_fleet(tmp_path: Path) -> None:

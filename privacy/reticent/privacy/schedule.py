@@ -106,6 +106,13 @@ class Schedule:
         """Event of one round against the server."""
         return NonPrivate() if self.unit == "client" else self._example(self.share_multiplier)
 
+    def counted(self, asked: int) -> int:
+        """Return how many rounds count of a client that was asked in ``asked`` of them.
+
+        Where sampling is counted, every round counts in which a client might have been drawn.
+        """
+        return self.participations if self.secret else asked
+
     def over(self, event: Event, rounds: int) -> Event:
         """Return ``event`` repeated over ``rounds`` rounds, after what was ``earlier``."""
         whole = event.times(rounds)

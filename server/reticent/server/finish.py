@@ -201,8 +201,7 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
     if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule
-    # Where sampling is counted, every round counts in which a client might have been drawn.
-    seen = s.participations if s.secret else rounds
+    seen = s.counted(rounds)
     readers = epsilon([s.over(s.round_event(), seen)], s.delta) if seen else 0.0
     server = epsilon([s.over(s.server_event(), rounds)], s.delta) if rounds else 0.0
     return {
@@ -217,6 +216,14 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
         "largest_asked": rounds,
         **_client_level(job, state),
     }
+
+
+def _published(job: Job, privacy: dict[str, Any]) -> dict[str, Any]:
+    """Return what of it travels with the model: of a secret draw nothing that tells its outcome."""
+    if job.schedule is None or not job.schedule.secret:
+        return privacy
+    drawn = ("largest_participation", "largest_asked")
+    return {key: value for key, value in privacy.items() if key not in drawn}
 
 
 def _client_level(job: Job, state: ServerState) -> dict[str, Any]:
@@ -257,7 +264,7 @@ def _write_artifact(
         ),
         plan_digest=job.plan.digest,
         metrics={k: summary[k] for k in ("accuracy", "agreement", "latency_us", "rounds", "model")},
-        privacy="off" if job.plan.private is None else summary["privacy"],
+        privacy="off" if job.plan.private is None else _published(job, summary["privacy"]),
         sizes=summary["bytes"],
         self_test=SelfTest(inputs, logits_of(deployed.model, inputs)),
         private_key=key,

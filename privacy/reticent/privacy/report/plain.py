@@ -46,6 +46,11 @@ _EXPOSED = (
     "sent without noise: the server sees what each client computed, and how large it is encoded "
     "(under aggregator trust shown here rounded up to two figures)",
 )
+_DRAWN = (
+    "How many clients were drawn",
+    "replies, bytes, times and clients in this report follow from the secret draws: the number "
+    "against readers of the models is for those who do not see this report",
+)
 _PERSON = "A person with several examples"
 _SIMULATED = (
     "The simulation's seed",
@@ -66,6 +71,8 @@ def not_covered(data: dict[str, Any]) -> list[dict[str, str]]:
     tuning = data.get("tuning")
     if tuning is not None and tuning["runs"] > 1:
         rows[rows.index(_CHOICE)] = (_CHOICE[0], _chosen(tuning))
+    if promise.get("unit") == "client" and promise["sampling_rate"] < 1:
+        rows.append(_DRAWN)
     if "weights" in data:
         rows.append(UNCHECKED)
     if noised:

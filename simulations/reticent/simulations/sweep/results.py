@@ -139,8 +139,8 @@ def figures_of(run: Run, point: Point) -> Figures:
     summary, metrics, plan = run.read_summary(), run.read_metrics(), point.plan
     schedule, privacy = used_schedule(plan, summary), summary["privacy"]
     events = []
-    if schedule is not None and privacy["largest_asked"]:
-        events = [schedule.over(schedule.round_event(), privacy["largest_asked"])]
+    if schedule is not None and (rounds := schedule.counted(privacy["largest_asked"])):
+        events = [schedule.over(schedule.round_event(), rounds)]
     delta = plan.private.delta if plan.private else 0.0
     views = adversary_rows(schedule, events, delta, plan.updates.pad)
     accuracy = summary["accuracy"]

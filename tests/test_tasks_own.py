@@ -51,6 +51,17 @@ def test_models_are_made_by_the_users_callables() -> None:
         _task().teacher()
 
 
+def test_the_number_by_which_updates_are_divided_need_not_follow_the_arrays() -> None:
+    """Where they are private as a whole, as on a device, their number must not show."""
+    assert _task().nominal_examples == 12  # (60 - 12) / 4
+    assert _task(nominal_examples=30).nominal_examples == 30
+    fewer = {"inputs": np.ones((40, 2)), "labels": np.arange(40) % 3}
+    assert _task(**fewer).nominal_examples == 7
+    assert _task(**fewer, nominal_examples=30).nominal_examples == 30
+    with pytest.raises(DataError, match="nominal_examples=0: must be at least 1"):
+        _task(nominal_examples=0)
+
+
 def test_arrays_may_be_tensors_and_any_number_type() -> None:
     task = _task(inputs=torch.arange(120).view(60, 2), labels=(torch.arange(60) % 3).byte())
     assert task.public().inputs.dtype == torch.float32

@@ -15,7 +15,8 @@ from .. import models
 from ..errors import DataError
 from ..plan import TaskSection
 from .base import Examples
-from .split import Split, check_section, nominal_examples
+from .split import Split, check_section
+from .split import nominal_examples as shared_out
 
 Shape = tuple[int, ...]
 
@@ -40,6 +41,13 @@ class ArrayTask:
         public_weights: Says that no private data went into weights which these models begin with.
             Models that do not begin at random are refused without it, unless the plan declares
             how their weights were trained.
+        nominal_examples: How many examples a client has, as a public constant; at least 1. By
+            default ``section.partition.examples_per_client``, else the private part of the pool
+            shared out evenly: the size of the pool is then told to everybody, since updates are
+            divided by this number. A device whose arrays are its own data must give it.
+
+    A split depends on the whole pool: who has which example, and which are public, is dealt anew
+    if one is added. Neighbours, in what privacy promises, differ after the deal.
 
     Raises:
         DataError: If the arrays do not fit together or cannot serve the section.
@@ -58,8 +66,11 @@ class ArrayTask:
         teacher: Callable[[Shape, int], nn.Module] = models.teacher,
         student: Callable[[str, Shape, int], nn.Module] = models.student,
         public_weights: bool = False,
+        nominal_examples: int | None = None,
     ) -> None:
         """Check and keep the arrays."""
+        if nominal_examples is not None and nominal_examples < 1:
+            raise DataError(f"nominal_examples={nominal_examples}: must be at least 1")
         self._inputs, self._labels = _checked("training", inputs, labels, classes)
         self._test = _checked("test", test_inputs, test_labels, classes)
         if self._test[0].shape[1:] != self._inputs.shape[1:]:
@@ -73,7 +84,9 @@ class ArrayTask:
         self.classes: int = classes
         self.input_shape: Shape = self._inputs.shape[1:]
         self.clients: int = section.clients
-        self.nominal_examples: int = nominal_examples(len(self._labels), section)
+        if nominal_examples is None:
+            nominal_examples = shared_out(len(self._labels), section)
+        self.nominal_examples: int = nominal_examples
         self._section, self._seed = section, seed
         self._teacher, self._student = teacher, student
 

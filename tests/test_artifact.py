@@ -294,6 +294,10 @@ def test_keys_round_trip_are_private_and_never_overwritten(tmp_path: Path, whole
     with pytest.raises(ArtifactError, match="already there"):
         make_signing_key(tmp_path / "keys")
     assert read_private_key(private).private_bytes_raw() == raw
+    private.unlink()  # a new one would not fit the public key that people hold
+    with pytest.raises(ArtifactError, match=r"signing_key.pub.pem: a key is already there"):
+        make_signing_key(tmp_path / "keys")
+    assert not private.exists()
 
 
 def test_other_keys_are_refused(tmp_path: Path) -> None:

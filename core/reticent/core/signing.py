@@ -60,6 +60,10 @@ def make_signing_key(folder: Path) -> Ed25519PrivateKey:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (PRIVATE_KEY, PUBLIC_KEY):
+            # Before one is written: a pair that does not fit would sign what nobody verifies.
+            if (folder / name).exists():
+                raise FileExistsError(None, None, str(folder / name))
         write_new(folder / PRIVATE_KEY, private_pem(key), 0o600)
         write_new(folder / PUBLIC_KEY, public, 0o644)
     except FileExistsError as error:

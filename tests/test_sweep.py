@@ -17,9 +17,10 @@ from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
 from reticent.core.errors import NetworkError, PlanError, RunError
-from reticent.core.run import Run
+from reticent.core.run import Run, create_run
 from reticent.core.signing import read_public_key
 from reticent.privacy.report import verify_report
+from reticent.simulations.runs import record_failure
 from reticent.simulations.simulate import simulate
 from reticent.simulations.sweep import (
     collect_results,
@@ -32,7 +33,7 @@ from reticent.simulations.sweep import (
 from reticent.simulations.sweep.manifest import Manifest, manifest_of
 from reticent.simulations.sweep.points import Base, checked, points_of
 from reticent.simulations.sweep.results import to_json
-from reticent.simulations.sweep.running import Show
+from reticent.simulations.sweep.running import Show, _clear
 from reticent.simulations.sweep.statistics import estimate
 
 SETTINGS = (
@@ -234,6 +235,21 @@ def test_a_killed_sweep_goes_on_to_the_same_models(done: Path, tmp_path: Path) -
     for path in done.glob("*/summary.json"):
         again = json.loads((folder / path.parent.name / "summary.json").read_text())
         assert again["model"] == json.loads(path.read_text())["model"]
+
+
+def test_a_run_without_its_journal_is_begun_anew_only_if_it_charged_nobody(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", BASE.plan())
+    record_failure(run, "a reason")
+    _clear(run)
+    assert not run.folder.exists()
+    for name in ("ledger/ledger.db", "notes.txt", "checkpoints/round-000001.safetensors"):
+        run = create_run(tmp_path / name.split("/")[0], BASE.plan())
+        path = run.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("kept")
+        with pytest.raises(RunError, match=r"has no journal.db"):
+            _clear(run)
+        assert path.read_text() == "kept"
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -16,12 +16,18 @@ from reticent.privacy.report import SIGNATURE, write_reports
 from reticent.privacy.report.tuning import Candidate, write_tuning
 from reticent.server.preparation import Prepared
 
-from ..runs import forget_failure, record_failure
+from ..runs import FAILURE, forget_failure, record_failure
 from ..simulate import simulate
 from .manifest import MANIFEST, Manifest, read_manifest, require_grown, write_manifest
 from .points import Point, checked
 
 FAILURES = "failures.json"
+_BEGUN = {
+    *("plan.toml", ".plan.toml.tmp", "plan.sha256", ".plan.sha256.tmp", "checkpoints", ".lock"),
+    *(FAILURE, f".{FAILURE}.tmp"),
+}
+"""What a run may hold that has charged nobody yet."""
+
 Say = Callable[[str], None]
 
 
@@ -124,7 +130,7 @@ def finished(run: Run, point: Point) -> bool:
 def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str, Any]:
     run = sweep.run_of(point)
     if run.folder.is_dir() and not run.journal.is_file():
-        shutil.rmtree(run.folder)  # stopped before anything was trained or charged
+        _clear(run)
     resume = run.folder.is_dir()
     simulate(
         point.plan, run.folder, resume=resume, say=show.say, progress=show.round, prepared=prepared
@@ -132,6 +138,21 @@ def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str
     forget_failure(run)
     _report(run, sweep.rivals(point))
     return run.read_summary()
+
+
+def _clear(run: Run) -> None:
+    """Remove a run that was stopped before anything was trained or charged.
+
+    Raises:
+        RunError: If the folder holds more than that.
+    """
+    files = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")}
+    if files - _BEGUN:
+        raise RunError(
+            f"{run.folder}: has no {run.journal.name}, and holds more than a run that has just "
+            "begun: what it was charged would be forgotten; put the file back, or move the folder"
+        )
+    shutil.rmtree(run.folder)
 
 
 def _report(run: Run, rivals: Sequence[Candidate]) -> None:

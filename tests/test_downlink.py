@@ -188,3 +188,37 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_with_changes_and_feedba
     # Nobody is known to hold a model any more, so all get whole ones again.
     down = [r["bytes_down"] for r in run.read_metrics()]
     assert down[1] < 0.2 * down[0] and down[2] == down[0]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits_where_not_all_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some then get a change and some a whole model; whom they train with must not follow."""
+    from reticent.client import round as client_round
+
+    some = [
+        *("task.clients=8", "federation.clients_per_round=6", "federation.rounds=4"),
+        *("privacy.unit=client", "privacy.epsilon=100", "federation.steps_per_round=2"),
+        'updates.codec=["hadamard", "int4", "ans"]',
+    ]
+    sizes: list[int] = []
+    run_alike = client_round._run_alike
+
+    def counted(block: Any) -> Any:
+        sizes.append(len(block.requests))
+        return run_alike(block)
+
+    monkeypatch.setattr(client_round, "_run_alike", counted)
+    model, rounds = finished(tmp_path / "a", *some)
+    assert any(r["bytes_down"] not in (rounds[0]["bytes_down"], 0) for r in rounds[1:])
+    assert set(sizes) == {6}
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        simulate(plan_of(*some), tmp_path / "b", progress=stop)
+    run = simulate(plan_of(*some), tmp_path / "b", resume=True)
+    kept = sorted(run.checkpoints.glob("round-*.safetensors"))
+    assert b"".join(path.read_bytes() for path in kept) == model

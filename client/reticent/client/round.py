@@ -128,17 +128,51 @@ def run_rounds(plan_text: str, requests: Sequence[Request]) -> list[Outcome]:
     function of who is in ``requests``, in which order, alone. If training fails, it is tried again
     one by one, so that no device's failure is another's.
     """
-    groups = [list(group) for _, group in groupby(requests, key=lambda one: one.shared)]
-    return [outcome for group in groups for outcome in _run_alike(plan_text, group)]
+    blocks: list[_Block] = []
+    for _, group in groupby(requests, key=lambda one: one.shared):
+        block = _Block.of(plan_text, list(group))
+        # Whether a model came whole or as a change must not matter for who trains with whom.
+        if blocks and blocks[-1].is_like(block):
+            blocks[-1].requests.extend(block.requests)
+        else:
+            blocks.append(block)
+    return [outcome for block in blocks for outcome in _run_alike(block)]
 
 
-def _run_alike(plan_text: str, group: Sequence[Request]) -> list[Outcome]:
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Neighbours that train the same: on what, or why not at all."""
+
+    requests: list[Request]
+    about: tuple[Site, Common] | Exception
+
+    @staticmethod
+    def of(plan_text: str, requests: list[Request]) -> _Block:
+        """Read what ``requests``, which are alike to the bit, are asked."""
+        try:
+            return _Block(requests, _site_of(plan_text, requests[0]))
+        except Exception as error:
+            return _Block(requests, error)
+
+    def is_like(self, other: _Block) -> bool:
+        """Return whether ``other`` is the same training."""
+        if isinstance(self.about, Exception) or isinstance(other.about, Exception):
+            return False
+        (site, common), (its_site, its) = self.about, other.about
+        return (
+            site is its_site
+            and self.requests[0].order == other.requests[0].order
+            and np.array_equal(common.model, its.model)
+            and np.array_equal(common.control, its.control)
+        )
+
+
+def _run_alike(block: _Block) -> list[Outcome]:
     """Run the rounds of devices that are asked the same."""
-    try:
-        site, common = _site_of(plan_text, group[0])
-    except Exception as error:
-        return [error for _ in group]
-    begun = [_begin(request, site.plan) for request in group]
+    if isinstance(block.about, Exception):
+        return [block.about for _ in block.requests]
+    site, common = block.about
+    begun = [_begin(request, site.plan) for request in block.requests]
     ready = [one for one in begun if isinstance(one, _Begun)]
     ended = iter(_finish_all(site, common, ready))
     return [next(ended) if isinstance(one, _Begun) else one for one in begun]

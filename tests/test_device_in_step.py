@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,11 +172,11 @@ def test_in_step_a_supernode_works_as_flowers_own(node: Supernode) -> None:
     assert node.receive(node.order(9), lambda: None) == RUN
 
 
-def bundle(**files: str) -> Any:
-    """Return an app as Flower sends it; each file's name is given with its dots as ``_``."""
+def bundle(files: Mapping[str, str] | None = None, kind: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return an app as Flower sends it, with ``files`` by name."""
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        for name, text in {"pyproject.toml": PROJECT, ".info/CONTENT": "", **files}.items():
+    with zipfile.ZipFile(data, "w", kind) as archive:
+        for name, text in {"pyproject.toml": PROJECT, ".info/CONTENT": "", **(files or {})}.items():
             archive.writestr(name, text)
     return data.getvalue()
 
@@ -187,7 +187,7 @@ def bundle(**files: str) -> Any:
     [
         (TaskType.SERVER_APP, bundle(), 2),
         (TaskType.AGENT_APP, bundle(), None),
-        (TaskType.SERVER_APP, bundle(**{"evil.py": ""}), None),
+        (TaskType.SERVER_APP, bundle({"evil.py": ""}), None),
         (TaskType.SERVER_APP, b"", None),
     ],
 )
@@ -210,12 +210,14 @@ def test_messages_of_runs_that_bring_code_are_ignored(
     ("content", "said"),
     [
         (b"PK", "no bundle"),
-        (bundle(**{"reticent/evil.pyc": ""}), "only"),
-        (bundle(**{"pyproject.toml": "["}), "no bundle"),
-        (bundle(**{"pyproject.toml": PROJECT.replace("0.1.0", "1/../../x")}), "project.version"),
-        (bundle(**{"pyproject.toml": PROJECT.replace("reticent", "/etc")}), "publisher"),
-        (bundle(**{"pyproject.toml": "a = 1"}), "project.name"),
-        (bundle(**{"pyproject.toml": "#" * (MOST_BYTES + 1)}), "more than"),
+        (bundle({"reticent/evil.pyc": ""}), "only"),
+        (bundle({f"{n}.py": "" for n in range(9)}), "and more"),
+        (bundle({}, zipfile.ZIP_LZMA), "compressed in another way"),
+        (bundle({"pyproject.toml": "["}), "no bundle"),
+        (bundle({"pyproject.toml": PROJECT.replace("0.1.0", "1/../../x")}), "project.version"),
+        (bundle({"pyproject.toml": PROJECT.replace("reticent", "/etc")}), "publisher"),
+        (bundle({"pyproject.toml": "a = 1"}), "project.name"),
+        (bundle({"pyproject.toml": "#" * (MOST_BYTES + 1)}), "more than"),
     ],
 )
 def test_a_bundle_of_more_than_a_configuration_is_refused(content: bytes, said: str) -> None:

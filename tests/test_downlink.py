@@ -165,6 +165,20 @@ class Stop(Exception):
     pass
 
 
+def interrupted(folder: Path, *overrides: str) -> tuple[bytes, list[dict[str, Any]]]:
+    """Return what :func:`finished` does, of a run that was stopped after its second round."""
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        simulate(plan_of(*overrides), folder, progress=stop)
+    run = simulate(plan_of(*overrides), folder, resume=True)
+    kept = sorted(run.checkpoints.glob("round-*.safetensors"))
+    return b"".join(path.read_bytes() for path in kept), run.read_metrics()
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits_with_changes_and_feedback(
     tmp_path: Path,
 ) -> None:
@@ -175,18 +189,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_with_changes_and_feedba
         "updates.error_feedback=true",
     ]
     model, _ = finished(tmp_path / "a", *fed)
-
-    def stop(metrics: dict[str, Any]) -> None:
-        if metrics["round"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        simulate(plan_of(*fed), tmp_path / "b", progress=stop)
-    run = simulate(plan_of(*fed), tmp_path / "b", resume=True)
-    kept = sorted(run.checkpoints.glob("round-*.safetensors"))
-    assert b"".join(path.read_bytes() for path in kept) == model
+    again, rounds = interrupted(tmp_path / "b", *fed)
+    assert again == model
     # Nobody is known to hold a model any more, so all get whole ones again.
-    down = [r["bytes_down"] for r in run.read_metrics()]
+    down = [r["bytes_down"] for r in rounds]
     assert down[1] < 0.2 * down[0] and down[2] == down[0]
 
 
@@ -212,13 +218,5 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_where_not_all_are_asked
     model, rounds = finished(tmp_path / "a", *some)
     assert any(r["bytes_down"] not in (rounds[0]["bytes_down"], 0) for r in rounds[1:])
     assert set(sizes) == {6}
-
-    def stop(metrics: dict[str, Any]) -> None:
-        if metrics["round"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        simulate(plan_of(*some), tmp_path / "b", progress=stop)
-    run = simulate(plan_of(*some), tmp_path / "b", resume=True)
-    kept = sorted(run.checkpoints.glob("round-*.safetensors"))
-    assert b"".join(path.read_bytes() for path in kept) == model
+    again, _ = interrupted(tmp_path / "b", *some)
+    assert again == model

@@ -18,6 +18,7 @@ from reticent.core.errors import PayloadError
 
 FILES = ("pyproject.toml", ".info/CONTENT")
 MOST_BYTES = 2**17
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others take memory as they like
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
@@ -45,7 +46,10 @@ def _project(bundle: bytes) -> dict[str, Any]:
             found = archive.infolist()
             names = sorted(entry.filename for entry in found)
             if names != sorted(FILES):
-                raise PayloadError(f"the app holds {names}: only {list(FILES)} are taken")
+                shown = f"{names[:5]}" if len(names) <= 5 else f"{names[:5]} and more"
+                raise PayloadError(f"the app holds {shown}: only {list(FILES)} are taken")
+            if any(entry.compress_type not in _COMPRESSIONS for entry in found):
+                raise PayloadError("the app is compressed in another way than Flower's are")
             if any(entry.file_size > MOST_BYTES for entry in found):
                 raise PayloadError(f"the app holds a file of more than {MOST_BYTES} bytes")
             with archive.open(FILES[0]) as file:
@@ -54,8 +58,5 @@ def _project(bundle: bytes) -> dict[str, Any]:
             if len(text) > MOST_BYTES:
                 raise PayloadError(f"the app holds a file of more than {MOST_BYTES} bytes")
             return tomllib.loads(text.decode())
-    except (
-        *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError),
-        *(ValueError, RecursionError),
-    ) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
         raise PayloadError(f"the app is no bundle of Flower's: {error}") from error

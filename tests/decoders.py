@@ -462,6 +462,7 @@ def _runs() -> Iterator[Decoder]:
     progress = at("shipment/progress.json", lambda path: shipment.progress())
     way = b'{"pi-1": {"state": "sending", "offset": 5, "reason": ""}}'
     yield Decoder("progress.json", progress, (way,), factor=256)
+    (FOLDER / "sweep").mkdir(exist_ok=True)
     write_manifest(FOLDER / "sweep", manifest_of(Base("", (), "plan"), {"seed": ("1", "2")}, 1))
     sweep = (FOLDER / "sweep" / "sweep.json").read_bytes()
     yield Decoder("sweep.json", at("sweep/sweep.json", lambda p: read_manifest(p.parent)), (sweep,))

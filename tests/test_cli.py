@@ -387,6 +387,8 @@ def test_inputs_that_cannot_be_predicted(run: Path, tmp_path: Path, capsys: Capt
     assert str(path) in fails(capsys, 4, "predict", artifact, path)
     np.save(path, np.zeros((2, 9, 9), dtype=np.float32))
     assert "(9, 9)" in fails(capsys, 4, "predict", artifact, path)
+    np.save(path, np.full((2, 8, 8), 1e300))
+    assert "not finite" in fails(capsys, 4, "predict", artifact, path)
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     fails(capsys, 4, "predict", artifact, path)
 

@@ -349,3 +349,12 @@ def test_an_impossible_target_is_an_error_and_leaves_the_table(tmp_path: Path) -
     )
     assert isinstance(result.exception, PlanError) and "the least was" in str(result.exception)
     assert (out / "pareto.md").is_file()
+
+
+def test_a_folder_that_cannot_take_the_outcome_is_refused_before_the_search(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "plan.toml").write_text("# somebody's\n")
+    for out, reason in [(tmp_path / "file", "cannot be written"), (tmp_path, "plan.toml")]:
+        result = CliRunner().invoke(cli, ["compress", "--target", "size=9kB", f"--out={out}"])
+        assert isinstance(result.exception, PlanError) and reason in str(result.exception)
+    assert (tmp_path / "plan.toml").read_text() == "# somebody's\n"

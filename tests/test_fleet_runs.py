@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from test_server_strategy import Federation, honest, plan_of, vector_of
 
 from reticent.cli.main import cli
-from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.core.errors import DataError, NetworkError, PlanError, RunError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.accounting import epsilon
@@ -314,6 +314,21 @@ def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(
     assert not any("secret draws" in line["remark"] for line in collect(run)["not_covered"])
     manifest = json.loads((run.artifact / "manifest.json").read_text())
     assert manifest["privacy"]["largest_asked"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "kind"),
+    [
+        ('fleet.classes=[{kind="phone",memory=1e6}]', r"largest memory is 1e\+06", PlanError),
+        ('fleet.availability={kind="file",path="none.csv"}', "none.csv", DataError),
+    ],
+)
+def test_a_fleet_that_cannot_run_the_plan_is_refused_before_anything_is_written(
+    tmp_path: Path, override: str, words: str, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=words):
+        simulate(parse_plan("", [*SMALL, override]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_shows_virtual_time_and_prices_a_fleet(tmp_path: Path) -> None:

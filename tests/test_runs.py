@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from report_runs import build
 from reticent.cli.main import cli
 from reticent.cli.runs import SORTS
 from reticent.core.errors import RunError
+from reticent.core.run import Run
 from reticent.simulations.runs import (
     describe,
     differing_keys,
@@ -106,6 +108,25 @@ def test_a_damaged_run_is_a_line_that_says_what_is_wrong(
     assert "bad  " in result.output and "damaged" in result.output
     assert any(line.startswith("bad: ") for line in result.output.splitlines())
     assert "finished" in result.output
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("accuracy", "int8", "x"), ("accuracy", "int8", 10**400), ("privacy", "epsilon", "abc")],
+)
+def test_a_figure_that_is_no_number_is_damage(
+    tmp_path: Path, part: str, key: str, value: Any
+) -> None:
+    run = Run(finished(tmp_path / "bad"))
+    summary = json.loads(run.summary.read_text())
+    summary[part][key] = value
+    run.summary.write_text(json.dumps(summary))
+    for arguments in ([], ["--sort", "accuracy"], ["--sort", "epsilon"]):
+        result = CliRunner().invoke(cli, ["runs", str(tmp_path), *arguments])
+        assert result.exit_code == 0, result.output
+        assert f"bad: a figure is missing or damaged: {key if key == 'epsilon' else part}" in (
+            result.output.replace("ValueError(", "").replace("'", "").replace('"', "")
+        )
 
 
 def test_rows_are_sorted_and_what_is_not_known_comes_last(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from reticent.client.records import pack, unpack
 from reticent.compression.codec import build_codec
-from reticent.core.errors import NetworkError
+from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import Constants, Order, Refusal
 from reticent.core.seeds import numpy_generator
@@ -208,6 +208,14 @@ def assert_is_step_along(federation: Federation, plan: Plan, gradient: np.ndarra
 def test_patching_keeps_a_payload_readable() -> None:
     changed = CODEC.decode(patched(vector_of(1), 2.5), LAYOUT.blocks)
     assert changed[3] == 2.5
+
+
+def test_a_model_that_diverges_ends_the_run_and_is_not_committed() -> None:
+    plan = plan_of(4, 4, 2, "federation.server.learning_rate=1e300")
+    federation = Federation(plan, honest)
+    with pytest.raises(PlanError, match=r"round 1: .*server\.learning_rate=1e\+300"):
+        federation.run()
+    assert not federation.states
 
 
 @pytest.mark.parametrize(("answer", "reason"), BROKEN)

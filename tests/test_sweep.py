@@ -17,7 +17,7 @@ from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
 from reticent.core.errors import NetworkError, PlanError, RunError
-from reticent.core.run import Run, create_run
+from reticent.core.run import Run, create_run, locked
 from reticent.core.signing import read_public_key
 from reticent.privacy.report import verify_report
 from reticent.simulations.runs import record_failure
@@ -93,6 +93,18 @@ def test_points_that_cannot_be_run_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="5000"):
         open_sweep(tmp_path / "none", manifest(grid, 1))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_sweep_that_another_process_runs_is_left_as_it_is(tmp_path: Path) -> None:
+    sweep = open_sweep(tmp_path, manifest())
+    before = (tmp_path / "sweep.json").read_bytes()
+    with locked(Run(tmp_path)), pytest.raises(RunError, match="in use by another process"):
+        open_sweep(tmp_path, manifest(seeds=3))
+    assert (tmp_path / "sweep.json").read_bytes() == before
+    open_sweep(tmp_path, manifest(seeds=3))
+    with pytest.raises(RunError, match="another process has changed"):
+        run_sweep(sweep, Show())
+    assert not sweep.run_of(sweep.manifest.points[0]).folder.exists()
 
 
 @pytest.mark.parametrize("text", ["privacy.epsilon", "=1", "a=", "a=1,,2"])

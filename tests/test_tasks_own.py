@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from reticent.core.errors import DataError, PlanError
+from reticent.core.models import own_student
 from reticent.core.plan import TaskSection, load_plan
 from reticent.core.tasks import ArrayTask, Task, load_task
 
@@ -49,6 +50,15 @@ def test_models_are_made_by_the_users_callables() -> None:
     assert seen == [("mine", (2,), 3)]
     with pytest.raises(DataError, match="channels, height, width"):
         _task().teacher()
+
+
+def test_what_a_plan_names_must_take_the_arguments_it_is_given() -> None:
+    with pytest.raises(PlanError, match=r"json:loads.*cannot be called with 2 arguments"):
+        load_task(TaskSection(name="json:loads"), 0)
+    with pytest.raises(DataError, match=r"operator:add.*raised TypeError"):
+        load_task(TaskSection(name="operator:add"), 0)
+    with pytest.raises(PlanError, match=r"student.model=.*json:loads.*2 arguments"):
+        own_student("json:loads", (1,), 2)
 
 
 def test_the_number_by_which_updates_are_divided_need_not_follow_the_arrays() -> None:

@@ -46,12 +46,14 @@ def compress(
     from reticent.simulations.compress.writing import (
         HEADERS,
         nearest,
+        require_writable,
         rows,
         to_json,
         write_outcome,
     )
 
     plan, limits = read_plan(path, overrides), parse_targets(targets)
+    require_writable(out)
     say = (lambda line: None) if as_json else (lambda line: click.echo(line, err=True))
     outcome = search(plan, limits, trials, say)
     write_outcome(outcome, out)

@@ -36,7 +36,11 @@ def read_inputs(path: Path, task: TaskInfo) -> torch.Tensor:
         array = _scaled(array, task)
     if array.dtype not in (np.float32, np.float64):
         raise DataError(f"{path}: values are {array.dtype}: must be float32 or uint8")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(array).all():
+        raise DataError(f"{path}: holds values that are not finite in float32")
+    return torch.from_numpy(array)
 
 
 def _array(path: Path) -> np.ndarray:

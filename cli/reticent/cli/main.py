@@ -61,10 +61,12 @@ def main() -> None:
     try:
         status = cli.main(standalone_mode=False)
     except ReticentError as error:
+        if os.environ.get("RETICENT_DEBUG"):
+            traceback.print_exc()
         click.echo(f"\nerror: {error}", err=True)
         status = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\ninterrupted: committed rounds are kept; continue with --resume", err=True)
+        click.echo("\ninterrupted", err=True)  # what can be continued says so itself
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()

@@ -122,7 +122,7 @@ class Availability(Section):
     high: Annotated[float, Field(gt=0, le=1)] = 0.2
     peak: Annotated[float, Field(ge=0, lt=24)] = 2.0
     zones: Annotated[int, Field(ge=1, le=24)] = 24
-    slot: Positive = 1800.0
+    slot: Annotated[float, Field(ge=1, le=86400)] = 1800.0
     path: str | None = None
     period: Positive | None = None
 
@@ -157,8 +157,8 @@ class Fleet(Section):
     """
 
     classes: tuple[DeviceClass, ...] = ()
-    step_seconds: Positive = 0.002
-    startup: NotNegative = 3.0
+    step_seconds: Annotated[float, Field(gt=0, le=3600)] = 0.002
+    startup: Annotated[float, Field(ge=0, le=86400)] = 3.0
     spread: Annotated[float, Field(ge=0, le=3)] = 0.3
     jitter: Annotated[float, Field(ge=0, le=3)] = 0.1
     runtime_memory: NotNegative = 600e6

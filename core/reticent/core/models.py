@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import DataError, PlanError
+from .errors import DataError, PlanError, ReticentError
 
 STUDENTS = ("tiny", "tiny-gn", "wide", "wide-gn")
 
@@ -143,13 +145,37 @@ def import_object(key: str, spec: str) -> Callable[..., Any]:
     return found
 
 
+def call_own(key: str, spec: str, *arguments: Any) -> Any:
+    """Return what the callable that ``key`` names returns for ``arguments``.
+
+    Raises:
+        PlanError: If it cannot be imported, or cannot be called with so many arguments.
+        DataError: If it raises something that is no error of ours; ``RETICENT_DEBUG=1`` shows
+            where.
+    """
+    found = import_object(key, spec)
+    with suppress(ValueError):  # of some callables in C nothing is known
+        try:
+            inspect.signature(found).bind(*arguments)
+        except TypeError as error:
+            raise PlanError(
+                f'{key}="{spec}": cannot be called with {len(arguments)} arguments: {error}'
+            ) from error
+    try:
+        return found(*arguments)
+    except ReticentError:
+        raise
+    except Exception as error:
+        raise DataError(f'{key}="{spec}": raised {type(error).__name__}: {error}') from error
+
+
 def own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Return a user's own student, named ``"package.module:attribute"``.
 
     Raises:
         PlanError: If it cannot be imported, or is not a model.
     """
-    model = import_object("student.model", spec)(input_shape, classes)
+    model = call_own("student.model", spec, input_shape, classes)
     if not isinstance(model, nn.Module):
         raise PlanError(
             f'student.model="{spec}": returned a {type(model).__name__}: must be a torch.nn.Module'

@@ -156,9 +156,13 @@ def locked(run: Run) -> Iterator[None]:
     """Hold the run for this process.
 
     Raises:
-        RunError: If another process is using it.
+        RunError: If another process is using it, or its lock cannot be written.
     """
-    with (run.folder / ".lock").open("w") as handle:
+    try:
+        handle = (run.folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{run.folder}/.lock: cannot be written: {error.strerror}") from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

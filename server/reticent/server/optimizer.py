@@ -46,6 +46,7 @@ class ServerState:
         return ServerState(0, weights, weights.copy(), zeros, zeros.copy(), clip)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def apply_round(
     state: ServerState, gradient: Floats, optimizer: Optimizer, decay: float
 ) -> ServerState:
@@ -54,7 +55,8 @@ def apply_round(
     SGD with heavy-ball momentum as in torch.optim.SGD; Adam with bias correction (Kingma and Ba
     2015); Yogi and Adagrad without, from a second moment of tau**2 (Reddi et al. 2021, algorithm 2,
     whose Adam has no bias correction either). The average starts as the plain mean of the first
-    models, ``min(decay, (1 + t) / (10 + t))``, so that the starting point is soon forgotten.
+    models, ``min(decay, (1 + t) / (10 + t))``, so that the starting point is soon forgotten. A step
+    that is too long gives a model that is not finite, which the caller must not commit.
     """
     step = state.round + 1
     first, second, direction = _direction(state, gradient, optimizer, step)

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from reticent.compression.codec import Codec, build_codec
-from reticent.core.errors import PayloadError
+from reticent.core.errors import PayloadError, PlanError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order
 from reticent.core.seeds import numpy_generator
@@ -214,6 +215,12 @@ class PrivateAveraging(Strategy):
         federation, whole = self._plan.federation, self._constants.spread(gradient)
         control = self._variates.moved(self.state, gradient, clients)
         state = apply_round(self.state, whole, federation.server, federation.average)
+        if not np.isfinite(state.average).all() or not np.isfinite(state.weights).all():
+            raise PlanError(
+                f"round {state.round}: the model is no longer finite: training has diverged; "
+                f"federation.server.learning_rate={federation.server.learning_rate:g} or "
+                f"federation.learning_rate={federation.learning_rate:g} is too large"
+            )
         return replace(state, control=control)
 
     @property

@@ -27,7 +27,7 @@ from reticent.server.possible import require_possible
 from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs, check_engine
-from .fleet import SimulatedFleet, fleet_for, priced
+from .fleet import SimulatedFleet, check_fleet, fleet_for, priced
 from .fleet.fleet import Charge
 from .teams import usable_cores, worker_count
 
@@ -45,7 +45,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     task = load_task(plan.task, plan.seed)
     require_possible(plan, task)
     constants = sketched_constants(plan, task)
-    LocalTrainer(plan, task, constants)
+    check_fleet(plan, LocalTrainer(plan, task, constants).layout.total)
     require_whole_gradients(plan, task, constants)
     return task, schedule_for(plan)
 

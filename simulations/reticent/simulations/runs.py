@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -72,11 +73,31 @@ def describe(folder: Path) -> dict[str, Any]:
         metrics = run.read_metrics()
         row |= _of_metrics(metrics, plan)
         row |= _of_summary(run, plan) if run.summary.is_file() else _unfinished(run)
+        if damaged := _drop_damaged(row):
+            raise ValueError(", ".join(damaged))
     except (ReticentError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         known = isinstance(error, ReticentError | OSError)
         what = str(error) if known else f"a figure is missing or damaged: {error!r}"
+        _drop_damaged(row)
         row |= {"state": "damaged", "problem": what}
     return row
+
+
+_FIGURES = ("accuracy", "epsilon", "server_epsilon", "bytes", "seconds")
+
+
+def _drop_damaged(row: dict[str, Any]) -> list[str]:
+    """Forget the figures that are not numbers, and return what they were."""
+    wrong = [key for key in _FIGURES if not _is_figure(row[key])]
+    found = [f"{key}={row[key]!r:.40}" for key in wrong]
+    row |= dict.fromkeys(wrong)
+    return found
+
+
+def _is_figure(value: Any) -> bool:
+    if value is None or value == "infinity":
+        return True
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _of_plan(plan: Plan) -> dict[str, Any]:

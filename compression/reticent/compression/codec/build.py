@@ -129,7 +129,7 @@ def _quantizer(name: str, shown: str, layout: Layout) -> Quantizer:
 
 def _fraction(stem: str, text: str, shown: str) -> float:
     try:
-        fraction = float(text)
+        fraction = float(text) if text.isascii() else 0.0
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:

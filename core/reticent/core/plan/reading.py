@@ -6,6 +6,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -56,14 +57,27 @@ def parse_plan(text: str, overrides: Iterable[str] = (), where: str = "plan") ->
 def plan_from(data: Mapping[str, Any], where: str = "plan") -> Plan:
     """Build a plan from nested dictionaries, as TOML or JSON gives them."""
     try:
+        _refuse_times(data)
         # JSON mode, so that arrays are accepted where tuples are declared, and nothing else is.
         return Plan.model_validate_json(json.dumps(data))
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
     except ValidationError as error:
         problems = [e for e in error.errors() if not _other_branch(cast(dict[str, Any], e))]
         lines = [_explain(cast(dict[str, Any], e)) for e in problems]
         raise PlanError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{where}: {error}") from error
+
+
+def _refuse_times(data: Mapping[str, Any], path: str = "") -> None:
+    """Refuse TOML's dates and times, which no key of a plan takes and JSON cannot hold."""
+    for key, value in data.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                _refuse_times(cast(dict[str, Any], item), f"{path}{key}.")
+            elif isinstance(item, date | time):
+                raise PlanError(f"{path}{key}={item}: must not be a date or a time")
 
 
 def plan_from_json(text: str) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from ..errors import DataError, PlanError
-from ..models import import_object
+from ..models import call_own
 from ..plan import TaskSection
 from .arrays import ArrayTask
 from .base import Examples, Task
@@ -52,7 +52,7 @@ def load_task(section: TaskSection, seed: int) -> Task:
 
 
 def _own_task(section: TaskSection, seed: int) -> Task:
-    task = import_object("task.name", section.name)(section, seed)
+    task = call_own("task.name", section.name, section, seed)
     if not isinstance(task, Task):
         wanted = [*Task.__annotations__, "public", "client", "test", "teacher", "student"]
         missing = [name for name in wanted if not hasattr(task, name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +23,22 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 720, 420, 72, 56, 24
 HEADERS = ("candidate", "sent", "bytes", "latency", "up", "public only", "accuracy", "front")
 
 
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` and see that files can be written there, before hours of search.
+
+    Raises:
+        PlanError: If not, or if it holds a plan that no search wrote: it would be replaced.
+    """
+    if (folder / "plan.toml").exists() and not (folder / "pareto.json").exists():
+        raise PlanError(f"--out {folder}: holds a plan.toml of another kind: choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PlanError(f"--out {folder}: cannot be written: {error.strerror}") from error
+
+
 def write_outcome(outcome: Outcome, folder: Path) -> None:
     """Write ``pareto.json``, ``pareto.md``, ``pareto.svg`` and ``plan.toml`` to ``folder``.
 
@@ -36,7 +53,6 @@ def write_outcome(outcome: Outcome, folder: Path) -> None:
         "plan.toml": winner,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             write_atomic(folder / name, text.encode())
     except OSError as error:

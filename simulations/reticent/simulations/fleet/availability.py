@@ -85,7 +85,7 @@ class Diurnal:
         """Return the beginning of the first slot in which each client is away."""
         left = np.full(len(clients), math.inf)
         slot = int(time // self.section.slot) + 1
-        while slot * self.section.slot <= until:
+        while slot * self.section.slot <= until and np.isinf(left).any():
             gone = np.isinf(left) & ~self._in_slot(clients, slot)
             left[gone] = slot * self.section.slot
             slot += 1

@@ -62,6 +62,25 @@ def fleet_for(
     return SimulatedFleet(description, _presence(plan), work, charging, _deals(plan))
 
 
+def check_fleet(plan: Plan, parameters: int) -> None:
+    """Refuse a fleet that could not run the plan, before anything is trained.
+
+    Raises:
+        DataError: If the file of availability cannot be used.
+        PlanError: If no class of devices has the memory that training takes.
+    """
+    if plan.fleet is None:
+        return
+    _presence(plan)
+    needed = training_memory(plan, parameters)
+    most = max(group.figures(plan.fleet.step_seconds).memory for group in plan.fleet.groups)
+    if most < needed:
+        raise PlanError(
+            f"fleet.classes: the largest memory is {most:.4g} bytes, and training this student "
+            f"takes {needed:.4g}, {plan.fleet.runtime_memory:.4g} of them fleet.runtime_memory"
+        )
+
+
 def charging_to(plan: Plan, devices: Devices, ledger: Ledger) -> Charge:
     """Return what charges devices that begin to train, as their ClientApp would.
 

@@ -74,7 +74,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         ],
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / MANIFEST, json.dumps(data, indent=2).encode() + b"\n")
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror}") from error

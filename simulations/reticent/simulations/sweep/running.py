@@ -64,16 +64,32 @@ def open_sweep(folder: Path, manifest: Manifest) -> Sweep:
     """Check every point and write ``sweep.json``; a sweep that is there must only grow.
 
     Raises:
-        RunError: If the folder holds something else, or a sweep with other points.
+        RunError: If the folder holds something else, or a sweep with other points, or another
+            process is running it; nothing is written then.
         ReticentError: Naming every point that cannot be run; nothing is written then.
     """
+    _require_growth(folder, manifest)
+    sweep = Sweep(folder, manifest, tuple(checked(manifest.points)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
+    with locked(Run(folder)):
+        _require_growth(folder, manifest)  # again: another process may have begun it meanwhile
+        write_manifest(folder, manifest)
+    return sweep
+
+
+def _require_growth(folder: Path, manifest: Manifest) -> None:
     if (folder / MANIFEST).exists():
         require_grown(folder, read_manifest(folder), manifest)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(_others(folder))):
         raise RunError(f"{folder}: already exists and is no sweep: choose another --run")
-    sweep = Sweep(folder, manifest, tuple(checked(manifest.points)))
-    write_manifest(folder, manifest)
-    return sweep
+
+
+def _others(folder: Path) -> list[Path]:
+    """Return what the folder holds beside what a sweep that is just beginning leaves."""
+    return [path for path in folder.iterdir() if path.name not in (".lock", f".{MANIFEST}.tmp")]
 
 
 def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
@@ -90,6 +106,8 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     failures: dict[str, str] = {}
     prepared = Prepared()
     with locked(Run(sweep.folder)):
+        if read_manifest(sweep.folder).digest != sweep.manifest.digest:
+            raise RunError(f"{sweep.folder}: another process has changed the sweep; run it again")
         for number, point in enumerate(sweep.manifest.points, 1):
             run = sweep.run_of(point)
             if finished(run, point):

@@ -47,7 +47,7 @@ class Fleet:
         """The device as it takes models; its self-test is :func:`quick` unless it is changed."""
         signature = sign_plan(self.key("plans"), plan.digest)
         options = {"trial": quick, **changes}
-        return Recipient(self.device, plan.canonical(), signature, **options)
+        return Recipient(self.device, plan.canonical, signature, **options)
 
     @property
     def models(self) -> Models:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, RecordDict
 from test_deployment import PLAN, TASK, ask, order, released, scheduled
@@ -37,11 +38,14 @@ from reticent.client.guard import MOST_FAILURES
 from reticent.client.order import Refused
 from reticent.client.policy import parse_policy
 from reticent.client.resources import Memory, training_bytes
+from reticent.client.round import _site
 from reticent.client.rules import against_model, against_plan
 from reticent.client.status import device_status
 from reticent.core.bundle import read_bundle, sign_plan
+from reticent.core.errors import DataError
 from reticent.core.plan import parse_plan
 from reticent.core.protocol import Refusal
+from reticent.core.run import without_none
 from reticent.core.signing import PRIVATE_KEY, read_private_key
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.anchor import public_hex
@@ -101,6 +105,77 @@ def test_what_the_policy_allows_is_run_and_written_down(device: Device) -> None:
     released(ask(given, order(2)))
     assert [line.what for line in Diary(device.state).lines()] == [BEGUN, RELEASED] * 2
     assert charges(device) == 2
+
+
+def test_a_round_beyond_the_plans_is_refused_and_costs_nothing(device: Device) -> None:
+    given = context(device)
+    for number in (PLAN.federation.rounds + 1, 2**31 - 1):
+        assert refused(device, given, number)[0] == Refusal.BAD_ORDER
+    assert charges(device) == 0
+
+
+def test_a_plan_that_counts_on_secret_coins_is_refused(device: Device) -> None:
+    changes = ["privacy.unit=client", "privacy.trust=aggregator", "privacy.secret_cohort=true"]
+    plan = parse_plan("", [*changes, "federation.sampling=poisson", "task.name=digits"])
+    text = tomli_w.dumps(without_none(plan.model_dump(mode="json")))
+    key = device.folder.parent / "server" / "keys" / "plans" / PRIVATE_KEY
+    signed = {"plan": text, "plan-signature": sign_plan(read_private_key(key), plan.digest)}
+    code, reason = refused(device, context(device, **signed))
+    assert code == Refusal.POLICY and "secret_cohort=true" in reason
+
+
+SECRET = "Alice Miller is ill"
+
+
+def raises(error: Exception) -> Any:
+    def broken(*_: object) -> Any:
+        raise error
+
+    return broken
+
+
+def test_the_diary_holds_no_text_of_an_error_that_may_hold_data(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A foreseen error's own text is made for the owner, and its cause may be a value."""
+    known = DataError("column 3 of people.db is no number")
+    known.__cause__ = ValueError(SECRET)
+    for error in (known, ValueError(SECRET)):
+        monkeypatch.setattr("reticent.client.round._site_of", raises(error))
+        reply = ask(context(device), order(1))
+        assert reply.has_error() and SECRET not in reply.error.reason
+    first, second = [line for line in Diary(device.state).lines() if line.code]
+    assert (first.what, first.reason) == (REFUSED, str(known))
+    assert (second.what, second.reason) == (FAILED, "unexpected ValueError")
+    assert SECRET not in (device.state / "diary.jsonl").read_text()
+    assert SECRET not in caplog.text and str(known) in caplog.text
+
+
+@pytest.mark.parametrize("where", ["_site_of", "_ready"])
+def test_the_owner_reads_why_there_are_no_data_and_the_plan_has_not_failed(
+    device: Device, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whoever mends the data must not wait a day for the next round."""
+    if where == "_site_of":
+        monkeypatch.setattr("reticent.client.round._site_of", raises(DataError("people.db: ?")))
+    else:
+        monkeypatch.setattr(type(TASK), "client", raises(DataError("people.db: ?")))
+    for number in range(MOST_FAILURES + 1):
+        reply = ask(context(device), order(1, f"run {number}"))
+        assert reply.error.code == Refusal.NO_DATA
+        assert Diary(device.state).lines()[-1].reason == "people.db: ?"
+    assert Diary(device.state).failures(PLAN.digest)[0] == 0
+
+
+def test_text_that_came_with_a_message_does_nothing_to_a_terminal_or_a_log(
+    device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = "\x1b]0;mine\x07\x1b[2J\nSuperNode ID: 777"
+    ask(context(device, plan=f"{json.dumps(key)} = 1\n"), order(1))
+    reason = Diary(device.state).lines()[-1].reason
+    assert "SuperNode ID: 777" in reason
+    for text in (reason, caplog.records[-1].getMessage()):
+        assert text.isprintable()
 
 
 REFUSALS = [
@@ -285,18 +360,18 @@ def test_an_order_that_fails_again_and_again_is_not_followed_any_more(
 
     monkeypatch.setattr(client_round, "_charge", broken)
     for number in range(1, MOST_FAILURES + 1):
-        assert ask(context(device), order(number)).error.code == Refusal.FAILED
+        assert ask(context(device), order(1, f"run {number}")).error.code == Refusal.FAILED
     diary = Diary(device.state)
     assert diary.lines()[-1].what == FAILED
     assert "17 examples" not in (device.state / "diary.jsonl").read_text() + caplog.text
     assert "MemoryError" in caplog.text
     monkeypatch.undo()
-    code, reason = refused(device, number=9)
+    code, reason = refused(device, number=1)
     assert code == Refusal.NOT_NOW
     assert "failed 3 times in a row" in reason
-    assert refused(device, number=10)[0] == Refusal.NOT_NOW  # its own refusal forgives nothing
+    assert refused(device, number=2)[0] == Refusal.NOT_NOW  # its own refusal forgives nothing
     monkeypatch.setattr(guard, "FORGIVEN_AFTER", 0.0)  # a day later
-    released(ask(context(device), order(9)))
+    released(ask(context(device), order(1)))
     assert diary.failures(PLAN.digest)[0] == 0
 
 
@@ -309,11 +384,11 @@ def test_a_clock_that_was_set_back_neither_blocks_a_plan_nor_lets_it_fail_for_ev
     for number in range(1, MOST_FAILURES + 1):
         ahead.add(BEGUN, plan=PLAN.digest, round=number)
     given = context(device)
-    released(ask(given, order(4)))
+    released(ask(given, order(1)))
     for number in range(1, MOST_FAILURES + 1):
         ahead.add(BEGUN, plan=PLAN.digest, round=number)
     Diary(device.state, lambda: now + 3600).add(BEGUN, plan=PLAN.digest, round=5)
-    assert "failed 4 times in a row" in refused(device, number=6)[1]
+    assert "failed 4 times in a row" in refused(device, number=2)[1]
 
 
 def test_a_release_forgives_and_an_early_refusal_does_not_count(tmp_path: Path) -> None:
@@ -458,8 +533,6 @@ def test_the_estimate_of_memory_grows_until_the_microbatch(device: Device) -> No
     small, large, larger = (training_bytes(1000, 5000, n, bounded=True) for n in (1.0, 64.0, 1e6))
     assert small < large == larger < training_bytes(1000, 5000, 1e6, bounded=False)
     from test_deployment import CONSTANTS
-
-    from reticent.client.round import _site
 
     site = _site(PLAN.canonical(), CONSTANTS)
     assert 100_000 < site.trainer.needed_bytes(TASK.nominal_examples) < 200 * MEGABYTE

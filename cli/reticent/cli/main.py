@@ -11,6 +11,7 @@ from typing import cast
 import click
 
 from reticent.core.errors import ReticentError
+from reticent.core.printable import printable
 
 INTERRUPTED = 130
 _MODULES = {
@@ -63,7 +64,7 @@ def main() -> None:
     except ReticentError as error:
         if os.environ.get("RETICENT_DEBUG"):
             traceback.print_exc()
-        click.echo(f"\nerror: {error}", err=True)
+        click.echo("\nerror: " + printable(str(error), keep="\n"), err=True)
         status = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("\ninterrupted", err=True)  # what can be continued says so itself

@@ -51,7 +51,8 @@ class Recipient:
 
     Attributes:
         device: The device's folder.
-        plan: The plan that the model was trained by, as JSON.
+        plan: Returns the plan that the model was trained by, as JSON; called once the offer is
+            trusted, as it reads what the sender wrote.
         signature: What came with the plan, in hexadecimal.
         sensors: Where the device's state comes from.
         memory: Where free memory is looked up.
@@ -61,7 +62,7 @@ class Recipient:
     """
 
     device: Device
-    plan: str
+    plan: Callable[[], str]
     signature: str
     sensors: Sensors = field(default_factory=Sensors)
     memory: Memory = field(default_factory=Memory)
@@ -100,7 +101,7 @@ class Recipient:
 
     def _require_allowed(self, policy: Policy, offer: Offer) -> None:
         try:
-            plan = plan_of(self.plan)
+            plan = plan_of(self.plan())
         except PlanError as error:
             raise Refused(Refusal.WRONG_PLAN) from error
         if plan.digest != offer.plan:

@@ -51,6 +51,7 @@ from reticent.core.errors import (
     ReticentError,
 )
 from reticent.core.plan import parse_plan
+from reticent.core.printable import printable
 from reticent.core.protocol import Refusal
 from reticent.core.signing import read_public_key
 from reticent.privacy.ledger import Budget, Ledger
@@ -109,7 +110,7 @@ def _recipient(context: Context) -> Recipient:
         raise Refused(Refusal.POLICY) from PolicyError("a model is offered: there is no agent")
     device = open_device(Path(_setting(context, "device-dir", str)))
     signature = str(context.run_config.get("plan-signature", ""))
-    return Recipient(device, _plan(context), signature)
+    return Recipient(device, lambda: _plan(context), signature)
 
 
 def _part(message: Message) -> Part:
@@ -188,26 +189,48 @@ def _setting(context: Context, key: str, kind: type[_T]) -> _T:
 
 
 def _plan(context: Context) -> str:
-    return parse_plan(str(context.run_config.get("plan", "")), where="run-config plan").canonical()
+    """Return the plan that the server runs, as JSON.
+
+    Raises:
+        PlanError: If it is none.
+        Refused: If it counts on secret coins: a device is asked or not, and sees no coin.
+    """
+    plan = parse_plan(str(context.run_config.get("plan", "")), where="run-config plan")
+    if plan.private is not None and plan.private.secret_cohort:
+        said = "privacy.secret_cohort=true: must be false on real devices"
+        raise Refused(Refusal.POLICY) from PolicyError(said)
+    return plan.canonical()
 
 
 def _tell_owner(error: Exception, message: Message, context: Context) -> None:
-    """Write to the device's own log why something was not done; the server gets a code."""
-    reason = error.__cause__ or error
-    known = isinstance(reason, ReticentError | Refused)
-    # An unforeseen error's text may hold data, and logs travel: where it happened is enough.
-    where = "".join(traceback.format_tb(reason.__traceback__))
-    said = reason if known else f"unexpected {type(reason).__name__} at\n{where}"
-    what = "model not taken" if message.metadata.message_type == "query" else "round not run"
-    _log.error("%s: %s", what, said)
-    if "device-dir" in context.node_config:
-        _write_down(error, str(reason), message, context)
+    """Write to the device's own log why something was not done; the server gets a code.
 
-
-def _write_down(error: Exception, reason: str, message: Message, context: Context) -> None:
-    """Add the refusal to the diary; the text of an unforeseen error may hold data: not kept."""
-    code = _code(error)
+    The text of an error that nobody foresaw may hold data, and logs travel: where it happened is
+    enough. Text that came with a message is shown so that it can do nothing to a terminal.
+    """
     foreseen = isinstance(error, Refused | ReticentError)
+    reason = printable(str(_shown(error))) if foreseen else f"unexpected {type(error).__name__}"
+    where = "" if foreseen else " at\n" + "".join(traceback.format_tb(error.__traceback__))
+    what = "model not taken" if message.metadata.message_type == "query" else "round not run"
+    _log.error("%s: %s%s", what, reason, where)
+    if "device-dir" in context.node_config:
+        _write_down(error, reason, foreseen, message, context)
+
+
+def _shown(error: Exception) -> BaseException:
+    """Return what says most: a refusal is a code, and its cause why, if that is an error of ours.
+
+    Any other error's own text is made for people, and its cause may be anything: a value of the
+    data that a parser stumbled over.
+    """
+    cause = error.__cause__
+    return cause if isinstance(error, Refused) and isinstance(cause, ReticentError) else error
+
+
+def _write_down(
+    error: Exception, reason: str, foreseen: bool, message: Message, context: Context
+) -> None:
+    code = _code(error)
     order = message.content.config_records.get("order") if message.has_content() else None
     given = dict(order) if order is not None else {}
     plan, number = given.get("plan"), given.get("round")
@@ -215,7 +238,7 @@ def _write_down(error: Exception, reason: str, message: Message, context: Contex
     with suppress(OSError):  # a full disk: the server still gets the code
         Diary(state).add(
             REFUSED if foreseen else FAILED,
-            reason if foreseen else f"unexpected {type(error).__name__}",
+            reason,
             plan if isinstance(plan, str) else "",
             number if isinstance(number, int) else 0,
             int(code),

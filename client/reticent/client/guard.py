@@ -11,7 +11,7 @@ from datetime import datetime
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from reticent.core.bundle import is_signed_plan
-from reticent.core.errors import PlanError, PolicyError, PrivacyError
+from reticent.core.errors import PlanError, PolicyError, PrivacyError, ReticentError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Order, Refusal
 from reticent.privacy.events import Composed
@@ -19,7 +19,7 @@ from reticent.privacy.ledger import Budget, Ledger
 
 from .budget import DEVICE
 from .diary import BEGUN, ENDED, RELEASED, Diary
-from .order import Due, Refused, charges, plan_of
+from .order import Due, Refused, charges, plan_of, require_round
 from .policy import Policy
 from .rate import Rate
 from .resources import LIBRARIES, Memory, disk_free
@@ -71,7 +71,7 @@ class Guard:
         Orders are followed one after another (:mod:`.turn`): the ledger's own budget is held
         against each charge as it is made, and the policy's other limits here, before it.
 
-        An exception that is no refusal, or a process that is killed, leaves a begun round without
+        An exception that nobody foresaw, or a process that is killed, leaves a begun round without
         an end, which counts as a failure.
 
         Raises:
@@ -82,7 +82,7 @@ class Guard:
             self.diary.add(BEGUN, plan=order.plan, round=order.round)
             try:
                 yield
-            except Refused:
+            except (Refused, ReticentError):  # for a reason that says nothing of the plan's code
                 self.diary.add(ENDED, plan=order.plan, round=order.round)
                 raise
             self.diary.add(RELEASED, plan=order.plan, round=order.round)
@@ -101,6 +101,7 @@ class Guard:
             raise Refused(Refusal.WRONG_PLAN)
         if not any(is_signed_plan(key, self.signature, plan.digest) for key in self.signers):
             raise _refused(Refusal.UNSIGNED, [Refusal.UNSIGNED.text])
+        require_round(order, plan)
         _require(Refusal.POLICY, against_plan(self.policy, plan, order))
         self._require_spending(order, plan)
         _require(Refusal.NOT_NOW, self.against_now())

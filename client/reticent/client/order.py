@@ -31,7 +31,7 @@ def check_order(order: Order, plan_text: str) -> Plan:
     """Return the client's own plan if the order belongs to it.
 
     Raises:
-        Refused: If the order names another plan, or its noise or clip contradicts the plan.
+        Refused: If the order names another plan, or its round, noise or clip contradicts the plan.
     """
     try:
         plan = plan_of(plan_text)
@@ -39,11 +39,22 @@ def check_order(order: Order, plan_text: str) -> Plan:
         raise Refused(Refusal.WRONG_PLAN) from error
     if order.plan != plan.digest:
         raise Refused(Refusal.WRONG_PLAN)
+    require_round(order, plan)
     if (order.noise_multiplier > 0) != (plan.private is not None):
         raise Refused(Refusal.BAD_ORDER)
     if not allows_clip(plan, order.clip):
         raise Refused(Refusal.BAD_ORDER)
     return plan
+
+
+def require_round(order: Order, plan: Plan) -> None:
+    """Refuse a round that the plan does not have: its schedule is what was promised and accounted.
+
+    Raises:
+        Refused: If so.
+    """
+    if order.round > plan.federation.rounds:
+        raise Refused(Refusal.BAD_ORDER)
 
 
 def allows_clip(plan: Plan, clip: float) -> bool:

@@ -250,8 +250,8 @@ class _Ready:
 def _ready(site: Site, common: Common, request: Request) -> _Ready | Exception:
     try:
         examples = site.task.client(request.environment.client)
-    except DataError:
-        return Refused(Refusal.NO_DATA)
+    except DataError as error:
+        return _because(Refusal.NO_DATA, error)
     except Exception as error:
         return error
     try:
@@ -299,11 +299,14 @@ def _finish(
 def _with_code(error: Exception) -> Exception:
     """Return the refusal that an exception stands for, or itself."""
     if isinstance(error, BudgetExceeded):
-        refused = Refused(Refusal.BUDGET)
-    elif isinstance(error, PrivacyError):  # damaged, or it counts in another unit or relation
-        refused = Refused(Refusal.LEDGER)
-    else:
-        return error
+        return _because(Refusal.BUDGET, error)
+    if isinstance(error, PrivacyError):  # damaged, or it counts in another unit or relation
+        return _because(Refusal.LEDGER, error)
+    return error
+
+
+def _because(refusal: Refusal, error: Exception) -> Refused:
+    refused = Refused(refusal)
     refused.__cause__ = error
     return refused
 

@@ -150,8 +150,8 @@ def call_own(key: str, spec: str, *arguments: Any) -> Any:
 
     Raises:
         PlanError: If it cannot be imported, or cannot be called with so many arguments.
-        DataError: If it raises something that is no error of ours; ``RETICENT_DEBUG=1`` shows
-            where.
+        DataError: If it raises something that is no error of ours. What that says is not repeated:
+            it may hold a value of the data. ``RETICENT_DEBUG=1`` shows it, on a terminal.
     """
     found = import_object(key, spec)
     with suppress(ValueError):  # of some callables in C nothing is known
@@ -166,7 +166,9 @@ def call_own(key: str, spec: str, *arguments: Any) -> Any:
     except ReticentError:
         raise
     except Exception as error:
-        raise DataError(f'{key}="{spec}": raised {type(error).__name__}: {error}') from error
+        raise DataError(
+            f'{key}="{spec}": raised {type(error).__name__} (RETICENT_DEBUG=1 shows where)'
+        ) from error
 
 
 def own_student(spec: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:

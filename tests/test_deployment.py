@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import logging
+import shutil
 import socket
 import ssl
 import time
@@ -34,7 +35,13 @@ from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
 from reticent.core.run import Run, create_run
 from reticent.core.seeds import numpy_generator
-from reticent.core.signing import read_private_key, read_public_key
+from reticent.core.signing import (
+    PUBLIC_KEY,
+    make_signing_key,
+    private_key_file,
+    read_private_key,
+    read_public_key,
+)
 from reticent.core.tasks import load_task
 from reticent.core.update import Layout
 from reticent.privacy.anchor import countersign, public_hex
@@ -47,6 +54,7 @@ from reticent.server.journal import Journal
 from reticent.server.optimizer import Accumulator, ServerState, apply_round
 from reticent.server.preparation import prepare
 from reticent.simulations.grid import enter_task
+from reticent.simulations.simulate import simulate
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "deployment"
 CONFIG: dict[str, Any] = {"plan": (EXAMPLE / "plan.toml").read_text()}
@@ -128,7 +136,7 @@ def test_the_budget_holds_over_rounds_and_runs(tmp_path: Path) -> None:
     device_context = owner(tmp_path)
     for number in (1, 2):
         released(ask(device_context, order(number)))
-    for refused in (order(3), order(1, run="b")):
+    for refused in (order(1, run="b"), order(2, run="b")):
         assert ask(device_context, refused).error.code == Refusal.BUDGET
     with Ledger.open(tmp_path) as ledger:
         assert ledger.events("device") == [scheduled().over(scheduled().round_event(), 2)]
@@ -232,6 +240,54 @@ def test_a_run_directory_is_resumed_but_not_shared(tmp_path: Path) -> None:
         server._settings(context(folder=""))
     with pytest.raises(PlanError, match="run-config plan"):
         server._settings(context("rounds = "))
+
+
+def test_a_run_that_was_stopped_while_it_was_made_is_made_again(tmp_path: Path) -> None:
+    whole = create_run(tmp_path / "whole", PLAN)
+    for lost in (["plan.sha256"], ["plan.sha256", "plan.toml"]):
+        folder = tmp_path / str(len(lost))
+        create_run(folder, PLAN)
+        for name in lost:
+            (folder / name).unlink()
+        assert create_run(folder, PLAN).plan() == whole.plan()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "plan.toml").write_text("# somebody's\n")
+    with pytest.raises(RunError, match="not empty"):
+        create_run(tmp_path / "own", PLAN)
+
+
+def test_a_served_run_is_no_simulation_and_a_simulation_is_not_served(tmp_path: Path) -> None:
+    """What real devices have charged is in their ledgers alone: a simulation would not count it."""
+    served = create_run(tmp_path / "served", PLAN)
+    served.attempt.write_text("{}")
+    with pytest.raises(RunError, match=r"real devices run it.*reticent server run --run"):
+        simulate(PLAN, served.folder, resume=True)
+    assert not served.ledger.exists()
+    with pytest.raises(RunError, match="reticent server run --run"):
+        served.read_summary()
+    simulated = create_run(tmp_path / "simulated", PLAN)
+    simulated.ledger.mkdir()
+    given = {"plan": CONFIG["plan"], "run-dir": str(simulated.folder)}
+    with pytest.raises(RunError, match=r"is a simulation.*reticent simulate --run"):
+        server._settings(Context(1, 1, {}, RecordDict(), given))
+    assert not simulated.attempt.exists()
+
+
+def test_a_run_directory_never_holds_the_servers_private_key(tmp_path: Path) -> None:
+    """Not even by a link, which programs that pack a directory follow."""
+    key = make_signing_key(tmp_path / "server" / "keys" / "artifacts")
+    run = create_run(tmp_path / "run", PLAN)
+    server._use_artifact_key(run, tmp_path / "server" / "keys" / "artifacts")
+    held = list(run.folder.rglob("*"))
+    assert not any(path.is_symlink() for path in held)
+    assert not any(b"PRIVATE" in path.read_bytes() for path in held if path.is_file())
+    public = key.public_key().public_bytes_raw()
+    assert read_private_key(private_key_file(run.keys)).public_key().public_bytes_raw() == public
+    assert read_public_key(run.keys / PUBLIC_KEY).public_bytes_raw() == public
+    shutil.rmtree(tmp_path / "server")
+    assert not private_key_file(
+        run.keys
+    ).exists()  # a copy on another machine: nothing to sign with
 
 
 def test_a_budget_with_a_window_is_the_owners_too(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -341,6 +342,23 @@ def test_the_exposition_is_what_prometheus_reads(tmp_path: Path) -> None:
     assert not any(line.startswith("reticent_nodes_online") for line in lines)  # not known yet
     named = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     assert {line.partition("{")[0].split()[0] for line in lines if line[0] != "#"} == named
+
+
+def test_why_a_run_failed_is_told_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run(tmp_path / "run", parse_plan(""))
+    teller = Teller(run, "token")
+    teller.seen(3, "a name that is long enough to be cut")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("reticent.server.attempt.write_atomic", full)
+    teller.failed(RunError("No space left on device"))
+    attempt = read_attempt(run)
+    assert attempt is not None and (attempt.state, attempt.code) == ("failed", 8)
+    assert attempt.reason == "No space left on device" and attempt.online == 3
 
 
 def test_an_attempt_of_a_process_that_is_gone_is_not_alive(tmp_path: Path) -> None:

@@ -135,6 +135,32 @@ def test_a_fact_is_recorded_once(journal: Journal) -> None:
     assert journal.fact("run") == "a"
 
 
+def test_what_a_process_left_half_made_is_made_again(run: Run) -> None:
+    """Facts that belong together are recorded one by one, and any of them may be the last."""
+    for _ in range(2):
+        journal = Journal(run)
+        journal.store("teacher", {"a": np.zeros(3)})
+        journal.revise("accuracy:teacher", "0.5")
+        journal.close()
+    journal = Journal(run)
+    assert journal.fact("accuracy:teacher") == "0.5"
+    restored = journal.restore("teacher")
+    assert restored is not None and np.array_equal(restored["a"], np.zeros(3))
+    journal.close()
+
+
+def test_a_journal_that_was_lost_is_not_begun_anew(run: Run, journal: Journal) -> None:
+    """Else whoever took part in the lost rounds would charge them again, and be counted once."""
+    commit(journal, 1)
+    journal.close()
+    run.journal.write_bytes(b"")
+    other = Journal(run)
+    with pytest.raises(RunError, match="the journal was lost or replaced"):
+        other.rewrite_metrics()
+    other.close()
+    assert run.read_metrics() == [metrics_of(1)]
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1

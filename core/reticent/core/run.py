@@ -24,7 +24,8 @@ class Run:
     ``plan.toml`` (resolved), ``plan.sha256``, ``metrics.jsonl`` (one line a committed round),
     ``summary.json`` (written when the run ends), ``journal.db``, ``checkpoints/``, ``ledger/``,
     ``keys/``, ``artifact/``, ``report.{html,json,md,sig}``, ``audit.json`` (if it was audited),
-    ``tuning.json`` (if it is one of a sweep), ``failure.json`` (why it stopped, until it goes on).
+    ``tuning.json`` (if it is one of a sweep), ``failure.json`` (why it stopped, until it goes on),
+    ``attempt.json`` (if a server runs it).
     """
 
     folder: Path
@@ -69,6 +70,17 @@ class Run:
         """Folder of the deployable artifact."""
         return self.folder / "artifact"
 
+    @property
+    def attempt(self) -> Path:
+        """What a server's process tells of itself; a simulation has none."""
+        return self.folder / "attempt.json"
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        command = "server run" if self.attempt.is_file() else "simulate"
+        return f"reticent {command} --run {self.folder} --resume"
+
     def plan(self) -> Plan:
         """Return the run's plan, checked against its recorded digest.
 
@@ -97,8 +109,7 @@ class Run:
         """
         if not self.summary.is_file():
             raise RunError(
-                f"{self.folder}: the run has not finished; continue it with "
-                f"`reticent simulate --run {self.folder} --resume`"
+                f"{self.folder}: the run has not finished; continue it with `{self.resume_command}`"
             )
         return _parse(self.summary, _read_text(self.summary))
 
@@ -119,20 +130,32 @@ def create_run(folder: Path, plan: Plan) -> Run:
     Raises:
         RunError: If the folder is in use or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and _is_free(folder)):
         raise RunError(
             f"{folder}: already exists and is not empty: choose another --run, or continue it "
             "with --resume"
         )
     run = Run(folder)
     try:
-        run.checkpoints.mkdir(parents=True)
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
         text = tomli_w.dumps(without_none(plan.model_dump(mode="json")))
         write_atomic(run.plan_file, text.encode())
         write_atomic(folder / "plan.sha256", (plan.digest + "\n").encode())
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
     return run
+
+
+def _is_free(folder: Path) -> bool:
+    """Return whether a folder is empty, or holds only what a run leaves that was stopped at once.
+
+    ``checkpoints`` comes first and ``plan.sha256`` last, so that nobody's own plan is taken for it.
+    """
+    names = {path.name for path in folder.iterdir()}
+    begun = {"checkpoints", "plan.toml", ".plan.toml.tmp", ".plan.sha256.tmp"}
+    checkpoints = folder / "checkpoints"
+    mine = checkpoints.is_dir() and not any(checkpoints.iterdir()) and names <= begun
+    return not names or mine
 
 
 def open_run(folder: Path, plan: Plan | None = None) -> Run:

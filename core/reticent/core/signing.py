@@ -14,6 +14,9 @@ from .errors import ArtifactError
 
 PRIVATE_KEY = "signing_key.pem"
 PUBLIC_KEY = "signing_key.pub.pem"
+ELSEWHERE = "signing_key.path"
+"""In a folder without the private key: the path of the folder that has it."""
+
 SIGNATURE_BYTES = 64
 _MOST_BYTES = 10_000
 
@@ -31,6 +34,37 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ArtifactError(f"{path}: holds a {type(key).__name__}: must be an Ed25519 key")
     return key
+
+
+def private_key_file(folder: Path) -> Path:
+    """Return where the private key of a run's ``keys`` is: there, or where it says; it may be gone.
+
+    A run of a server refers to the server's key, which must not travel with the run's directory.
+
+    Raises:
+        ArtifactError: If what it says cannot be read.
+    """
+    if not (folder / ELSEWHERE).is_file():
+        return folder / PRIVATE_KEY
+    try:
+        return Path(_read(folder / ELSEWHERE).decode().strip()) / PRIVATE_KEY
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{folder / ELSEWHERE}: must hold the path of a folder") from error
+
+
+def refer_to_key(folder: Path, where: Path) -> None:
+    """Make ``folder`` with the public key of ``where``, and where the private one is.
+
+    Raises:
+        ArtifactError: If ``where`` holds no key, or ``folder`` cannot be written.
+    """
+    public = public_pem(read_public_key(where / PUBLIC_KEY))
+    try:
+        folder.mkdir(parents=True)
+        write_new(folder / ELSEWHERE, f"{where.absolute()}\n".encode(), 0o644)
+        write_new(folder / PUBLIC_KEY, public, 0o644)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:
@@ -55,9 +89,7 @@ def make_signing_key(folder: Path) -> Ed25519PrivateKey:
         ArtifactError: If a key is already there (it is never overwritten) or cannot be written.
     """
     key = Ed25519PrivateKey.generate()
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = public_pem(key.public_key())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (PRIVATE_KEY, PUBLIC_KEY):
@@ -79,6 +111,13 @@ def private_pem(key: Ed25519PrivateKey) -> bytes:
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
+    )
+
+
+def public_pem(key: Ed25519PublicKey) -> bytes:
+    """Return a PEM text of ``key``."""
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 

@@ -242,7 +242,7 @@ class _Clerk:
         self._test = job.task.test()
         if job.journal.fact("accuracy") is None:
             for name, value in start_accuracies(job.start, job.task).items():
-                job.journal.record(f"accuracy:{name}", repr(value))
+                job.journal.revise(f"accuracy:{name}", repr(value))
             job.journal.record("accuracy", "known")
 
     def open(self, cohort: list[int]) -> list[int]:

@@ -96,7 +96,20 @@ class Teller:
             self._write()
 
     def _write(self) -> None:
-        write_atomic(self._path, json.dumps(asdict(self._now)).encode())
+        data = json.dumps(asdict(self._now)).encode()
+        try:
+            write_atomic(self._path, data)
+        except OSError:  # a full disk, which may be the very reason that is to be told
+            _overwrite(self._path, data)
+
+
+def _overwrite(path: Path, data: bytes) -> None:
+    """Write over a file's own blocks, which need no room; torn, it would read as damaged."""
+    with suppress(OSError), path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_attempt(run: Run) -> Attempt | None:
@@ -132,7 +145,7 @@ def error_of(attempt: Attempt) -> ReticentError:
 
 
 def _path(run: Run) -> Path:
-    return run.folder / "attempt.json"
+    return run.attempt
 
 
 def _began(pid: int) -> int | None:

@@ -22,6 +22,7 @@ from flwr.app import Context
 from reticent.core.errors import RunError
 from reticent.core.plan import parse_plan
 from reticent.core.run import Run, create_run, locked, open_run
+from reticent.core.signing import refer_to_key
 
 from .app import Settings, build_server_app
 from .attempt import Teller
@@ -36,8 +37,13 @@ def _settings(context: Context) -> Settings:
     if not given:
         raise RunError("run-config run-dir is empty: must be a folder on the server")
     folder = Path(given).expanduser()
-    known = (folder / "plan.toml").is_file()
+    known = (folder / "plan.sha256").is_file()
     run = open_run(folder, plan) if known else create_run(folder, plan)
+    if run.ledger.is_dir():
+        raise RunError(
+            f"{folder}: is a simulation; continue it with `{run.resume_command}`, or give real "
+            "devices a run of their own"
+        )
     held = ExitStack()
     held.enter_context(locked(run))  # the same app submitted twice must not write one journal
     teller = Teller(run, str(context.run_config.get("attempt", "")))
@@ -106,10 +112,11 @@ def _countersigner(run: Run, given: str) -> Countersigner:
 def _use_artifact_key(run: Run, key: Path) -> None:
     """Let the run sign its artifact with the server's key, which devices know.
 
-    By a link: the run directory is handed around, the key must not be.
+    The run directory is handed around, the private key must not be. Not even by a link, which
+    programs that copy or pack a directory follow.
     """
     if key.is_dir() and not run.keys.exists() and not run.keys.is_symlink():
-        run.keys.symlink_to(key.absolute())
+        refer_to_key(run.keys, key)
 
 
 def _say(line: str) -> None:

@@ -40,7 +40,7 @@ def finished_run(run: Run) -> Iterator[tuple[Job, ServerState]]:
             done = state.round if state else 0
             raise RunError(
                 f"{run.folder}: {done} of {plan.federation.rounds} rounds are committed; finish it "
-                f"with `reticent simulate --run {run.folder} --resume`"
+                f"with `{run.resume_command}`"
             )
         start = prepare(plan, task, journal, lambda _: None)
         yield Job(run, plan, task, schedule_for(plan), start, journal), state

@@ -24,7 +24,7 @@ from reticent.compression.manifest import TaskInfo
 from reticent.core.errors import ArtifactError
 from reticent.core.plan import Plan, Quantize
 from reticent.core.run import write_atomic
-from reticent.core.signing import make_signing_key, read_private_key
+from reticent.core.signing import make_signing_key, private_key_file, read_private_key
 from reticent.core.update import vector_digest
 from reticent.privacy.accounting import epsilon
 
@@ -250,8 +250,10 @@ def _write_artifact(
     job: Job, spec: Spec, deployed: Deployed, summary: dict[str, Any], folder: Path
 ) -> None:
     task, keys = job.task, job.run.keys
-    key_file = keys / "signing_key.pem"
-    key = read_private_key(key_file) if key_file.exists() else make_signing_key(keys)
+    file = private_key_file(keys)
+    # A key that is elsewhere and cannot be read is an error: nobody would trust another one.
+    known = file.exists() or file.parent != keys
+    key = read_private_key(file) if known else make_signing_key(keys)
     inputs = task.public().inputs[:_SELF_TEST]
     write_artifact(
         folder,

@@ -69,10 +69,19 @@ class Journal:
         with _explained(self._run.journal):
             self._db.execute("INSERT INTO facts VALUES (?, ?)", (key, value))
 
+    def revise(self, key: str, value: str) -> None:
+        """Record a fact that may be known already.
+
+        A process that died between facts which belong together, such as the files of the
+        preparation, leaves some of them, and the next process makes them all.
+        """
+        with _explained(self._run.journal):
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+
     def store(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Write ``checkpoints/name.safetensors`` and record its SHA-256."""
         digest = self._write(name, arrays)
-        self.record(f"file:{name}", digest)
+        self.revise(f"file:{name}", digest)
 
     def restore(self, name: str) -> dict[str, np.ndarray] | None:
         """Return what :meth:`store` wrote, or None if it was never recorded.
@@ -211,8 +220,19 @@ class Journal:
         return frozenset(row[0] for row in self._db.execute("SELECT client FROM open"))
 
     def rewrite_metrics(self) -> None:
-        """Make ``metrics.jsonl`` agree with the journal, after a crash between the two."""
-        lines = "".join(json.dumps(m) + "\n" for m in self.metrics())
+        """Make ``metrics.jsonl`` agree with the journal, after a crash between the two.
+
+        Raises:
+            RunError: If it holds rounds and the journal none: they were committed, and whoever took
+                part in them has charged them.
+        """
+        known = self.metrics()
+        if not known and self._run.read_metrics():
+            raise RunError(
+                f"{self._run.journal}: holds no round, and {self._run.metrics.name} does: the "
+                "journal was lost or replaced; restore it from a copy, or start a new run"
+            )
+        lines = "".join(json.dumps(m) + "\n" for m in known)
         write_atomic(self._run.metrics, lines.encode())
 
     def _write_metrics(self, metrics: dict[str, Any], number: int) -> None:

@@ -71,9 +71,14 @@ def _resumable(folder: Path, plan: Plan) -> Run:
     """Open a run that is to go on.
 
     Raises:
-        RunError: If it is another plan's, or Flower's Ray engine ran it or is to run it.
+        RunError: If it is another plan's or a server's, or Flower's Ray engine ran it or is to.
     """
     run = open_run(folder, plan)
+    if run.attempt.is_file():
+        raise RunError(
+            f"{folder}: real devices run it, and what they have spent is not known here; continue "
+            f"it with `{run.resume_command}`"
+        )
     if "flower-ray" in (plan.engine.kind, run.plan().engine.kind):
         raise RunError(
             f'{folder}: engine.kind="flower-ray" cannot be resumed: Flower gives every node a new '

@@ -146,7 +146,7 @@ def _metrics(run: Run, rounds: int) -> list[dict[str, Any]]:
     if [line["round"] for line in lines] != list(range(1, rounds + 1)):
         raise RunError(
             f"{run.metrics}: must hold each of {rounds} rounds once and in order: it was cut or "
-            f"altered; `reticent simulate --run {run.folder} --resume` makes it again"
+            f"altered; `{run.resume_command}` makes it again"
         )
     return lines
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from reticent.core.errors import DependencyError, RunError
 from reticent.core.run import Run, write_atomic
-from reticent.core.signing import PRIVATE_KEY, read_private_key
+from reticent.core.signing import private_key_file, read_private_key
 
 from . import words
 from .charts import capped, charts
@@ -38,7 +38,7 @@ def write_reports(run: Run) -> list[Path]:
     """
     data = collect(run)
     contents = {f"report.{kind}": render_data(data, kind).encode() for kind in KINDS}
-    key_file = run.keys / PRIVATE_KEY
+    key_file = private_key_file(run.keys)
     if key_file.exists():
         key = read_private_key(key_file)
         signature = sign(key, data["run"]["plan"], data["run"]["model"], contents)

@@ -37,7 +37,7 @@ from torch import nn
 from reticent.cli.inputs import read_inputs
 from reticent.client.agent import Report, read_report
 from reticent.client.budget import remembered_budget
-from reticent.client.bundles import require_no_code
+from reticent.client.bundles import contents, require_no_code
 from reticent.client.diary import BEGUN, Diary
 from reticent.client.downlink import ModelMissing, changed, remember
 from reticent.client.failures import read_failures
@@ -517,6 +517,24 @@ def _with_checksum(data: bytes) -> bytes:
         return data
 
 
+def _app(project: bytes) -> bytes:
+    """Return an app of one file."""
+    app = io.BytesIO()
+    with zipfile.ZipFile(app, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pyproject.toml", project)
+        archive.writestr(".info/CONTENT", contents(project))
+    return app.getvalue()
+
+
+def _with_contents(data: bytes) -> bytes:
+    """Return an app with the list of contents of what it holds, if that can be read."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open("pyproject.toml") as file:
+            return _app(file.read(2**18))
+    except Exception:
+        return data
+
+
 def _deployment() -> Iterator[Decoder]:
     now = utc_now()
     home = create_home(FOLDER / "server", ["127.0.0.1", "::1"], 8000, now)
@@ -525,11 +543,7 @@ def _deployment() -> Iterator[Decoder]:
         key = replace(registry.devices["pi-1"].key, node=2**63 + 5)
         registry.devices["pi-1"] = registry.devices["pi-1"].with_key(key)
     yield Decoder("bundle", Bundle.decode, (path.read_bytes(),), _with_checksum)
-    app = io.BytesIO()
-    with zipfile.ZipFile(app, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("pyproject.toml", APP)
-        archive.writestr(".info/CONTENT", "")
-    yield Decoder("app", require_no_code, (app.getvalue(),))
+    yield Decoder("app", require_no_code, (_app(APP.encode()),), _with_contents)
     device = create_device(FOLDER / "pi-1", read_bundle(path))
 
     def unpacked(data: bytes) -> object:

@@ -322,6 +322,22 @@ def test_what_the_gate_wraps_carries_no_words_of_the_app() -> None:
     assert SECRET.encode() not in to_bytes(reply)
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda asked: egress(asked, Released(b"update", EVENT)),
+        lambda asked: acknowledge(asked, Public(bytes(17), "receipt")),
+        lambda asked: Message(RecordDict(), reply_to=asked),
+    ],
+)
+def test_when_a_reply_was_made_is_not_told(act: Callable[[Message], Message]) -> None:
+    asked = message_of()
+    asked.metadata.created_at, asked.metadata.ttl = 1.7e9 + 0.25, 600.0
+    replied = gate(asked, Context(1, 2, {}, RecordDict(), {}), lambda m, _: act(m)).metadata
+    assert (replied.created_at, replied.ttl) == (1.7e9 + 0.25, 600.0)
+    assert replied.reply_to_message_id == asked.metadata.message_id
+
+
 def test_an_error_of_the_apps_own_making_does_not_leave() -> None:
     reply = through_gate(lambda asked: Message(Error(7, SECRET), reply_to=asked))
     assert refusal(reply) is Refusal.NOT_RELEASED

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
@@ -22,7 +26,7 @@ from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate.nodestate_factory import NodeStateFactory
 
 from reticent.client import in_step
-from reticent.client.bundles import MOST_BYTES, require_no_code
+from reticent.client.bundles import MOST_BUNDLE_BYTES, MOST_BYTES, contents, require_no_code
 from reticent.core.errors import PayloadError
 from reticent.core.plan import parse_plan
 from reticent.server.certificates import utc_now
@@ -54,10 +58,13 @@ class Supernode:
     store: Any
     state: Any
     sent: list[str] = field(default_factory=list)
+    errors: list[Error | None] = field(default_factory=list)
+    runtimes: list[float] = field(default_factory=list)
+    pushed: list[bytes] = field(default_factory=list)
 
-    def order(self, number: int) -> Message:
+    def order(self, number: int, ttl: float = 600.0) -> Message:
         content = RecordDict({"order": ConfigRecord({"number": number})})
-        order = Message(content, dst_node_id=NODE, message_type="train", group_id=str(number))
+        order = Message(content, NODE, "train", ttl=ttl, group_id=str(number))
         order.metadata.__dict__["_message_id"] = order.object_id
         return order
 
@@ -84,22 +91,38 @@ class Supernode:
             trusted_entities=None,
         )
 
-    def answer(self, order: Message) -> None:
+    def begin(self) -> int:
+        """Start the ClientApp of the order that was received; return its task."""
+        (task,) = self.state.get_tasks(statuses=["pending"])
+        assert self.state.claim_task(task.task_id)
+        assert self.state.activate_task(task.task_id)
+        return task.task_id
+
+    def fetch(self) -> None:
+        """Fetch an order as a ClientApp does."""
+        for order in self.state.get_messages_legacy(run_ids=[RUN], is_reply=False, limit=1):
+            self.state.record_message_processing_start(order.metadata.message_id)
+
+    def answer(self, order: Message, error: Error | None = None) -> None:
         """Reply as a ClientApp does, through the state."""
-        self.state.get_messages_legacy(run_ids=[RUN], is_reply=False, limit=1)
-        self.state.record_message_processing_start(order.metadata.message_id)
-        reply = Message(RecordDict(), reply_to=order)
+        self.fetch()
+        reply = Message(error or RecordDict(), reply_to=order)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         self.state._store_generated_message(reply)
         self.state.record_message_processing_end(order.metadata.message_id)
         self.state.store_message(reply)
 
     def send(self) -> None:
-        def sending(reply: Message, *_: Any) -> tuple[set[str], str]:
+        def sending(reply: Message, tree: Any, runtime: float) -> tuple[set[str], str]:
             self.sent.append(reply.metadata.reply_to_message_id)
-            return set(), ""
+            self.errors.append(reply.error if reply.has_error() else None)
+            self.runtimes.append(runtime)
+            return {node.object_id for node in iterate_object_tree(tree)}, ""
 
-        flower._push_messages(self.state, self.store, sending, lambda *_: None)
+        def pushing(run: int, session: str, name: str, content: bytes) -> None:
+            self.pushed.append(content)
+
+        flower._push_messages(self.state, self.store, sending, pushing)
 
 
 @pytest.fixture
@@ -115,7 +138,8 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Supernode:
 
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower, "_pull_and_store_message", flower._pull_and_store_message)
+    for name in ("_pull_and_store_message", "_push_messages"):
+        monkeypatch.setattr(flower, name, getattr(flower, name))
     in_step.mend_supernode()
 
 
@@ -174,11 +198,18 @@ def test_in_step_a_supernode_works_as_flowers_own(node: Supernode) -> None:
 
 def bundle(files: Mapping[str, str] | None = None, kind: int = zipfile.ZIP_DEFLATED) -> bytes:
     """Return an app as Flower sends it, with ``files`` by name."""
-    data = io.BytesIO()
+    data, held = io.BytesIO(), {"pyproject.toml": PROJECT, **(files or {})}
+    listed = contents(held["pyproject.toml"].encode()).decode()
     with zipfile.ZipFile(data, "w", kind) as archive:
-        for name, text in {"pyproject.toml": PROJECT, ".info/CONTENT": "", **(files or {})}.items():
+        for name, text in {".info/CONTENT": listed, **held}.items():
             archive.writestr(name, text)
     return data.getvalue()
+
+
+def listing(*lines: str) -> bytes:
+    """Return an app whose list of contents has more lines."""
+    first = contents(PROJECT.encode()).decode()
+    return bundle({".info/CONTENT": "\n".join([first, *lines])})
 
 
 @pytest.mark.usefixtures("mended")
@@ -218,6 +249,13 @@ def test_messages_of_runs_that_bring_code_are_ignored(
         (bundle({"pyproject.toml": PROJECT.replace("reticent", "/etc")}), "publisher"),
         (bundle({"pyproject.toml": "a = 1"}), "project.name"),
         (bundle({"pyproject.toml": "#" * (MOST_BYTES + 1)}), "more than"),
+        (bundle({".info/CONTENT": "#" * (MOST_BYTES + 1)}), "more than"),
+        (bytes(MOST_BUNDLE_BYTES) + bundle(), "bytes: at most"),
+        (bundle({".info/CONTENT": ""}), "list of contents"),
+        (bundle({".info/CONTENT": f"pyproject.toml,{'0' * 64},8"}), "list of contents"),
+        (listing(f"/etc/hostname,{'0' * 64},8"), "list of contents"),
+        (listing(f"../me.csv,{'0' * 64},8"), "list of contents"),
+        (listing(""), "list of contents"),
     ],
 )
 def test_a_bundle_of_more_than_a_configuration_is_refused(content: bytes, said: str) -> None:

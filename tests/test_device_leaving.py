@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import ssl
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
+from reticent.client import leaving
 from reticent.client.folder import Device, create_device
 from reticent.client.leaving import leave
 from reticent.core.bundle import read_bundle
@@ -25,9 +27,15 @@ from reticent.server.home import Home, create_home
 
 
 class SuperLink:
-    """An HTTPS server that notes what it is asked."""
+    """An HTTPS server that notes what it is asked; ``drips`` an answer for ever if it has one."""
 
-    def __init__(self, home: Home, issued: Issued, version: ssl.TLSVersion | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        issued: Issued,
+        version: ssl.TLSVersion | None = None,
+        drips: tuple[bytes, bytes] | None = None,
+    ) -> None:
         self.asked: list[tuple[str, dict[str, str], bytes]] = []
         asked = self.asked
 
@@ -35,9 +43,17 @@ class SuperLink:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 asked.append((self.path, dict(self.headers), body))
+                if drips is not None:
+                    return self.drip(*drips)
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()
+
+            def drip(self, head: bytes, drop: bytes) -> None:
+                self.wfile.write(head)
+                while drop:
+                    self.wfile.write(drop)
+                    time.sleep(0.05)
 
             def log_message(self, *_: object) -> None: ...
 
@@ -101,6 +117,40 @@ def test_an_agent_says_for_its_supernode_that_it_left(
     signed = headers["flwr-timestamp"].encode()
     assert verify_signature(key, signed, b64decode(headers["flwr-signature"]))
     assert not verify_signature(key, signed + b"0", b64decode(headers["flwr-signature"]))
+
+
+@pytest.mark.parametrize(
+    ("head", "drop", "left"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"x", True),
+        (b"HTTP/1.1 503 Busy\r\n", b"x", False),
+        (b"HTTP/1.1 ", b"2", False),
+        (b"SSH-2.0\r\n", b"x", False),
+        (b"x" * 10000, b"x" * 1000, False),
+        (b"HTTP/1.1 2", b"", False),
+    ],
+)
+def test_a_server_that_drips_does_not_hold_an_agent_up(
+    home: Home,
+    device: Device,
+    authority: Issued,
+    links: list[SuperLink],
+    monkeypatch: pytest.MonkeyPatch,
+    head: bytes,
+    drop: bytes,
+    left: bool,
+) -> None:
+    monkeypatch.setattr(leaving, "SECONDS", 2.0)
+    issued = make_server(authority, ["127.0.0.1"], utc_now())
+    links.append(SuperLink(home, issued, drips=(head, drop)))
+    answers: list[bool] = []
+    address = f"127.0.0.1:{links[0].port}"
+    agent = threading.Thread(
+        target=lambda: answers.append(leave(replace(device, address=address), 7)), daemon=True
+    )
+    agent.start()
+    agent.join(10.0)
+    assert answers == [left]
 
 
 def test_a_server_that_the_bundle_does_not_vouch_for_is_told_nothing(

@@ -10,14 +10,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from test_device_agent import alive, bundle, device, home, until
 
-from reticent.client import nursery
+from reticent.client import asking, nursery
 from reticent.client.agent import environment, supernode
-from reticent.client.asking import SOCKET, is_granted
+from reticent.client.asking import SOCKET, YES, is_granted
 from reticent.client.folder import Device, accept_policy
 from reticent.client.launcher import PROGRAM, write_launcher
 from reticent.core.errors import PolicyError
@@ -100,6 +101,70 @@ def test_no_two_forks_draw_the_same_noise(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_for_one_who_asked_and_gave_up_nothing_is_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is Flower's own program by then, and a second one would end the task for both."""
+    process = subprocess.Popen([sys.executable, "-c", FORKS, str(tmp_path)])
+    try:
+        until((tmp_path / SOCKET).exists, 60)
+        process.send_signal(signal.SIGSTOP)  # busy
+        with monkeypatch.context() as short:
+            short.setattr(asking, "_PATIENCE", 0.2)
+            assert not is_granted(str(tmp_path), [PROGRAM, "early"])
+        process.send_signal(signal.SIGCONT)
+        assert is_granted(str(tmp_path), [PROGRAM, "late"])
+        until((tmp_path / "late.drawn").exists, 60)
+        assert [path.name for path in tmp_path.glob("*.drawn")] == ["late.drawn"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_who_took_an_offer_waits_for_what_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_PATIENCE", 0.1)
+    answers: list[bool] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / SOCKET))
+        listener.listen()
+        for answer in (YES, b""):
+            asker = Thread(target=lambda: answers.append(is_granted(str(tmp_path), [PROGRAM])))
+            asker.start()
+            connection, _ = listener.accept()
+            with connection:
+                assert nursery.asked(connection) == [PROGRAM]
+                assert nursery.is_taken(connection)
+                asker.join(0.5)
+                assert asker.is_alive()
+                connection.sendall(answer)
+            asker.join(20)
+    assert answers == [True, False]
+
+
+def test_a_fork_that_fails_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its signals above all: a nursery that hears none neither collects children nor ends."""
+
+    def full() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    base = nursery.Nursery(tmp_path)
+    try:
+        with pytest.raises(BlockingIOError):
+            base._fork()
+        assert not base._ticks()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for channel in (base._listener, *base._signals):
+            channel.close()
 
 
 def test_where_nobody_listens_nothing_is_granted(tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def gate(message: Message, context: Context, call_next: ClientAppCallable) -> Me
     and a text that do not depend on the exception. Any other record, metric, buffer or text,
     whoever put it there and under whatever name, is dropped with the whole reply, and the server
     gets the code for that. The reply is built anew, because names of array types and metadata of a
-    reply could carry words of their own.
+    reply could carry words of their own. It bears the date of its order: when it was made tells how
+    long that took, which depends on data.
     """
     try:
         return _serialised(call_next(message, context), message)
@@ -196,7 +197,7 @@ def _serialised(reply: Message, message: Message) -> Message:
     if not update.value or not all(type(value) is bytes for value in values):
         raise Refused(Refusal.NOT_RELEASED)
     records = zip(("update", "statement"), values, strict=False)
-    return Message(RecordDict({name: pack(value) for name, value in records}), reply_to=message)
+    return _reply(RecordDict({name: pack(value) for name, value in records}), message)
 
 
 def _receipt(receipt: Public[bytes], message: Message) -> Message:
@@ -209,7 +210,7 @@ def _receipt(receipt: Public[bytes], message: Message) -> Message:
         raise Refused(Refusal.NOT_RELEASED)
     if type(receipt.value) is not bytes or len(receipt.value) != RECEIPT_BYTES:
         raise Refused(Refusal.NOT_RELEASED)
-    return Message(RecordDict({"receipt": pack(receipt.value)}), reply_to=message)
+    return _reply(RecordDict({"receipt": pack(receipt.value)}), message)
 
 
 def _check_anchor(environment: Environment, content: RecordDict) -> None:
@@ -241,7 +242,14 @@ def _statement(
 
 
 def _refuse(refusal: Refusal, message: Message) -> Message:
-    return Message(Error(int(refusal), refusal.text), reply_to=message)
+    return _reply(Error(int(refusal), refusal.text), message)
+
+
+def _reply(content: RecordDict | Error, message: Message) -> Message:
+    """Return a reply whose date and life are those of ``message``, and so end with it."""
+    reply, asked = Message(content, reply_to=message), message.metadata
+    reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
+    return reply
 
 
 def _constants(content: RecordDict, context: Context, order: Order) -> bytes:

@@ -12,12 +12,16 @@ import socket
 import sys
 
 SOCKET = "nursery.socket"
-YES = b"y"
+OFFER, TAKEN, YES = b"o", b"t", b"y"
 _PATIENCE = 10.0
 
 
 def is_granted(folder: str, words: list[str]) -> bool:
     """Return whether the nursery that listens in ``folder`` has forked a program.
+
+    If not, it never will: who has given up is not there to take its offer, and who took it waits
+    for what comes of it, or for the nursery's end. Of two programs for one task the second could
+    not begin it, and would end it for the first.
 
     Nobody waits for the program's end: Flower's programs report to each other over the network.
     """
@@ -27,6 +31,10 @@ def is_granted(folder: str, words: list[str]) -> bool:
             connection.settimeout(_PATIENCE)
             connection.connect(f"/proc/self/fd/{descriptor}/{SOCKET}")
             connection.sendall(json.dumps(words).encode() + b"\n")
+            if connection.recv(1) != OFFER:
+                return False
+            connection.settimeout(None)
+            connection.sendall(TAKEN)
             return connection.recv(1) == YES
     except OSError:
         return False

@@ -1,5 +1,7 @@
 """What is changed of Flower's SuperNode: it takes no code, and stays in step with its messages.
 
+What it sends for them is changed in :mod:`.replies`.
+
 **No code.** A server may send apps of several kinds, with files in them. Here the messages of a run
 are ignored unless its app is one for federations, of no files but its configuration
 (:mod:`.bundles`).
@@ -25,6 +27,7 @@ from flwr.supernode import start_client_internal as supernode
 from reticent.core.errors import PayloadError
 
 from .bundles import require_no_code
+from .replies import replying
 
 
 class RunOverError(Exception):
@@ -34,6 +37,7 @@ class RunOverError(Exception):
 def mend_supernode() -> None:
     """Change Flower's SuperNode in this process, before it is started."""
     supernode._pull_and_store_message = in_step(supernode._pull_and_store_message)
+    supernode._push_messages = replying(supernode._push_messages)
 
 
 def in_step(pull: Callable[..., int | None]) -> Callable[..., int | None]:

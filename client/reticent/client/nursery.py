@@ -35,7 +35,7 @@ from pathlib import Path
 
 from reticent.privacy.ledger import Ledger
 
-from .asking import SOCKET, YES
+from .asking import OFFER, SOCKET, TAKEN, YES
 from .family import end_with_parent, name_process
 from .folder import Device, open_device
 from .launcher import EXECUTOR, PROGRAM, SUPERNODE, loaded, run
@@ -88,7 +88,7 @@ class Nursery:
             ready, _, _ = select.select([self._listener, self._signals[0]], [], [], left)
             if time.monotonic() >= due:
                 due += _TICK_SECONDS
-                if threads() == 1 and not self._fork():
+                if threads() == 1 and self._ticks():
                     return [TICK]
             if self._signals[0] in ready:
                 self._react(self._signals[0].recv(256))
@@ -122,12 +122,15 @@ class Nursery:
             os.kill(self.first, signal.SIGTERM)
 
     def _answer(self) -> list[str]:
-        """Fork for one who asks; return what the fork is to be, in the fork alone."""
+        """Fork for one who asks and is still there; return what it is to be, in the fork alone.
+
+        Who asked and gave up has become the program in the ordinary way.
+        """
         connection, _ = self._listener.accept()
         with connection, suppress(OSError):
             connection.settimeout(_PATIENCE)
             words = asked(connection)
-            if not words or threads() != 1:
+            if not words or threads() != 1 or not is_taken(connection):
                 return []
             if not (pid := self._fork()):
                 return words
@@ -136,12 +139,27 @@ class Nursery:
             connection.sendall(YES)
         return []
 
+    def _ticks(self) -> bool:
+        """Fork for a tick; return whether this is the fork. One that fails is left out."""
+        with suppress(OSError):
+            return not self._fork()
+        return False
+
     def _fork(self) -> int:
-        """Fork; the child is as a new process is, and ends when this one does."""
+        """Fork; the child is as a new process is, and ends when this one does.
+
+        Raises:
+            OSError: If the system has no process to give; all is then as before.
+        """
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         parent = os.getpid()
-        if pid := os.fork():
+        try:
+            pid = os.fork()
+        except OSError:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+            raise
+        if pid:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
             return pid
         end_with_parent()
@@ -178,6 +196,16 @@ def asked(connection: socket.socket) -> list[str]:
         return []
     sound = isinstance(words, list) and all(isinstance(word, str) for word in words)
     return words if sound and words[:1] in ([EXECUTOR], [PROGRAM]) else []
+
+
+def is_taken(connection: socket.socket) -> bool:
+    """Return whether one who asked is still there, and takes what we are about to do.
+
+    Raises:
+        OSError: If it is not, or does not say so in time.
+    """
+    connection.sendall(OFFER)
+    return connection.recv(1) == TAKEN
 
 
 def prepare(device: Device) -> None:

@@ -314,6 +314,17 @@ def test_a_supernode_that_is_killed_is_started_again_and_leaves_nobody_behind(
     assert "SuperNode ID: 7" in running.device.log.read_text()
 
 
+def test_apps_of_runs_that_ended_are_removed_when_the_agent_starts(
+    device: Device, request: pytest.FixtureRequest
+) -> None:
+    old = device.flower / "apps" / "reticent.app.1.0.0.abcdef01"
+    old.mkdir(parents=True)
+    (old / "pyproject.toml").touch()
+    running = request.getfixturevalue("running")
+    until(lambda: len(running.pids()) == 1)
+    assert not old.exists() and device.flower.is_dir()
+
+
 def test_when_the_agent_is_killed_its_supernode_does_not_go_on(running: Running) -> None:
     until(lambda: len(running.pids()) == 1)
     running.process.kill()

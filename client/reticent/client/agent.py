@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -110,6 +111,9 @@ class Agent:
     def _keep_running(self) -> None:
         while not self._stop.is_set():
             self._leave()
+            # An app for each run that there ever was: Flower never removes one, and nothing of
+            # Flower's runs at this moment. What is still needed comes again with its next message.
+            shutil.rmtree(self.device.flower / "apps", ignore_errors=True)
             child = Child(
                 self.command(self.device, free_port()), environment(self.device), self._line
             )

@@ -114,10 +114,11 @@ def rollback(folder: Path) -> None:
 
     The server cannot bring back the version that was removed, nor an older one.
     """
+    from reticent.client.disk import mapped
     from reticent.client.models import Models
 
     models = Models(opened(folder).models)
-    with models.alone():
+    with mapped(models.folder), models.alone():
         state = models.roll_back()
     click.echo(f"model {state.version} is the current one")
 

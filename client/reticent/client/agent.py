@@ -93,6 +93,7 @@ class Agent:
             RunError: If another agent runs for the folder.
             PolicyError: If the owner has accepted no policy.
             ProvisionError: If the node key is gone or damaged: no restart of a SuperNode mends it.
+            StorageError: If the disk takes no file that the agent cannot do without.
         """
         with held(self.device):
             self.device.owners_policy()

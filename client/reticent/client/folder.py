@@ -7,13 +7,14 @@ import os
 import secrets
 import shutil
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import tomli_w
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -30,10 +31,12 @@ from reticent.core.errors import ArtifactError, LedgerError, PolicyError, Provis
 from reticent.core.run import write_atomic
 from reticent.core.signing import read_public_key, write_new
 
+from .disk import mapped
 from .policy import Policy, load_policy, parse_policy
 from .unit import UNIT, device_unit
 
 _KEYS = ("name", "index", "address", "created", "expires", "checksum")
+_PATIENCE, _LOOK_SECONDS = 1.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -254,9 +257,11 @@ def accept_policy(device: Device, text: str, where: str) -> Policy:
 
     Raises:
         PolicyError: If it is not a policy: the one before stays.
+        StorageError: If it cannot be written: the one before stays.
     """
     policy = parse_policy(text, where)
-    write_atomic(device.policy, text.encode())
+    with mapped(device.policy):
+        write_atomic(device.policy, text.encode())
     return policy
 
 
@@ -265,23 +270,45 @@ def held(device: Device) -> Iterator[None]:
     """Hold the folder: one agent runs for it at a time.
 
     Raises:
-        RunError: If another process holds it.
+        RunError: If another process holds it, for a second.
+        StorageError: If the lock cannot be opened.
     """
-    with (device.folder / "agent.lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{device.folder}: an agent runs for this folder already") from error
+    path = device.folder / "agent.lock"
+    with mapped(path):
+        file = path.open("ab")
+    with file:
+        if not _lock(file, path):
+            raise RunError(f"{device.folder}: an agent runs for this folder already")
         yield
 
 
-def is_held(device: Device) -> bool:
-    """Return whether an agent runs for the folder."""
-    try:
-        with held(device):
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Lock a file for this process alone; return whether it could be within :data:`_PATIENCE`.
+
+    Who only looks (:func:`is_held`) has it for a moment, and must not keep an agent from starting:
+    systemd does not try that again.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with mapped(path), suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > deadline:
             return False
-    except RunError:
+        time.sleep(_LOOK_SECONDS)
+
+
+def is_held(device: Device) -> bool:
+    """Return whether an agent runs for the folder; nothing is written, so it may be read-only."""
+    try:
+        # Shared: two who look at once do not take each other for an agent.
+        with (device.folder / "agent.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # most of all: there is none, since no agent ever ran
+        return False
+    return False
 
 
 def _unpack(folder: Path, bundle: Bundle) -> None:

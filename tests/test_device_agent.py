@@ -162,6 +162,26 @@ def test_a_renewal_by_another_servers_bundle_is_refused(tmp_path: Path, device: 
     assert {p: p.read_bytes() for p in device.folder.iterdir() if p.is_file()} == before
 
 
+def test_a_renewal_waits_until_no_agent_is_connected_by_the_old_key(
+    home: Home,
+    device: Device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each round under the new key would be charged, and refused by the server."""
+    bundle, before = renew(home, "pi-1", POLICY, utc_now()), device.node_key.read_bytes()
+    with held(device):
+        assert call(monkeypatch, "renew", bundle, "--dir", device.folder) == 8
+    said = capsys.readouterr().err
+    assert "an agent runs for this folder already: stop it, renew, and start it again" in said
+    assert device.node_key.read_bytes() == before
+    assert open_device(device.folder) == device
+    assert not (device.folder / ".renewal").exists()
+    assert call(monkeypatch, "renew", bundle, "--dir", device.folder) == 0
+    assert device.node_key.read_bytes() != before
+
+
 def test_who_looks_at_a_device_does_not_keep_its_agent_from_starting(device: Device) -> None:
     """Systemd does not try again what ends with status 8."""
     (device.folder / "agent.lock").touch()

@@ -180,8 +180,12 @@ def create_device(folder: Path, bundle: Bundle) -> Device:
 def renew_device(device: Device, bundle: Bundle) -> Device:
     """Take over what a newer bundle of the same device holds; ledger and policy stay.
 
+    No agent may run: its SuperNode stays connected by the old key, and each round would be vouched
+    for by the new one, so that it is charged and the server refuses it.
+
     Raises:
         ProvisionError: If the bundle is another device's or another server's.
+        RunError: If an agent runs for the folder.
     """
     part = device.folder / ".renewal"
     shutil.rmtree(part, ignore_errors=True)
@@ -198,8 +202,9 @@ def renew_device(device: Device, bundle: Bundle) -> Device:
                 f"the bundle is of another server, whose key of plans is not the one that "
                 f"{device.folder} has; `reticent device init` makes a folder for it"
             )
-        for path in sorted(part.iterdir()):
-            path.replace(device.folder / path.name)
+        with held(device, ": stop it, renew, and start it again"):
+            for path in sorted(part.iterdir()):
+                path.replace(device.folder / path.name)
     except OSError as error:
         raise ProvisionError(f"{device.folder}: cannot be written: {error.strerror}") from error
     finally:
@@ -266,8 +271,12 @@ def accept_policy(device: Device, text: str, where: str) -> Policy:
 
 
 @contextmanager
-def held(device: Device) -> Iterator[None]:
+def held(device: Device, advice: str = "") -> Iterator[None]:
     """Hold the folder: one agent runs for it at a time.
+
+    Args:
+        device: The device.
+        advice: Words for the error, where its reader should know more.
 
     Raises:
         RunError: If another process holds it, for a second.
@@ -278,7 +287,7 @@ def held(device: Device) -> Iterator[None]:
         file = path.open("ab")
     with file:
         if not _lock(file, path):
-            raise RunError(f"{device.folder}: an agent runs for this folder already")
+            raise RunError(f"{device.folder}: an agent runs for this folder already{advice}")
         yield
 
 

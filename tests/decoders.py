@@ -489,9 +489,11 @@ def _device() -> Iterator[Decoder]:
     tip = at("device/ledger.tip", lambda path: read_tip(path, bytes(32)))
     yield Decoder("ledger.tip", tip, ((folder / "ledger.tip").read_bytes(),))
     slots = [{"version": v, "plan": "ab" * 32, "sha256": "cd" * 32} for v in (3, 2)]
-    state = json.dumps({"slots": slots, "highest": 3, "tried": 0, "tries": 0}).encode()
+    tried = [{"version": 4, "failed": 1, "cut_short": 2, "at": 1.5}]
+    state = json.dumps({"slots": slots, "highest": 3, "tried": tried}).encode()
+    before = json.dumps({"slots": slots, "highest": 3, "tried": 4, "tries": 1}).encode()
     models = at("device/models/state.json", lambda path: Models(path.parent).state())
-    yield Decoder("models/state.json", models, (state,))
+    yield Decoder("models/state.json", models, (state, before))
     own = Kept(folder / "personal", "d", "run")
     own.keep(1, np.ones(4, dtype=np.float32))
     path = own._path(1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from reticent.client.kept import Kept
+from reticent.client.kept import MOST_RUNS, Kept
 from reticent.compression.codec import build_codec
 from reticent.core.errors import DataError, PlanError
 from reticent.core.plan import parse_plan
@@ -39,6 +39,74 @@ def test_a_round_finds_what_the_latest_earlier_one_left(tmp_path: Path) -> None:
     assert not residuals(tmp_path, run="other").before(9, ZEROS).any()
     assert not residuals(tmp_path, device="other").before(9, ZEROS).any()
     assert all(tmp_path in path.parents for path in tmp_path.rglob("*"))
+
+
+def vector(number: float) -> np.ndarray:
+    return np.full(SIZE, number, dtype=np.float32)
+
+
+def held(folder: Path, *runs: str) -> list[float]:
+    """Return what the runs find, 0 for nothing."""
+    return [float(residuals(folder, run).before(99, ZEROS)[0]) for run in runs]
+
+
+def test_what_is_kept_does_not_grow_with_the_runs_there_ever_were(tmp_path: Path) -> None:
+    residuals(tmp_path).keep(1, ZEROS)
+    (folder,) = tmp_path.iterdir()
+    (folder / "notes.txt").touch()  # the owner's
+    (folder / f"{'ab' * 8}.new").touch()  # of a process that died
+    for number in range(1, 30):
+        for round in (1, 2, 3):
+            residuals(tmp_path, f"run{number}").keep(round, vector(number))
+    assert len(list(folder.iterdir())) == 2 * MOST_RUNS + 1 and (folder / "notes.txt").exists()
+    last = [f"run{number}" for number in range(30 - MOST_RUNS, 30)]
+    assert held(tmp_path, "run1", f"run{29 - MOST_RUNS}", *last) == [
+        0,
+        0,
+        *range(30 - MOST_RUNS, 30),
+    ]
+
+
+def test_runs_that_take_turns_lose_nothing_and_one_that_stood_still_begins_anew(
+    tmp_path: Path,
+) -> None:
+    runs = [f"run{number}" for number in range(MOST_RUNS)]
+    for round in range(1, 6):
+        for number, run in enumerate(runs, 1):
+            residuals(tmp_path, run).keep(round, vector(10 * number + round))
+        assert held(tmp_path, *runs) == [10 * n + round for n in range(1, MOST_RUNS + 1)]
+    residuals(tmp_path, runs[0]).keep(6, vector(16))  # the others are now the older ones
+    residuals(tmp_path, "another").keep(1, vector(1))
+    assert held(tmp_path, "another", *runs[:2]) == [1, 16, 0]
+    residuals(tmp_path, runs[1]).keep(6, vector(26))  # it goes on, from the public values
+    assert held(tmp_path, runs[1], "another", runs[0]) == [26, 1, 16]
+
+
+def test_a_clock_that_was_set_back_makes_the_newest_run_no_older(tmp_path: Path) -> None:
+    for number in range(MOST_RUNS):
+        residuals(tmp_path, f"before{number}").keep(1, vector(1))
+    for path in tmp_path.rglob("*.safetensors"):
+        os.utime(path, (4e9, 4e9))
+    for round in (1, 2):
+        for run in ("one", "two"):
+            residuals(tmp_path, run).keep(round, vector(round))
+    assert held(tmp_path, "one", "two") == [2, 2]
+
+
+def test_what_is_kept_is_its_owners_alone_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        kept = residuals(tmp_path / "residuals")
+        kept.keep(1, vector(1))
+    finally:
+        os.umask(before)
+    (path,) = tmp_path.rglob("*.safetensors")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    kept._path(2).mkdir()
+    with pytest.raises(DataError, match="cannot be written"):
+        kept.keep(2, vector(2))
+    assert [p for p in path.parent.iterdir() if p.is_file()] == [path]
 
 
 def test_a_restart_finds_it_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,19 @@ from reticent.client.delivery import Part
 from reticent.client.diary import INSTALLED, Diary
 from reticent.client.folder import accept_policy
 from reticent.client.installed import load_installed
-from reticent.client.models import MOST_TRIES, Slot, State
+from reticent.client.models import (
+    MOST_TRIED,
+    MOST_TRIES,
+    Models,
+    Slot,
+    State,
+    Tried,
+    parse_state,
+)
 from reticent.client.order import Refused
+from reticent.client.resources import Memory
 from reticent.client.status import device_status
-from reticent.client.trial import try_model
+from reticent.client.trial import CutShort, memory_of, try_model
 from reticent.compression.artifact import SelfTest
 from reticent.core.errors import ArtifactError, PayloadError
 from reticent.core.offer import (
@@ -360,8 +371,6 @@ def dying(words: str) -> Callable[[Path, Path, str, int], str]:
         ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
         ("import os; os._exit(0)", "ended with status 0"),
         ("print('passed'); raise SystemExit(7)", "passed"),
-        ("import time; time.sleep(60)", "did not end within 1 s"),
-        ("while True: print('x' * 999)", "did not end within 1 s"),
     ],
 )
 def test_a_model_that_takes_its_process_down_is_not_installed(
@@ -372,6 +381,111 @@ def test_a_model_that_takes_its_process_down_is_not_installed(
         bring(fleet.recipient(trial=dying(words)), signed, data)
     assert caught.value.refusal is Refusal.SELF_TEST and said in str(caught.value.__cause__)
     assert not fleet.models.state().slots
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 15)", "ended by SIGTERM"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
+        ("while True: print('x' * 999)", "did not end within 1 s"),
+    ],
+)
+def test_a_self_test_that_the_device_cut_short_is_not_held_against_the_model(
+    fleet: Fleet, files: Files, words: str, said: str
+) -> None:
+    offer, signed, data = offered(fleet, files)
+    with pytest.raises(Refused) as caught:
+        bring(fleet.recipient(trial=dying(words)), signed, data)
+    assert caught.value.refusal is Refusal.NOT_NOW and said in str(caught.value.__cause__)
+    state = fleet.models.state()
+    assert not state.slots and on_disk(fleet) == {"state.json"}
+    assert (state.tests_of(1).failed, state.tests_of(1).cut_short) == (0, 1)
+    assert fleet.models.incoming.offset(offer) == len(data)  # it need not be sent again
+
+
+def test_a_self_test_that_cannot_be_started_is_not_held_against_the_model(
+    fleet: Fleet, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, signed, data = offered(fleet, files)
+    monkeypatch.setattr(sys, "executable", str(fleet.device.folder / "none"))
+    assert refusal(lambda: bring(fleet.recipient(trial=try_model), signed, data)) is Refusal.NOT_NOW
+    assert fleet.models.state().tests_of(1).failed == 0
+
+
+def cut_short(folder: Path, key: Path, plan: str, size: int) -> str:
+    raise CutShort("the self-test was ended by SIGKILL")
+
+
+def test_after_a_test_that_was_cut_short_there_is_a_pause_and_never_an_end(
+    fleet: Fleet, files: Files
+) -> None:
+    _, signed, data = offered(fleet, files)
+
+    def at(seconds: float, **changes: Any) -> Any:
+        moment = datetime(2026, 1, 1) + timedelta(seconds=seconds)
+        return fleet.recipient(now=lambda: moment, **changes)
+
+    seconds, waited = 0.0, list[float]()
+    for _ in range(7):
+        recipient = at(seconds, trial=cut_short)
+        assert refusal(lambda r=recipient: bring(r, signed, data)) is Refusal.NOT_NOW
+        pause = fleet.models.state().tests_of(1).pause
+        for later in (0, pause - 1):
+            recipient = at(seconds + later, trial=lambda *_: pytest.fail("too soon"))
+            with pytest.raises(Refused) as caught:
+                recipient.receive(Part(signed))
+            assert caught.value.refusal is Refusal.NOT_NOW
+            assert "came to no end" in str(caught.value.__cause__)
+        seconds += pause
+        waited.append(pause / 60)
+    assert waited == [10, 40, 160, 640, 1440, 1440, 1440]
+    assert receipt(at(seconds), Part(signed)) == Receipt(1, 0)
+    assert fleet.models.state().tried == ()
+
+
+def test_a_clock_that_was_set_back_does_not_put_a_self_test_off_for_years(
+    fleet: Fleet, files: Files
+) -> None:
+    _, signed, data = offered(fleet, files)
+    ahead = fleet.recipient(trial=cut_short, now=lambda: datetime(2036, 1, 1))
+    assert refusal(lambda: bring(ahead, signed, data)) is Refusal.NOT_NOW
+    right = fleet.recipient(now=lambda: datetime(2026, 1, 1))
+    assert bring(right, signed, data) == Receipt(1, 0)
+
+
+def test_what_a_full_disk_does_is_not_held_against_the_model(
+    fleet: Fleet, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _, signed, data = offered(fleet, files)
+    with monkeypatch.context() as context:
+        context.setattr(Models, "_unpack", full)
+        for _ in range(MOST_TRIES + 1):
+            with pytest.raises(Refused) as caught:
+                bring(fleet.recipient(), signed, data)
+            assert caught.value.refusal is Refusal.NOT_STORED
+            assert "cannot be stored: No space left" in str(caught.value.__cause__)
+    assert bring(fleet.recipient(), signed, data) == Receipt(1, 0)
+
+
+def test_a_model_waits_for_the_memory_that_its_self_test_may_take(
+    fleet: Fleet, files: Files, tmp_path: Path
+) -> None:
+    _, signed, data = offered(fleet, files)
+    needed = memory_of(len(data)) + 2 * len(data)
+    (tmp_path / "proc").mkdir()
+
+    def having(free: int) -> Any:
+        text = f"MemAvailable: {-(-free // 1024)} kB\n"
+        (tmp_path / "proc/meminfo").write_text(text)
+        return fleet.recipient(memory=Memory(tmp_path))
+
+    assert refusal(lambda: bring(having(needed - 2048), signed, data)) is Refusal.NOT_NOW
+    assert bring(having(needed), signed, data) == Receipt(1, 0)
 
 
 def test_a_self_test_may_take_so_much_memory_and_no_more(
@@ -496,9 +610,57 @@ def test_an_offer_holds_no_names_that_lead_elsewhere(name: str) -> None:
         offer_of(1, "ab" * 32, {name: b"x"})
 
 
-def test_a_state_counts_tries_of_one_version_only() -> None:
-    assert State(tried=3, tries=2).tries_of(3) == 2
-    assert State(tried=3, tries=2).tries_of(4) == 0
+def test_offers_that_take_turns_do_not_make_the_device_forget_which_failed(
+    fleet: Fleet, files: Files, newer: Files
+) -> None:
+    tried: list[str] = []
+
+    def failing(folder: Path, key: Path, plan: str, size: int) -> str:
+        tried.append(folder.name)
+        return "it does not work"
+
+    for _ in range(MOST_TRIES + 2):
+        for version, content in ((1, files), (2, newer)):
+            _, signed, data = offered(fleet, content, version)
+            with pytest.raises(Refused):
+                bring(fleet.recipient(trial=failing), signed, data)
+    assert sorted(tried) == ["1"] * MOST_TRIES + ["2"] * MOST_TRIES
+
+
+def test_a_state_remembers_the_tests_of_the_versions_that_were_tried_last() -> None:
+    state = State()
+    for version in (*range(1, MOST_TRIED + 3), 4):
+        state = state.having(Tried(version, state.tests_of(version).failed + 1))
+    assert [one.version for one in state.tried] == [3, *range(5, MOST_TRIED + 3), 4]
+    assert state.tests_of(4) == Tried(4, 2)
+    assert state.tests_of(99) == Tried(99)
+    data = json.dumps(asdict(state)).encode()
+    assert parse_state(data) == state and len(data) < 4096
+
+
+def test_a_record_of_an_earlier_version_is_read() -> None:
+    text = '{"slots": [], "highest": 3, "tried": %d, "tries": 2}'
+    assert parse_state((text % 4).encode()) == State((), 3, (Tried(4, 2),))
+    assert parse_state((text % 0).encode()) == State((), 3)
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        "3",
+        "[3]",
+        '[{"version": 1}]',
+        '[{"version": 0, "failed": 0, "cut_short": 0, "at": 0.0}]',
+        '[{"version": 1, "failed": -1, "cut_short": 0, "at": 0.0}]',
+        '[{"version": 1, "failed": 0, "cut_short": true, "at": 0.0}]',
+        '[{"version": 1, "failed": 0, "cut_short": 0, "at": 1e999}]',
+        str([{"version": n + 1, "failed": 1, "cut_short": 0, "at": 0.0} for n in range(9)]),
+    ],
+)
+def test_a_damaged_record_of_tests_is_said(tried: str) -> None:
+    text = f'{{"slots": [], "highest": 3, "tried": {tried}}}'.replace("'", '"')
+    with pytest.raises(ArtifactError, match="damaged"):
+        parse_state(text.encode())
 
 
 def test_another_task_of_the_same_server_has_its_own_plan(fleet: Fleet, files: Files) -> None:

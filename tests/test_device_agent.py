@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -9,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from reticent.client.folder import (
     Device,
     accept_policy,
     create_device,
+    held,
     is_held,
     open_device,
     renew_device,
@@ -32,7 +37,7 @@ from reticent.client.folder import (
 from reticent.client.launcher import PROGRAM, REFUSED, write_launcher
 from reticent.client.unit import device_unit
 from reticent.core.bundle import Bundle, read_bundle, write_bundle
-from reticent.core.errors import PolicyError, ProvisionError
+from reticent.core.errors import PolicyError, ProvisionError, RunError, StorageError
 from reticent.server.certificates import utc_now
 from reticent.server.enrolment import POLICY, enroll, renew
 from reticent.server.home import Home, create_home
@@ -155,6 +160,139 @@ def test_a_renewal_by_another_servers_bundle_is_refused(tmp_path: Path, device: 
     with pytest.raises(ProvisionError, match="the bundle is of another server"):
         renew_device(device, other)
     assert {p: p.read_bytes() for p in device.folder.iterdir() if p.is_file()} == before
+
+
+def test_a_renewal_waits_until_no_agent_is_connected_by_the_old_key(
+    home: Home,
+    device: Device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each round under the new key would be charged, and refused by the server."""
+    bundle, before = renew(home, "pi-1", POLICY, utc_now()), device.node_key.read_bytes()
+    with held(device):
+        assert call(monkeypatch, "renew", bundle, "--dir", device.folder) == 8
+    said = capsys.readouterr().err
+    assert "an agent runs for this folder already: stop it, renew, and start it again" in said
+    assert device.node_key.read_bytes() == before
+    assert open_device(device.folder) == device
+    assert not (device.folder / ".renewal").exists()
+    assert call(monkeypatch, "renew", bundle, "--dir", device.folder) == 0
+    assert device.node_key.read_bytes() != before
+
+
+def test_who_looks_at_a_device_does_not_keep_its_agent_from_starting(device: Device) -> None:
+    """Systemd does not try again what ends with status 8."""
+    (device.folder / "agent.lock").touch()
+    looking = (device.folder / "agent.lock").open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH)  # as one who looks has it, but for longer
+    timer = threading.Timer(0.1, looking.close)
+    timer.start()
+    assert not is_held(device)  # nor do two who look take each other for an agent
+    with held(device):
+        assert is_held(device)
+        with pytest.raises(RunError, match="runs for this folder already"), held(device):
+            pytest.fail("there were two")
+    timer.join()
+    assert not is_held(device)
+
+
+def test_looking_at_a_device_writes_nothing(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failing card turns read-only, and its owner wants to know how the device is."""
+    before = sorted(device.folder.rglob("*"))
+    assert call(monkeypatch, "status", "--dir", device.folder) == 0
+    assert sorted(device.folder.rglob("*")) == before
+
+
+# ----- a disk that is full, read-only or odd -----
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Nothing can be synced, as where there is no room left."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
+def content(device: Device) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in device.folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("words", [("policy", "accept"), ("policy", "set", "when.charging=true")])
+def test_a_policy_that_cannot_be_written_leaves_the_one_before_and_nothing_else(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+) -> None:
+    accept_policy(device, "[budget]\nepsilon = 1.0\ndelta = 1e-5\n", "here")
+    before = content(device)
+    with full_disk():
+        assert call(monkeypatch, *words, "--dir", device.folder) == 13
+    assert f"error: {device.policy}: cannot be read or written: No space" in capsys.readouterr().err
+    assert content(device) == before
+
+
+def test_going_back_to_a_model_on_a_disk_that_fails_says_so(
+    device: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk():
+        assert call(monkeypatch, "rollback", "--dir", device.folder) == 13
+    assert f"{device.models}: cannot be read or written: No space" in capsys.readouterr().err
+
+
+def test_an_agent_whose_lock_cannot_be_opened_says_so_and_may_be_tried_again(
+    device: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accept_policy(device, POLICY, "here")
+    (device.folder / "agent.lock").mkdir()
+    assert call(monkeypatch, "run", "--dir", device.folder) == 13
+    assert "agent.lock: cannot be read or written: Is a directory" in capsys.readouterr().err
+    assert " 13" not in device.unit.read_text()
+    assert call(monkeypatch, "status", "--dir", device.folder) == 0
+
+
+def test_a_status_tells_what_it_can_beside_files_that_are_none(
+    device: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accept_policy(device, POLICY, "here")
+    (device.state / "diary.jsonl").mkdir()
+    assert call(monkeypatch, "status", "--dir", device.folder, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["last_round"], told["refusals"], told["accepts_now"]) == (None, {}, False)
+    assert "diary.jsonl: cannot be read or written: Is a directory" in told["against"][0]
+    device.policy.unlink()
+    device.policy.mkdir()
+    assert call(monkeypatch, "policy", "accept", "--dir", device.folder) == 13
+    assert "policy.toml: cannot be read or written: Is a dir" in capsys.readouterr().err
+    assert call(monkeypatch, "status", "--dir", device.folder) == 0
+
+
+def test_programs_are_written_whole_or_stay_as_they_are(device: Device) -> None:
+    with full_disk(), pytest.raises(StorageError, match="bin: cannot be read or written: No space"):
+        write_launcher(device.programs)
+    assert list(device.programs.iterdir()) == []
+    write_launcher(device.programs)
+    before = {path: path.stat().st_ino for path in device.programs.iterdir()}
+    with full_disk():
+        write_launcher(device.programs)  # an agent starts again on a full disk
+    assert {path: path.stat().st_ino for path in device.programs.iterdir()} == before
+    program = device.programs / PROGRAM
+    program.write_text("of an earlier version")
+    with full_disk(), pytest.raises(StorageError):
+        write_launcher(device.programs)
+    assert program.read_text() == "of an earlier version"
+    write_launcher(device.programs)
+    assert program.read_text().startswith("#!/bin/sh\nexec ") and mode(program) == 0o700
+    assert set(device.programs.iterdir()) == set(before)
 
 
 @pytest.mark.parametrize("damage", [lambda key: key.unlink(), lambda key: key.write_text("no key")])
@@ -312,6 +450,17 @@ def test_a_supernode_that_is_killed_is_started_again_and_leaves_nobody_behind(
     assert not is_held(running.device)
     assert running.report()["state"] == "stopped"
     assert "SuperNode ID: 7" in running.device.log.read_text()
+
+
+def test_apps_of_runs_that_ended_are_removed_when_the_agent_starts(
+    device: Device, request: pytest.FixtureRequest
+) -> None:
+    old = device.flower / "apps" / "reticent.app.1.0.0.abcdef01"
+    old.mkdir(parents=True)
+    (old / "pyproject.toml").touch()
+    running = request.getfixturevalue("running")
+    until(lambda: len(running.pids()) == 1)
+    assert not old.exists() and device.flower.is_dir()
 
 
 def test_when_the_agent_is_killed_its_supernode_does_not_go_on(running: Running) -> None:

@@ -59,7 +59,10 @@ def init(bundle: Path, folder: Path, accept: bool) -> None:
 @_bundle_argument
 @directory_option
 def renew(bundle: Path, folder: Path) -> None:
-    """Take a new BUNDLE of the same device, with a new key; ledger and policy stay."""
+    """Take a new BUNDLE of the same device, with a new key; ledger and policy stay.
+
+    Stop the agent first: until it is started again it is connected by the old key.
+    """
     from reticent.client.folder import open_device, renew_device
     from reticent.core.bundle import read_bundle
 
@@ -67,7 +70,7 @@ def renew(bundle: Path, folder: Path) -> None:
     click.echo(f"bundle of {found.name} for {found.address}, key until {found.expires[:10]}")
     click.echo(f"  checksum {found.checksum}")
     renew_device(open_device(folder), found)
-    click.echo("restart the agent to use it")
+    click.echo("start the agent to use it")
 
 
 @device.command()
@@ -114,10 +117,11 @@ def rollback(folder: Path) -> None:
 
     The server cannot bring back the version that was removed, nor an older one.
     """
+    from reticent.client.disk import mapped
     from reticent.client.models import Models
 
     models = Models(opened(folder).models)
-    with models.alone():
+    with mapped(models.folder), models.alone():
         state = models.roll_back()
     click.echo(f"model {state.version} is the current one")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -92,6 +93,7 @@ class Agent:
             RunError: If another agent runs for the folder.
             PolicyError: If the owner has accepted no policy.
             ProvisionError: If the node key is gone or damaged: no restart of a SuperNode mends it.
+            StorageError: If the disk takes no file that the agent cannot do without.
         """
         with held(self.device):
             self.device.owners_policy()
@@ -110,6 +112,9 @@ class Agent:
     def _keep_running(self) -> None:
         while not self._stop.is_set():
             self._leave()
+            # An app for each run that there ever was: Flower never removes one, and nothing of
+            # Flower's runs at this moment. What is still needed comes again with its next message.
+            shutil.rmtree(self.device.flower / "apps", ignore_errors=True)
             child = Child(
                 self.command(self.device, free_port()), environment(self.device), self._line
             )

@@ -19,10 +19,10 @@ from .folder import Device
 from .models import MOST_TRIES, Models, SelfTestFailed
 from .order import Refused, plan_of
 from .policy import Policy
-from .resources import LIBRARIES, Memory, disk_free
+from .resources import Memory, disk_free
 from .rules import against_model, against_now, against_room
 from .sensors import Sensors
-from .trial import try_model
+from .trial import CutShort, memory_of, try_model
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Recipient:
         sensors: Where the device's state comes from.
         memory: Where free memory is looked up.
         now: Returns the local time.
-        trial: Returns why the model in a folder does not work here (:func:`.trial.try_model`);
-            another one only in tests.
+        trial: Returns why the model in a folder does not work here, or raises that it cannot be
+            told (:func:`.trial.try_model`); another one only in tests.
     """
 
     device: Device
@@ -78,7 +78,7 @@ class Recipient:
         offer = self._trusted(part.offer)
         policy = self.device.owners_policy()
         self._require_allowed(policy, offer)
-        models = Models(self.device.models)
+        models = Models(self.device.models, lambda: self.now().timestamp())
         try:
             with models.alone():
                 if not models.holds(offer):
@@ -88,9 +88,12 @@ class Recipient:
                 receipt = Receipt(models.state().version, models.incoming.offset(offer))
         except SelfTestFailed as error:
             raise Refused(Refusal.SELF_TEST) from error
+        except CutShort as error:
+            why = f"model {offer.version}: {error}"
+            raise Refused(Refusal.NOT_NOW) from PolicyError(why)
         except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise _refused(Refusal.NOT_STORED, [f"a model cannot be stored: {why}"]) from error
+            why = f"a model cannot be stored: {error.strerror or type(error).__name__}"
+            raise Refused(Refusal.NOT_STORED) from PolicyError(why)
         return Public(receipt.encode(), "receipt")
 
     def _trusted(self, data: bytes) -> Offer:
@@ -116,16 +119,23 @@ class Recipient:
         if not models.admits(offer):
             said = f"model {offer.version}: {state.highest} was installed"
             raise _refused(Refusal.OLD_MODEL, [said])
-        if state.tries_of(offer.version) >= MOST_TRIES:
+        tried = state.tests_of(offer.version)
+        if tried.failed >= MOST_TRIES:
             said = f"model {offer.version}: its self-test failed {MOST_TRIES} times"
             raise _refused(Refusal.SELF_TEST, [said])
+        if models.waits(offer.version):
+            said = (
+                f"model {offer.version}: its self-test came to no end, {tried.cut_short} times in "
+                f"a row: tried again after {tried.pause / 60:.0f} minutes"
+            )
+            raise _refused(Refusal.NOT_NOW, [said])
 
     def _require_fit(self, policy: Policy, offer: Offer) -> None:
         """Refuse a model while the owner's conditions do not hold, or there is no room for it."""
         said = against_now(policy.when, self.sensors.read(), self.now())
         # It is held twice until it is installed: as it arrives, and in files.
         disk = max(0, disk_free(self.device.folder) - 2 * offer.size)
-        needed = LIBRARIES + 2 * offer.size
+        needed = memory_of(offer.size) + 2 * offer.size
         said += against_room(policy, self.memory.free(), disk, needed)
         _require(Refusal.NOT_NOW, said)
 

@@ -76,7 +76,7 @@ class Diary:
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time) -> None:
-        self.folder, self._path, self.clock = folder, folder / "diary.jsonl", clock
+        self.folder, self.path, self.clock = folder, folder / "diary.jsonl", clock
 
     def add(
         self, what: str, reason: str = "", plan: str = "", round: int = 0, code: int = 0
@@ -94,7 +94,7 @@ class Diary:
                 _count(failures, line)
                 write_failures(self.folder, failures)
             self._trim()
-            with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
                 end = file.seek(0, os.SEEK_END)
                 if end and _last_byte(file, end) != b"\n":
                     data = b"\n" + data  # the rest of a line that power took
@@ -103,9 +103,13 @@ class Diary:
                 os.fsync(file.fileno())
 
     def lines(self) -> list[Line]:
-        """Return what is there, oldest first; what a crash left half written is left out."""
+        """Return what is there, oldest first; what a crash left half written is left out.
+
+        Raises:
+            OSError: If it is there and cannot be read.
+        """
         try:
-            text = self._path.read_text(encoding="utf-8", errors="replace")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         found = (_parse(line) for line in text.splitlines())
@@ -137,10 +141,10 @@ class Diary:
 
     def _trim(self) -> None:
         with suppress(FileNotFoundError):
-            if self._path.read_bytes().count(b"\n") >= 2 * MOST_LINES:
+            if self.path.read_bytes().count(b"\n") >= 2 * MOST_LINES:
                 kept = (json.dumps(asdict(line)) + "\n" for line in _cut(self.lines()))
-                write_atomic(self._path, "".join(kept).encode())
-                self._path.chmod(0o600)
+                write_atomic(self.path, "".join(kept).encode())
+                self.path.chmod(0o600)
 
 
 def _count(failures: Failures, line: Line) -> None:

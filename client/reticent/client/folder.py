@@ -7,13 +7,14 @@ import os
 import secrets
 import shutil
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import tomli_w
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -30,10 +31,12 @@ from reticent.core.errors import ArtifactError, LedgerError, PolicyError, Provis
 from reticent.core.run import write_atomic
 from reticent.core.signing import read_public_key, write_new
 
+from .disk import mapped
 from .policy import Policy, load_policy, parse_policy
 from .unit import UNIT, device_unit
 
 _KEYS = ("name", "index", "address", "created", "expires", "checksum")
+_PATIENCE, _LOOK_SECONDS = 1.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,12 @@ def create_device(folder: Path, bundle: Bundle) -> Device:
 def renew_device(device: Device, bundle: Bundle) -> Device:
     """Take over what a newer bundle of the same device holds; ledger and policy stay.
 
+    No agent may run: its SuperNode stays connected by the old key, and each round would be vouched
+    for by the new one, so that it is charged and the server refuses it.
+
     Raises:
         ProvisionError: If the bundle is another device's or another server's.
+        RunError: If an agent runs for the folder.
     """
     part = device.folder / ".renewal"
     shutil.rmtree(part, ignore_errors=True)
@@ -195,8 +202,9 @@ def renew_device(device: Device, bundle: Bundle) -> Device:
                 f"the bundle is of another server, whose key of plans is not the one that "
                 f"{device.folder} has; `reticent device init` makes a folder for it"
             )
-        for path in sorted(part.iterdir()):
-            path.replace(device.folder / path.name)
+        with held(device, ": stop it, renew, and start it again"):
+            for path in sorted(part.iterdir()):
+                path.replace(device.folder / path.name)
     except OSError as error:
         raise ProvisionError(f"{device.folder}: cannot be written: {error.strerror}") from error
     finally:
@@ -254,34 +262,62 @@ def accept_policy(device: Device, text: str, where: str) -> Policy:
 
     Raises:
         PolicyError: If it is not a policy: the one before stays.
+        StorageError: If it cannot be written: the one before stays.
     """
     policy = parse_policy(text, where)
-    write_atomic(device.policy, text.encode())
+    with mapped(device.policy):
+        write_atomic(device.policy, text.encode())
     return policy
 
 
 @contextmanager
-def held(device: Device) -> Iterator[None]:
+def held(device: Device, advice: str = "") -> Iterator[None]:
     """Hold the folder: one agent runs for it at a time.
 
+    Args:
+        device: The device.
+        advice: Words for the error, where its reader should know more.
+
     Raises:
-        RunError: If another process holds it.
+        RunError: If another process holds it, for a second.
+        StorageError: If the lock cannot be opened.
     """
-    with (device.folder / "agent.lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{device.folder}: an agent runs for this folder already") from error
+    path = device.folder / "agent.lock"
+    with mapped(path):
+        file = path.open("ab")
+    with file:
+        if not _lock(file, path):
+            raise RunError(f"{device.folder}: an agent runs for this folder already{advice}")
         yield
 
 
-def is_held(device: Device) -> bool:
-    """Return whether an agent runs for the folder."""
-    try:
-        with held(device):
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Lock a file for this process alone; return whether it could be within :data:`_PATIENCE`.
+
+    Who only looks (:func:`is_held`) has it for a moment, and must not keep an agent from starting:
+    systemd does not try that again.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with mapped(path), suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > deadline:
             return False
-    except RunError:
+        time.sleep(_LOOK_SECONDS)
+
+
+def is_held(device: Device) -> bool:
+    """Return whether an agent runs for the folder; nothing is written, so it may be read-only."""
+    try:
+        # Shared: two who look at once do not take each other for an agent.
+        with (device.folder / "agent.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # most of all: there is none, since no agent ever ran
+        return False
+    return False
 
 
 def _unpack(folder: Path, bundle: Bundle) -> None:

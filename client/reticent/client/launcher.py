@@ -20,7 +20,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import NoReturn
 
+from reticent.core.signing import write_new
+
 from . import asking
+from .disk import mapped
 
 SUPERNODE = "flower-supernode"
 EXECUTOR = "flower-superexec"
@@ -88,18 +91,34 @@ def find_installed_only(folder: Path) -> None:
 
 
 def write_launcher(folder: Path) -> None:
-    """Write the programs that Flower finds before its own; ``folder`` comes first in PATH."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Write the programs that Flower finds before its own; ``folder`` comes first in PATH.
+
+    Each is replaced whole. One that is as it should be is left alone, so that an agent starts again
+    on a full disk.
+
+    Raises:
+        StorageError: If one cannot be written; each is then the old one or the new one.
+    """
     # Without site and environment a Python starts in a hundredth of a second.
     command = f'"{sys.executable}" -I -S "{asking.__file__}" "{folder}"'
-    for program in (PROGRAM, EXECUTOR):
-        path = folder / program
-        path.write_text(f'#!/bin/sh\nexec {command} {program} "$@"\n')
-        path.chmod(0o700)
-    for program in REFUSED:
-        path = folder / program
-        path.write_text(f'#!/bin/sh\necho "{program}: is not run on this device" >&2\nexit 1\n')
-        path.chmod(0o700)
+    with mapped(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for program in (PROGRAM, EXECUTOR):
+            _write(folder / program, f'exec {command} {program} "$@"')
+        for program in REFUSED:
+            _write(folder / program, f'echo "{program}: is not run on this device" >&2\nexit 1')
+
+
+def _write(path: Path, commands: str) -> None:
+    data = f"#!/bin/sh\n{commands}\n".encode()
+    if not os.access(path, os.X_OK) or path.read_bytes() != data:
+        part = path.with_name(f".{path.name}.part")
+        part.unlink(missing_ok=True)
+        try:
+            write_new(part, data, 0o700)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def loaded(program: str) -> Callable[[], int | None]:

@@ -16,7 +16,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
+from time import time
 from typing import Any
 
 from reticent.core.decoding import parse_json
@@ -26,13 +28,18 @@ from reticent.core.run import write_atomic
 from reticent.core.signing import write_new
 
 from .incoming import Incoming, sync
+from .trial import CutShort
 
 MOST_TRIES = 3
 """Self-tests of one version that may fail or die before the device takes it no more."""
 
+MOST_TRIED = 8
+"""Versions whose self-tests are remembered, those tried last."""
+
+_FIRST_PAUSE, _GROWTH, _LONGEST_PAUSE = 600.0, 4.0, 86400.0
 _MOST_STATE = 4096
-_NUMBERS = ("highest", "tried", "tries")
 _SLOT = {"version": int, "plan": str, "sha256": str}
+_TRIED = {"version": int, "failed": int, "cut_short": int, "at": float}
 
 
 @dataclass(frozen=True)
@@ -51,29 +58,59 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """The self-tests of one version, none of which passed.
+
+    Attributes:
+        version: Its number.
+        failed: Tests that failed, or took the whole device down with them.
+        cut_short: Tests in a row that the device let come to no end.
+        at: When the last of these was, in seconds since 1970.
+    """
+
+    version: int
+    failed: int = 0
+    cut_short: int = 0
+    at: float = 0.0
+
+    @property
+    def pause(self) -> float:
+        """Seconds after the last test that was cut short in which no other is begun.
+
+        Ten minutes, then four times the one before, and a day at most.
+        """
+        # The exponent is bounded: a device may be busy for years.
+        longer = _GROWTH ** min(self.cut_short - 1, 30)
+        return min(_LONGEST_PAUSE, _FIRST_PAUSE * longer) if self.cut_short else 0.0
+
+
+@dataclass(frozen=True)
 class State:
-    """What is installed.
+    """What is installed, and what was tried.
 
     Attributes:
         slots: The current model first, then the last good one, if there is one.
         highest: The highest version that was ever installed.
-        tried: The version whose self-test was begun last and did not pass.
-        tries: How often it was begun.
+        tried: At most :data:`MOST_TRIED` versions whose self-tests did not pass, the last one last.
     """
 
     slots: tuple[Slot, ...] = ()
     highest: int = 0
-    tried: int = 0
-    tries: int = 0
+    tried: tuple[Tried, ...] = ()
 
     @property
     def version(self) -> int:
         """Of the current model; 0 for none."""
         return self.slots[0].version if self.slots else 0
 
-    def tries_of(self, version: int) -> int:
-        """Return how often the self-test of a version was begun and did not pass."""
-        return self.tries if self.tried == version else 0
+    def tests_of(self, version: int) -> Tried:
+        """Return what is remembered of a version's self-tests."""
+        return next((one for one in self.tried if one.version == version), Tried(version))
+
+    def having(self, tried: Tried) -> State:
+        """Return the state that remembers ``tried`` of its version, as the last one."""
+        others = [one for one in self.tried if one.version != tried.version]
+        return replace(self, tried=(*others, tried)[-MOST_TRIED:])
 
 
 class SelfTestFailed(ArtifactError):
@@ -83,9 +120,14 @@ class SelfTestFailed(ArtifactError):
 class Models:
     """The models in a device's folder; change them inside :meth:`alone` only."""
 
-    def __init__(self, folder: Path) -> None:
-        """Use ``folder``, which is made when the first offer comes."""
-        self.folder = folder
+    def __init__(self, folder: Path, clock: Callable[[], float] = time) -> None:
+        """Use ``folder``, which is made when the first offer comes.
+
+        Args:
+            folder: The models'.
+            clock: Returns seconds since 1970.
+        """
+        self.folder, self._clock = folder, clock
         self.incoming = Incoming(folder / "incoming")
         self._file = folder / "state.json"
 
@@ -129,6 +171,12 @@ class Models:
         wanted = Slot(offer.version, offer.plan, offer.sha256)
         return bool(slots) and slots[0] == wanted and self._intact(wanted)
 
+    def waits(self, version: int) -> bool:
+        """Return whether a version's self-test was cut short, and is not to be begun yet."""
+        tried = self.state().tests_of(version)
+        # A clock that was far ahead and then set right must not put the test off for years.
+        return abs(self._clock() - tried.at) < tried.pause
+
     def admits(self, offer: Offer) -> bool:
         """Return whether an offer is newer than all before, or mends the current model."""
         state = self.state()
@@ -147,19 +195,28 @@ class Models:
 
         Raises:
             SelfTestFailed: If it does not; the current model is the one before.
-            OSError: If it cannot be stored.
+            CutShort: If the test came to no end; likewise, and nothing is held against the model.
+            OSError: If it cannot be stored; likewise.
         """
-        before = self.state()
+        before, path = self.state(), self._unpack(offer.version, files)
+        tried = before.tests_of(offer.version)
         # Written first: a test that takes the whole device down must not be tried for ever.
-        tries = before.tries_of(offer.version) + 1
-        self._write(replace(before, tried=offer.version, tries=tries))
-        path = self._unpack(offer.version, files)
-        if why := trial(path):
+        self._write(before.having(Tried(offer.version, tried.failed + 1)))
+        try:
+            why = trial(path)
+        except CutShort:
+            cut = replace(tried, cut_short=tried.cut_short + 1, at=self._clock())
+            self._write(before.having(cut))
+            shutil.rmtree(path)
+            raise
+        if why:
             shutil.rmtree(path)
             raise SelfTestFailed(f"model {offer.version}: {why}")
         good = [s for s in before.slots if s.version != offer.version and self._intact(s)]
         slot = Slot(offer.version, offer.plan, offer.sha256)
-        self._write(State((slot, *good[:1]), max(before.highest, offer.version)))
+        highest = max(before.highest, offer.version)
+        higher = tuple(one for one in before.tried if one.version > highest)
+        self._write(State((slot, *good[:1]), highest, higher))
         self.incoming.clear()
         self._tidy()
 
@@ -222,22 +279,49 @@ def parse_state(data: bytes) -> State:
         ArtifactError: If it is damaged.
     """
     try:
-        found = parse_json(data)
-        if not isinstance(found, dict) or set(found) != {"slots", *_NUMBERS}:
-            raise ValueError(f"must hold slots, {', '.join(_NUMBERS)}, and nothing else")
-        if any(type(found[key]) is not int or found[key] < 0 for key in _NUMBERS):
-            raise ValueError(f"{', '.join(_NUMBERS)} must be whole numbers from 0")
-        return State(_slots(found["slots"]), *(found[key] for key in _NUMBERS))
+        found = _of_today(parse_json(data))
+        if not isinstance(found, dict) or set(found) != {"slots", "highest", "tried"}:
+            raise ValueError("must hold slots, highest, tried, and nothing else")
+        if not _is_count(found["highest"]):
+            raise ValueError("highest must be a whole number from 0")
+        slots = _entries("slots", found["slots"], 2, _SLOT)
+        tried = _entries("tried", found["tried"], MOST_TRIED, _TRIED)
+        if not all(_is_sound(entry) for entry in tried):
+            raise ValueError("tried must hold whole numbers from 0, and times")
+        return State(
+            tuple(Slot(**entry) for entry in slots),
+            found["highest"],
+            tuple(Tried(**entry) for entry in tried),
+        )
     except ValueError as error:
         raise ArtifactError(f"damaged: {error}") from error
 
 
-def _slots(found: Any) -> tuple[Slot, ...]:
-    if not isinstance(found, list) or len(found) > 2:
-        raise ValueError("slots must be a list of at most two")
+def _of_today(found: Any) -> Any:
+    """Return a record as it is written now; before, it held the tries of one version only."""
+    if not isinstance(found, dict) or set(found) != {"slots", "highest", "tried", "tries"}:
+        return found
+    if not _is_count(found["tried"]) or not _is_count(found["tries"]):
+        raise ValueError("tried and tries must be whole numbers from 0")
+    one = asdict(Tried(found["tried"], found["tries"]))
+    kept = {"slots": found["slots"], "highest": found["highest"]}
+    return {**kept, "tried": [one] if found["tried"] else []}
+
+
+def _entries(what: str, found: Any, most: int, kinds: Mapping[str, type]) -> list[Any]:
+    if not isinstance(found, list) or len(found) > most:
+        raise ValueError(f"{what} must be a list of at most {most}")
     for entry in found:
-        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != _SLOT:
-            raise ValueError("each slot must hold version, plan and sha256")
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != kinds:
+            raise ValueError(f"each of {what} must hold {', '.join(kinds)}")
         if entry["version"] < 1:
             raise ValueError("a version is at least 1")
-    return tuple(Slot(**entry) for entry in found)
+    return found
+
+
+def _is_sound(tried: Any) -> bool:
+    return _is_count(tried["failed"]) and _is_count(tried["cut_short"]) and isfinite(tried["at"])
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0

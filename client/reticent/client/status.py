@@ -7,12 +7,13 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from reticent.core.errors import ArtifactError, ReticentError
+from reticent.core.errors import ArtifactError, ReticentError, StorageError
 from reticent.privacy.ledger import Budget, Ledger, Overview
 
 from .agent import read_report
 from .budget import DEVICE, budget_of
 from .diary import RELEASED, Diary
+from .disk import mapped
 from .folder import Device, is_held
 from .identity import require_met
 from .models import Models
@@ -41,8 +42,7 @@ def device_status(
         sensors: Where the device's state comes from.
         memory: Where free memory is looked up.
     """
-    diary = Diary(device.state)
-    released = [line for line in diary.lines() if line.what == RELEASED]  # the last one is kept
+    told, problems = _diary(device)
     seen, free = (sensors or Sensors()).read(), (memory or Memory()).free()
     disk = disk_free(device.state)
     limit, overview, rounds = None, None, None
@@ -52,6 +52,7 @@ def device_status(
         against += against_room(policy, free, disk, LIBRARIES)
     except ReticentError as error:
         against = [str(error)]
+    against += problems
     try:
         overview = _overview(device, limit or _ENDLESS)
         rounds = 0 if overview is None else overview.releases
@@ -63,15 +64,26 @@ def device_status(
         "key_expires": device.expires,
         "key_warning": _expiry(device, now),
         "agent": _agent(device),
-        "last_round": asdict(released[-1]) if released else None,
+        **told,
         "rounds_released": rounds,
-        "refusals": diary.refusals(),
         "model": _model(device),
         "sensors": {**asdict(seen), "free_memory": free, "free_disk": disk},
         "accepts_now": not against,
         "against": against,
         "budget": None if limit is None else _budget(limit, overview),
     }
+
+
+def _diary(device: Device) -> tuple[dict[str, Any], list[str]]:
+    """Return what the diary says, and why nothing can be written into it if it cannot be read."""
+    diary = Diary(device.state)
+    try:
+        with mapped(diary.path):
+            released = [line for line in diary.lines() if line.what == RELEASED]
+            last = asdict(released[-1]) if released else None  # the diary keeps the last one
+            return {"last_round": last, "refusals": diary.refusals()}, []
+    except StorageError as error:
+        return {"last_round": None, "refusals": {}}, [str(error)]
 
 
 def _agent(device: Device) -> dict[str, Any]:

@@ -4,6 +4,9 @@
 under the key, assembles it and has it predict the public examples that travel in it, exactly as
 ``reticent predict`` does before it predicts. Whatever happens to this process, the device goes on
 with the model that it has.
+
+What a device does to the test is not held against the model: a process that was killed, as for its
+memory, or that did not end in time, on a busy device perhaps, has said nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from reticent.core.errors import ArtifactError, ReticentError
@@ -26,6 +30,11 @@ _LIBRARIES = 384 * 2**20
 _COPIES = 16  # of the model's bytes: 8-bit numbers become 32-bit ones, and activations
 _PASSED = "passed"
 _MOST_TEXT = 2000
+_BY_THE_DEVICE = (signal.SIGKILL, signal.SIGTERM, signal.SIGALRM, signal.SIGXCPU)
+
+
+class CutShort(Exception):
+    """The test came to no end, which is no fault of the model."""
 
 
 def memory_of(size: int) -> int:
@@ -42,28 +51,40 @@ def try_model(folder: Path, key: Path, plan: str, size: int, seconds: int = SECO
         plan: Digest of the plan that it must be of.
         size: Bytes of its files.
         seconds: Time that the test may take.
+
+    Raises:
+        CutShort: If the device let the test come to no end.
     """
     words = (str(folder), str(key), plan, str(memory_of(size)), str(seconds))
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", __spec__.name, *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        start_new_session=True,
-    ) as process:
+    with _started(words) as process:
         try:
             # What it says fits into a pipe; a model that says more waits until its time is over.
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
-            return f"the self-test did not end within {seconds} s"
+            raise CutShort(f"the self-test did not end within {seconds} s") from None
         said = _last_line(process)
     if status == 0 and said == _PASSED:
         return ""
+    if -status in _BY_THE_DEVICE:
+        raise CutShort(f"the self-test was ended by {_signal(-status)}")
     if status < 0:
         return f"the self-test was ended by {_signal(-status)}"
     return said or f"the self-test ended with status {status}"
+
+
+def _started(words: Sequence[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", __spec__.name, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            start_new_session=True,
+        )
+    except OSError as error:  # too little memory, or too many processes
+        raise CutShort(f"the self-test cannot be started: {error.strerror}") from error
 
 
 def _last_line(process: subprocess.Popen[bytes]) -> str:

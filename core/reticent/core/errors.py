@@ -75,3 +75,9 @@ class PolicyError(ReticentError):
     """The policy of a device's owner is absent or not acceptable."""
 
     exit_code = 12
+
+
+class StorageError(ReticentError):
+    """A device's file cannot be read or written: the disk is full, read-only or fails."""
+
+    exit_code = 13

@@ -16,6 +16,7 @@ from typing import Any
 import tomli_w
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from reticent.core.durable import sync_folder
 from reticent.core.errors import ProvisionError
 from reticent.core.run import write_atomic
 from reticent.core.signing import PUBLIC_KEY, make_signing_key, read_public_key, write_new
@@ -238,11 +239,15 @@ def _write_server(home: Home, authority: Issued, now: datetime) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file whose mode is 0600 from its first byte on."""
+    """Replace a file whose mode is 0600 from its first byte on; durable on return.
+
+    After a crash either the old or the new content is there.
+    """
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     write_new(temporary, data, 0o600)
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _connection(home: Home) -> str:

@@ -343,7 +343,11 @@ def test_the_command_line_takes_what_a_unit_starts(unit: Callable[[Path, Path], 
     assert command.make_context("unit", words).params["folder"] == folder
 
 
-def test_a_path_that_a_unit_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ProvisionError, match="systemd"):
-        create_home(tmp_path / "50%", HOSTS, 8000, NOW)
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [("50%", "systemd"), ('a"b', "systemd"), ("a\udcffb", "systemd"), ("a?", "Flower")],
+)
+def test_a_path_that_a_server_cannot_have_is_refused(tmp_path: Path, name: str, who: str) -> None:
+    with pytest.raises(ProvisionError, match=who):
+        create_home(tmp_path / name, HOSTS, 8000, NOW)
     assert list(tmp_path.iterdir()) == []

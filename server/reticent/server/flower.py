@@ -9,12 +9,15 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from reticent.core.errors import NetworkError
 
@@ -71,8 +74,12 @@ class Flower:
 
     def submit(self, app: Path, overrides: dict[str, str]) -> str:
         """Start the app in a folder and return the id of Flower's run."""
-        words = " ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items())
-        return str(self._call("run", str(app), CONNECTION, "--run-config", words)["run-id"])
+        with tempfile.TemporaryDirectory() as folder:
+            # In a file of TOML: what is written out as words may not hold quotes or all of Unicode.
+            given = Path(folder) / "overrides.toml"
+            given.write_text(tomli_w.dumps(overrides), encoding="utf-8")
+            done = self._call("run", str(app), CONNECTION, "--run-config", str(given))
+        return str(done["run-id"])
 
     def stop(self, run: str) -> None:
         """Stop a run of Flower's; one that has ended already is no error."""

@@ -20,6 +20,7 @@ from reticent.core.durable import sync_folder
 from reticent.core.errors import ProvisionError
 from reticent.core.run import write_atomic
 from reticent.core.signing import PUBLIC_KEY, make_signing_key, read_public_key, write_new
+from reticent.core.systemd import quoted
 
 from .certificates import (
     Issued,
@@ -153,10 +154,11 @@ def create_home(folder: Path, hosts: list[str], port: int, now: datetime) -> Hom
 
     Raises:
         ProvisionError: If the folder exists and is not empty, a host is not one, or it cannot be
-            written.
+            written, or Flower or systemd cannot be given its path.
     """
     folder = folder.expanduser().absolute()
     alternative_names(hosts)
+    _require_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProvisionError(
             f"{folder}: already exists and is not empty; nothing was overwritten. `reticent server "
@@ -206,6 +208,20 @@ def rotate_certificate(home: Home, now: datetime) -> datetime:
     read_authority_key(authority, where)
     _write_server(home, authority, now)
     return home.certificate_ends("server.crt")
+
+
+def _require_path(folder: Path) -> None:
+    """Refuse a folder that systemd or Flower would not take as it is.
+
+    Raises:
+        ProvisionError: Saying why.
+    """
+    quoted(folder)
+    if "?" in str(folder):
+        raise ProvisionError(
+            f"{folder}: must hold no ?, at which Flower takes its database's path to end: choose "
+            "another folder"
+        )
 
 
 def _fill(part: Home, final: Home, now: datetime) -> None:

@@ -45,7 +45,12 @@ class Link(Flower):
         return self.keys[key]
 
     def unregister(self, node: int) -> None:
+        if self.status[node][0] == "unregistered":
+            raise NetworkError("already deleted")
         self.status[node] = ("unregistered", None)
+
+    def node_of(self, public: str) -> Node:
+        return Node(self.keys[public], *self.status[self.keys[public]])
 
     def nodes(self) -> list[Node]:
         return [Node(node, *state) for node, state in self.status.items()]
@@ -215,11 +220,77 @@ def test_a_superlink_that_lost_its_database_is_told_again(home: Home) -> None:
     assert read_registry(home.devices).identities() == {200: 100, 101: 101, 201: 102}
 
 
-def test_a_key_that_was_registered_and_not_recorded_is_explained(home: Home, link: Link) -> None:
+def unrecorded(home: Home, link: Link, name: str, status: str = "registered") -> int:
+    """Register a device's key as a command does that is killed before it writes down the node."""
+    node = 7 + len(link.keys)
+    link.keys[read_registry(home.devices).devices[name].key.public] = node
+    link.status[node] = (status, None)
+    return node
+
+
+def test_each_node_is_recorded_before_the_next_key_is_registered(
+    home: Home, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enroll(home, ["a", "b", "c"], POLICY, NOW)
+    real, recorded = link.register, list[int]()
+
+    def register(public: Path) -> int:
+        recorded.append(len(read_registry(home.devices).by_node()))
+        return real(public)
+
+    monkeypatch.setattr(link, "register", register)
+    told(home, link)
+    assert recorded == [0, 1, 2]
+
+
+def test_a_node_that_was_registered_and_not_recorded_is_found_again(home: Home, link: Link) -> None:
+    enroll(home, ["a", "b", "c"], POLICY, NOW)
+    nodes = [unrecorded(home, link, name) for name in ("a", "b")]
+    assert told(home, link) == [
+        f"a: registered as node {nodes[0]}",
+        f"b: registered as node {nodes[1]}",
+        "c: registered as node 102",
+    ]
+    assert [node_of(home, name) for name in ("a", "b", "c")] == [*nodes, 102]
+    assert told(home, link) == [] and link.admitted() == {*nodes, 102}
+
+
+def test_a_key_that_the_superlink_does_not_take_back_is_said_once_and_the_others_go_on(
+    home: Home, link: Link
+) -> None:
+    enroll(home, ["a", "b"], POLICY, NOW)
+    unrecorded(home, link, "a", "unregistered")
+    said = told(home, link)
+    assert "server renew a" in said[0] and said[1] == "b: registered as node 101"
+    assert told(home, link) == []
+    renew(home, "a", POLICY, NOW)
+    assert told(home, link) == ["a: registered as node 102"]
+    assert link.admitted() == {101, 102}
+
+
+def test_a_device_is_revoked_also_if_its_node_was_not_recorded(home: Home, link: Link) -> None:
+    enroll(home, ["a", "b"], POLICY, NOW)
+    node = unrecorded(home, link, "a")
+    revoke(home, ["a"], NOW)
+    assert f"node {node} is refused from now on: no device" in told(home, link)[-1]
+    assert link.admitted() == {node_of(home, "b")}
+
+
+def test_nodes_that_nobody_enrolled_are_refused(home: Home, link: Link) -> None:
     enroll(home, ["a"], POLICY, NOW)
-    link.keys[read_registry(home.devices).devices["a"].key.public] = 7
-    with pytest.raises(NetworkError, match="server renew a"):
-        told(home, link)
+    told(home, link)
+    link.status |= {7: ("online", "now"), 8: ("unregistered", None)}
+    assert told(home, link) == ["node 7 is refused from now on: no device that is welcome has it"]
+    assert link.admitted() == {100} and told(home, link) == []
+
+
+def test_a_record_that_was_lost_costs_no_device_its_key(home: Home, link: Link) -> None:
+    enroll(home, ["a"], POLICY, NOW)
+    told(home, link)
+    home.devices.rename(home.devices.with_name("kept"))
+    assert told(home, link) == [] and link.admitted() == {100}
+    home.devices.with_name("kept").rename(home.devices)
+    assert told(home, link) == []
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,24 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_public_key,
+)
 
 from reticent.core.errors import NetworkError
 
@@ -27,6 +33,7 @@ from .home import CONNECTION, Home
 START_SECONDS = 180.0
 _RETURN_SECONDS = 30.0
 _CALL_SECONDS = 120.0
+_NODE_OF = "SELECT node_id, status FROM node WHERE public_key = ?"
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -58,6 +65,7 @@ class Flower:
 
     def __init__(self, home: Home) -> None:
         self._commands = Commands("flwr", environment(home))
+        self._database = home.database
 
     def register(self, public: Path) -> int:
         """Tell the SuperLink about a node key and return the node's id."""
@@ -71,6 +79,29 @@ class Flower:
         """Return every node that the SuperLink lists."""
         listed = self._call("supernode", "list", CONNECTION)["nodes"]
         return [_node(entry) for entry in listed]
+
+    def node_of(self, public: str) -> Node:
+        """Return the node that has a key, given as an OpenSSH line; also one that is unregistered.
+
+        ``flwr`` does not list keys, so the SuperLink's own database is looked at, that of 1.41.
+
+        Raises:
+            SuperLinkError: If there is none, or the database cannot be read.
+        """
+        key = load_ssh_public_key(public.encode())
+        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        try:
+            with closing(
+                sqlite3.connect(f"{self._database.as_uri()}?mode=ro", uri=True)
+            ) as database:
+                row = database.execute(_NODE_OF, (pem,)).fetchone()
+        except sqlite3.Error as error:
+            raise SuperLinkError(f"{self._database}: cannot be read: {error}") from error
+        if row is None:
+            raise SuperLinkError(
+                f"{self._database}: knows no node of a key that is said to be used"
+            )
+        return Node(row[0] % 2**64, str(row[1]), None)  # ids have 64 bits and no sign, SQLite's do
 
     def submit(self, app: Path, overrides: dict[str, str]) -> str:
         """Start the app in a folder and return the id of Flower's run."""

@@ -163,7 +163,8 @@ def write_registry(path: Path, registry: Registry) -> None:
 def changing(path: Path) -> Iterator[Registry]:
     """Hold the record alone, and write it on leaving, also when something was raised.
 
-    What was done at the SuperLink before an error must not be forgotten.
+    What was done before an error must not be forgotten. What a crash must not make forgotten either
+    is written with :func:`write_registry` meanwhile.
     """
     with path.with_name(f".{path.name}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

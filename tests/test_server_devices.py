@@ -14,7 +14,7 @@ from reticent.core.plan import parse_plan
 from reticent.core.run import create_run
 from reticent.core.signing import read_public_key
 from reticent.server.attempt import Attempt, Teller, error_of, read_attempt
-from reticent.server.deployment import missing_devices
+from reticent.server.deployment import _nodes, missing_devices
 from reticent.server.enrolment import KEY_DAYS, POLICY, enroll, renew, revoke, synchronize
 from reticent.server.exposition import exposition
 from reticent.server.flower import Flower, Node
@@ -175,13 +175,23 @@ def test_a_revoked_device_is_refused_for_good(home: Home, link: Link) -> None:
     assert "refused from now on: the device was revoked" in told(home, link)[0]
     assert link.admitted() == {101}
     assert told(home, link) == []
-    for again in (lambda: revoke(home, ["a"], NOW), lambda: renew(home, "a", POLICY, NOW)):
-        with pytest.raises(ProvisionError, match="was revoked"):
-            again()
+    with pytest.raises(ProvisionError, match="was revoked on 2026-06-01"):
+        renew(home, "a", POLICY, NOW)
     with pytest.raises(ProvisionError, match="enrolled already"):
         enroll(home, ["a"], POLICY, NOW)
     with pytest.raises(ProvisionError, match="is not enrolled: a, b is"):
         revoke(home, ["c"], NOW)
+
+
+def test_a_revocation_may_be_repeated_until_the_superlink_was_told(home: Home, link: Link) -> None:
+    enroll(home, ["a"], POLICY, NOW)
+    told(home, link)
+    for days in range(3):  # the first two times it was not told
+        revoke(home, ["a"], NOW + timedelta(days=days))
+        assert read_registry(home.devices).devices["a"].revoked == NOW.isoformat()
+    assert link.admitted() == {100}
+    assert "the device was revoked" in told(home, link)[0]
+    assert link.admitted() == set()
 
 
 def test_an_old_key_is_admitted_until_the_device_comes_back_with_the_new_one(
@@ -348,6 +358,25 @@ def test_who_is_missing_is_named(home: Home, link: Link) -> None:
     registry = read_registry(home.devices)
     assert missing_devices(registry, [node_of(home, "a")]) == ["b"]
     assert missing_devices(registry, [node_of(home, "a"), node_of(home, "b"), 7]) == []
+
+
+def test_a_run_asks_the_devices_that_are_welcome_and_no_others(
+    home: Home, link: Link, tmp_path: Path
+) -> None:
+    enroll(home, ["a", "b", "c"], POLICY, NOW)
+    told(home, link)
+    a, b, c = (node_of(home, name) for name in ("a", "b", "c"))
+    run = create_run(tmp_path / "run", parse_plan(""))
+    nodes = _nodes(home.folder, Teller(run, "token"))
+    assert nodes.welcome([7, a, b]) == [a, b]  # 7 registered itself
+    assert nodes.seen([a, b]) == "; not connected: c"
+    revoke(home, ["b"], NOW)  # whoever was told: nobody had to be
+    assert nodes.welcome([7, a, b, c]) == [a, c]
+    assert nodes.seen([a]) == "; not connected: c"
+    enroll(home, ["d"], POLICY, NOW)
+    told(home, link)
+    assert nodes.welcome([a, node_of(home, "d")]) == [a, node_of(home, "d")]
+    assert _nodes(None, Teller(run, "token")).welcome([7]) == [7]  # there is no record
 
 
 METRICS: dict[str, Any] = {

@@ -81,15 +81,20 @@ def renew(home: Home, name: str, policy: str, now: datetime) -> Path:
 
 
 def revoke(home: Home, names: list[str], now: datetime) -> None:
-    """Record that devices are no longer welcome, for good.
+    """Record that devices are no longer welcome, for good; on disk when this returns.
+
+    May be repeated: the first time stays. Runs ask a revoked device for nothing more, and take
+    nothing more of it, from their next look at the record on; the SuperLink is told by
+    :func:`synchronize`.
 
     Raises:
-        ProvisionError: If one is not enrolled or was revoked before: then none is revoked.
+        ProvisionError: If one is not enrolled: then none is revoked.
     """
     with changing(home.devices) as registry:
-        devices = {name: registry.named(name) for name in names}
+        devices = {name: registry.enrolled(name) for name in names}
         for name, device in devices.items():
-            registry.devices[name] = replace(device, revoked=now.isoformat())
+            when = device.revoked or now.isoformat()
+            registry.devices[name] = replace(device, revoked=when)
 
 
 def synchronize(

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from reticent.core.run import create_run
 from reticent.core.signing import read_public_key
 from reticent.server.certificates import SERVER_DAYS, utc_now
 from reticent.server.flower import SuperLinkError
-from reticent.server.home import create_home, open_home, rotate_certificate
+from reticent.server.home import Home, create_home, open_home, rotate_certificate
 from reticent.server.operate import committed
 from reticent.server.registry import read_registry
 
@@ -129,6 +133,34 @@ def test_a_port_that_something_else_uses_ends_a_run_with_the_reason(
     with socket.create_server(("127.0.0.1", open_home(server).port)):
         assert call(monkeypatch, "run", PLAN, "--run", tmp_path / "run") == 6
     assert "the SuperLink ended with status" in capsys.readouterr().err
+
+
+def test_a_superlink_that_is_told_to_stop_has_not_failed(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """systemd stops it by SIGTERM, and calls a unit failed whose status is not 0."""
+    stopped: list[bool] = []
+
+    class Link:
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+    @contextmanager
+    def superlink(home: Home) -> Iterator[Link]:
+        try:
+            yield Link()
+        finally:
+            stopped.append(True)
+
+    monkeypatch.setattr("reticent.server.flower.superlink", superlink)
+    monkeypatch.setattr("reticent.server.enrolment.synchronize", lambda *_: [])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert call(monkeypatch, "start") == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped and "SuperLink ready" in capsys.readouterr().out
 
 
 def test_a_run_that_is_there_is_not_begun_again(

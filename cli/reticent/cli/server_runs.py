@@ -20,7 +20,8 @@ from .simulations import overrides_option, read_plan
 def start(folder: Path) -> None:
     """Run the SuperLink in the foreground, as the systemd unit does.
 
-    Devices that were enrolled or revoked meanwhile are registered or refused first.
+    Devices that were enrolled or revoked meanwhile are registered or refused first. Ends with
+    status 0 after SIGTERM.
     """
     from reticent.core.errors import NetworkError
     from reticent.server.certificates import utc_now
@@ -30,7 +31,7 @@ def start(folder: Path) -> None:
     from reticent.server.status import warnings
 
     home = open_home(folder)
-    _stop_when_told()
+    _stop_when_told(0)  # that is how a service ends, and systemd counts any other status as failed
     for warning in warnings(home, utc_now()):
         click.echo(f"warning: {warning}", err=True)
     if answers(home):
@@ -81,7 +82,7 @@ def run(
     target = (where or home.folder / "runs" / name).absolute()
     show = Progress(plan.federation.rounds, as_json)
     show.say(f"plan {plan.digest[:12]}, run directory {target}")
-    _stop_when_told()
+    _stop_when_told(143)
     try:
         operation = prepare_operation(home, plan, target, resume, show.say, show.round)
         with exposed(operation.run, metrics_port):
@@ -194,6 +195,6 @@ def _way(parcel: dict[str, Any]) -> str:
     return Parcel(**parcel).words
 
 
-def _stop_when_told() -> None:
-    """Let SIGTERM unwind as Ctrl-C does, so that what was started is stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def _stop_when_told(status: int) -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that what was started is stopped; end with a status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))

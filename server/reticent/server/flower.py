@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from reticent.core.errors import NetworkError
+from reticent.core.errors import NetworkError, ProvisionError
 
 from .commands import Commands
 from .home import CONNECTION, Home
@@ -34,6 +34,7 @@ START_SECONDS = 180.0
 _RETURN_SECONDS = 30.0
 _CALL_SECONDS = 120.0
 _NODE_OF = "SELECT node_id, status FROM node WHERE public_key = ?"
+_OTHER_NAMES = (62, 64)  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -148,7 +149,8 @@ def answers(home: Home) -> bool:
     """Return whether something on the SuperLink's port shows a certificate of our authority.
 
     Raises:
-        ProvisionError: If the authority's certificate cannot be read.
+        ProvisionError: If the authority's certificate cannot be read, or the one that is shown does
+            not name the address at which this machine's commands look for the SuperLink.
     """
     trusting = ssl.create_default_context(cadata=home.authority())
     try:
@@ -157,6 +159,14 @@ def answers(home: Home) -> bool:
             trusting.wrap_socket(raw, server_hostname=home.inward),
         ):
             return True
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code not in _OTHER_NAMES:
+            return False
+        raise ProvisionError(
+            f"{home.tls / 'server.crt'}: does not name {home.inward}, as that of a server which an "
+            "earlier version made: `reticent server rotate` makes one that does; then start the "
+            "SuperLink again"
+        ) from error
     except OSError:
         return False
 

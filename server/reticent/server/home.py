@@ -195,7 +195,8 @@ def open_home(folder: Path) -> Home:
 def rotate_certificate(home: Home, now: datetime) -> datetime:
     """Replace the server's certificate and its key by new ones of the same authority.
 
-    Devices need nothing new. A SuperLink that runs uses them from its next start on.
+    Devices need nothing new. A SuperLink that runs uses them from its next start on. How Flower's
+    commands reach it is written anew too: an earlier version may have had it otherwise.
 
     Returns:
         When the new certificate ends.
@@ -207,6 +208,7 @@ def rotate_certificate(home: Home, now: datetime) -> datetime:
     authority = Issued(home.authority().encode("ascii"), _read(where))
     read_authority_key(authority, where)
     _write_server(home, authority, now)
+    write_private(home.flower / "config.toml", _connection(home).encode())
     return home.certificate_ends("server.crt")
 
 

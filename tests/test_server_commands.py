@@ -95,6 +95,26 @@ def test_its_process_ends_with_ours_however_that_ends() -> None:
         time.sleep(0.05)
 
 
+KILLED = """
+import os, signal
+from reticent.server.commands import Commands
+commands = Commands("flwr", os.environ)
+commands.call(["--version"], 120)
+commands._process.stdin.write('["--version"]\\n')
+commands._process.stdin.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_command_whose_answer_nobody_waits_for_ends_without_a_word() -> None:
+    command = [sys.executable, "-c", KILLED]
+    # Returns once nobody holds the pipes any more, the process of the commands neither.
+    done = subprocess.run(
+        command, capture_output=True, check=False, env=SETTINGS, text=True, timeout=240
+    )
+    assert done.returncode == -9 and done.stderr == ""
+
+
 def test_a_program_that_is_not_there_is_said_to_be() -> None:
     done = Commands("no-such-program", SETTINGS).call([], 60)
     assert done.status == 1 and "no-such-program" in done.err

@@ -126,7 +126,11 @@ def main() -> None:
     (found,) = importlib.metadata.entry_points(group="console_scripts", name=sys.argv[1])
     run: Callable[[], int | None] = found.load()
     while line := sys.stdin.readline():
-        print(json.dumps(asdict(_done(run, [sys.argv[1], *json.loads(line)]))), flush=True)
+        done = _done(run, [sys.argv[1], *json.loads(line)])
+        try:
+            print(json.dumps(asdict(done)), flush=True)
+        except BrokenPipeError:
+            os._exit(1)  # who asked was killed meanwhile; Python would say so once more at its end
 
 
 if __name__ == "__main__":

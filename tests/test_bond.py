@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from reticent.privacy.ledger import Head
 from reticent.server import deployment as server
 from reticent.server.certificates import make_node_key, utc_now
 from reticent.server.countersign import Countersigner
-from reticent.server.enrolment import POLICY, enroll
+from reticent.server.enrolment import POLICY, enroll, revoke
 from reticent.server.home import create_home
 from reticent.server.registry import changing
 
@@ -91,6 +92,26 @@ def test_without_bonds_whoever_comes_first_is_taken_for_the_device(tmp_path: Pat
     """The control: what the test above finds is what the bond is for."""
     countersigner = Countersigner.open(tmp_path, Ed25519PrivateKey.generate())
     countersigner.accept(7, statement(STRANGER, b""), "run", 1, b"update")
+    countersigner.close()
+
+
+def test_nothing_is_taken_from_a_node_that_is_not_enrolled_or_was_revoked(tmp_path: Path) -> None:
+    home = create_home(tmp_path / "server", ["127.0.0.1"], 8000, utc_now())
+    enroll(home, ["pi-1"], POLICY, utc_now())
+    with changing(home.devices) as registry:
+        key = replace(registry.devices["pi-1"].key, public=PUBLIC, node=7)
+        registry.devices["pi-1"] = replace(registry.devices["pi-1"], keys=(key,), identity=7)
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    countersigner = server._countersigner(run, str(home.folder))
+    sent = statement(DEVICE, make_bond(node_key(), name(DEVICE)))
+    countersigner.accept(7, sent, "run", 1, b"update")
+    countersigner.begin()
+    with pytest.raises(PayloadError, match="no enrolled device's"):
+        countersigner.accept(8, sent, "run", 1, b"update")
+    revoke(home, ["pi-1"], utc_now())  # while the run goes on
+    with pytest.raises(PayloadError, match="was revoked"):
+        countersigner.accept(7, sent, "run", 1, b"update")
     countersigner.close()
 
 

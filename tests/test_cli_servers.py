@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ from reticent.core.plan import load_plan
 from reticent.core.run import create_run
 from reticent.core.signing import read_public_key
 from reticent.server.certificates import SERVER_DAYS, utc_now
-from reticent.server.home import create_home, open_home, rotate_certificate
+from reticent.server.flower import SuperLinkError
+from reticent.server.home import Home, create_home, open_home, rotate_certificate
 from reticent.server.operate import committed
 from reticent.server.registry import read_registry
 
@@ -130,6 +135,34 @@ def test_a_port_that_something_else_uses_ends_a_run_with_the_reason(
     assert "the SuperLink ended with status" in capsys.readouterr().err
 
 
+def test_a_superlink_that_is_told_to_stop_has_not_failed(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """systemd stops it by SIGTERM, and calls a unit failed whose status is not 0."""
+    stopped: list[bool] = []
+
+    class Link:
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+    @contextmanager
+    def superlink(home: Home) -> Iterator[Link]:
+        try:
+            yield Link()
+        finally:
+            stopped.append(True)
+
+    monkeypatch.setattr("reticent.server.flower.superlink", superlink)
+    monkeypatch.setattr("reticent.server.enrolment.synchronize", lambda *_: [])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert call(monkeypatch, "start") == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped and "SuperLink ready" in capsys.readouterr().out
+
+
 def test_a_run_that_is_there_is_not_begun_again(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -149,6 +182,7 @@ def test_a_run_that_is_there_is_not_begun_again(
     [
         ("tls/ca.crt", ("list",), 11),
         ("tls/ca.crt", ("status",), 11),
+        ("tls/server.crt", ("status",), 11),
         ("tls/ca.crt", ("enroll", "a"), 11),
         ("tls/ca.crt", ("rotate",), 11),
         ("tls/ca.key", ("rotate",), 11),
@@ -167,15 +201,83 @@ def test_a_file_that_is_missing_or_junk_is_named_before_anything_is_recorded(
     status: int,
     content: bytes | None,
 ) -> None:
-    certificate = (server / "tls" / "server.crt").read_bytes()
     (server / name).unlink()
     if content is not None:
         (server / name).write_bytes(content)
+    before = tree(server / "tls")
     assert call(monkeypatch, *words) == status
     assert f"error: {server / name}: " in capsys.readouterr().err
     assert read_registry(server / "devices.json").devices == {}
     assert list((server / "bundles").iterdir()) == []
-    assert (server / "tls" / "server.crt").read_bytes() == certificate
+    assert tree(server / "tls") == before
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_without_its_authority_a_server_shows_its_devices(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert call(monkeypatch, "enroll", "pi") == 0
+    (server / "tls" / "ca.crt").write_text("junk")
+    capsys.readouterr()
+    for words in (("list",), ("status",)):
+        assert call(monkeypatch, *words) == 11
+        shown = capsys.readouterr()
+        assert "pi 0 unknown" in " ".join(shown.out.split())
+        assert "ca.crt: is not a certificate" in shown.err
+        assert call(monkeypatch, *words, "--json") == 11
+        found = json.loads(capsys.readouterr().out)
+    state = found["server"]
+    assert state["superlink"] == "unknown" and state["devices"][0]["name"] == "pi"
+    ca, own = state["certificates"]
+    assert ca["file"] == "ca.crt" and "is not a certificate" in ca["problem"]
+    assert own["file"] == "server.crt" and own["days"] > 300
+
+
+def test_a_revocation_that_the_superlink_was_not_told_is_said_and_may_be_repeated(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert call(monkeypatch, "enroll", "pi") == 0
+    authority = (server / "tls" / "ca.crt").read_bytes()
+    (server / "tls" / "ca.crt").write_text("junk")
+    capsys.readouterr()
+    for _ in range(2):
+        assert call(monkeypatch, "revoke", "pi") == 11
+        said = capsys.readouterr().err
+        assert "ca.crt: is not a certificate" in said
+        assert "recorded" in said and "NOT told: it still admits pi until you repeat" in said
+    assert read_registry(server / "devices.json").devices["pi"].revoked is not None
+    (server / "tls" / "ca.crt").write_bytes(authority)
+    assert call(monkeypatch, "revoke", "pi") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("enroll", "a", "b"), "it does not admit a, b until it is told"),
+        (("renew", "pi"), "it does not admit the new key of pi until it is told"),
+        (("revoke", "pi"), "it still admits pi until you repeat"),
+    ],
+)
+def test_a_superlink_that_does_not_do_what_it_is_told_is_said_to_be_untold(
+    server: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    assert call(monkeypatch, "enroll", "pi") == 0
+
+    def failing(*_: object) -> None:
+        raise SuperLinkError("flwr supernode: 503")
+
+    monkeypatch.setattr("reticent.server.flower.answers", lambda home: True)
+    monkeypatch.setattr("reticent.server.enrolment.synchronize", failing)
+    assert call(monkeypatch, *words) == 6
+    told = capsys.readouterr().err
+    assert "503" in told and f"NOT told: {said}" in told
 
 
 def test_a_last_run_that_is_gone_is_said_beside_the_devices(

@@ -49,7 +49,7 @@ from reticent.client.models import (
 from reticent.client.order import Refused
 from reticent.client.resources import Memory
 from reticent.client.status import device_status
-from reticent.client.trial import CutShort, memory_of, try_model
+from reticent.client.trial import CutShort, memory_of, needed_of, try_model
 from reticent.compression.artifact import SelfTest
 from reticent.core.errors import ArtifactError, PayloadError
 from reticent.core.offer import (
@@ -476,7 +476,7 @@ def test_a_model_waits_for_the_memory_that_its_self_test_may_take(
     fleet: Fleet, files: Files, tmp_path: Path
 ) -> None:
     _, signed, data = offered(fleet, files)
-    needed = memory_of(len(data)) + 2 * len(data)
+    needed = needed_of(len(data)) + 2 * len(data)
     (tmp_path / "proc").mkdir()
 
     def having(free: int) -> Any:

@@ -15,7 +15,7 @@ from reticent.core.plan import parse_plan
 from reticent.core.run import create_run
 from reticent.core.signing import read_public_key
 from reticent.server.attempt import Attempt, Teller, error_of, read_attempt
-from reticent.server.deployment import missing_devices
+from reticent.server.deployment import _nodes, missing_devices
 from reticent.server.enrolment import KEY_DAYS, POLICY, enroll, renew, revoke, synchronize
 from reticent.server.exposition import exposition
 from reticent.server.flower import Flower, Node
@@ -46,7 +46,12 @@ class Link(Flower):
         return self.keys[key]
 
     def unregister(self, node: int) -> None:
+        if self.status[node][0] == "unregistered":
+            raise NetworkError("already deleted")
         self.status[node] = ("unregistered", None)
+
+    def node_of(self, public: str) -> Node:
+        return Node(self.keys[public], *self.status[self.keys[public]])
 
     def nodes(self) -> list[Node]:
         return [Node(node, *state) for node, state in self.status.items()]
@@ -171,13 +176,23 @@ def test_a_revoked_device_is_refused_for_good(home: Home, link: Link) -> None:
     assert "refused from now on: the device was revoked" in told(home, link)[0]
     assert link.admitted() == {101}
     assert told(home, link) == []
-    for again in (lambda: revoke(home, ["a"], NOW), lambda: renew(home, "a", POLICY, NOW)):
-        with pytest.raises(ProvisionError, match="was revoked"):
-            again()
+    with pytest.raises(ProvisionError, match="was revoked on 2026-06-01"):
+        renew(home, "a", POLICY, NOW)
     with pytest.raises(ProvisionError, match="enrolled already"):
         enroll(home, ["a"], POLICY, NOW)
     with pytest.raises(ProvisionError, match="is not enrolled: a, b is"):
         revoke(home, ["c"], NOW)
+
+
+def test_a_revocation_may_be_repeated_until_the_superlink_was_told(home: Home, link: Link) -> None:
+    enroll(home, ["a"], POLICY, NOW)
+    told(home, link)
+    for days in range(3):  # the first two times it was not told
+        revoke(home, ["a"], NOW + timedelta(days=days))
+        assert read_registry(home.devices).devices["a"].revoked == NOW.isoformat()
+    assert link.admitted() == {100}
+    assert "the device was revoked" in told(home, link)[0]
+    assert link.admitted() == set()
 
 
 def test_an_old_key_is_admitted_until_the_device_comes_back_with_the_new_one(
@@ -216,11 +231,77 @@ def test_a_superlink_that_lost_its_database_is_told_again(home: Home) -> None:
     assert read_registry(home.devices).identities() == {200: 100, 101: 101, 201: 102}
 
 
-def test_a_key_that_was_registered_and_not_recorded_is_explained(home: Home, link: Link) -> None:
+def unrecorded(home: Home, link: Link, name: str, status: str = "registered") -> int:
+    """Register a device's key as a command does that is killed before it writes down the node."""
+    node = 7 + len(link.keys)
+    link.keys[read_registry(home.devices).devices[name].key.public] = node
+    link.status[node] = (status, None)
+    return node
+
+
+def test_each_node_is_recorded_before_the_next_key_is_registered(
+    home: Home, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enroll(home, ["a", "b", "c"], POLICY, NOW)
+    real, recorded = link.register, list[int]()
+
+    def register(public: Path) -> int:
+        recorded.append(len(read_registry(home.devices).by_node()))
+        return real(public)
+
+    monkeypatch.setattr(link, "register", register)
+    told(home, link)
+    assert recorded == [0, 1, 2]
+
+
+def test_a_node_that_was_registered_and_not_recorded_is_found_again(home: Home, link: Link) -> None:
+    enroll(home, ["a", "b", "c"], POLICY, NOW)
+    nodes = [unrecorded(home, link, name) for name in ("a", "b")]
+    assert told(home, link) == [
+        f"a: registered as node {nodes[0]}",
+        f"b: registered as node {nodes[1]}",
+        "c: registered as node 102",
+    ]
+    assert [node_of(home, name) for name in ("a", "b", "c")] == [*nodes, 102]
+    assert told(home, link) == [] and link.admitted() == {*nodes, 102}
+
+
+def test_a_key_that_the_superlink_does_not_take_back_is_said_once_and_the_others_go_on(
+    home: Home, link: Link
+) -> None:
+    enroll(home, ["a", "b"], POLICY, NOW)
+    unrecorded(home, link, "a", "unregistered")
+    said = told(home, link)
+    assert "server renew a" in said[0] and said[1] == "b: registered as node 101"
+    assert told(home, link) == []
+    renew(home, "a", POLICY, NOW)
+    assert told(home, link) == ["a: registered as node 102"]
+    assert link.admitted() == {101, 102}
+
+
+def test_a_device_is_revoked_also_if_its_node_was_not_recorded(home: Home, link: Link) -> None:
+    enroll(home, ["a", "b"], POLICY, NOW)
+    node = unrecorded(home, link, "a")
+    revoke(home, ["a"], NOW)
+    assert f"node {node} is refused from now on: no device" in told(home, link)[-1]
+    assert link.admitted() == {node_of(home, "b")}
+
+
+def test_nodes_that_nobody_enrolled_are_refused(home: Home, link: Link) -> None:
     enroll(home, ["a"], POLICY, NOW)
-    link.keys[read_registry(home.devices).devices["a"].key.public] = 7
-    with pytest.raises(NetworkError, match="server renew a"):
-        told(home, link)
+    told(home, link)
+    link.status |= {7: ("online", "now"), 8: ("unregistered", None)}
+    assert told(home, link) == ["node 7 is refused from now on: no device that is welcome has it"]
+    assert link.admitted() == {100} and told(home, link) == []
+
+
+def test_a_record_that_was_lost_costs_no_device_its_key(home: Home, link: Link) -> None:
+    enroll(home, ["a"], POLICY, NOW)
+    told(home, link)
+    home.devices.rename(home.devices.with_name("kept"))
+    assert told(home, link) == [] and link.admitted() == {100}
+    home.devices.with_name("kept").rename(home.devices)
+    assert told(home, link) == []
 
 
 @pytest.mark.parametrize(
@@ -278,6 +359,25 @@ def test_who_is_missing_is_named(home: Home, link: Link) -> None:
     registry = read_registry(home.devices)
     assert missing_devices(registry, [node_of(home, "a")]) == ["b"]
     assert missing_devices(registry, [node_of(home, "a"), node_of(home, "b"), 7]) == []
+
+
+def test_a_run_asks_the_devices_that_are_welcome_and_no_others(
+    home: Home, link: Link, tmp_path: Path
+) -> None:
+    enroll(home, ["a", "b", "c"], POLICY, NOW)
+    told(home, link)
+    a, b, c = (node_of(home, name) for name in ("a", "b", "c"))
+    run = create_run(tmp_path / "run", parse_plan(""))
+    nodes = _nodes(home.folder, Teller(run, "token"))
+    assert nodes.welcome([7, a, b]) == [a, b]  # 7 registered itself
+    assert nodes.seen([a, b]) == "; not connected: c"
+    revoke(home, ["b"], NOW)  # whoever was told: nobody had to be
+    assert nodes.welcome([7, a, b, c]) == [a, c]
+    assert nodes.seen([a]) == "; not connected: c"
+    enroll(home, ["d"], POLICY, NOW)
+    told(home, link)
+    assert nodes.welcome([a, node_of(home, "d")]) == [a, node_of(home, "d")]
+    assert _nodes(None, Teller(run, "token")).welcome([7]) == [7]  # there is no record
 
 
 METRICS: dict[str, Any] = {

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
@@ -29,11 +29,13 @@ from reticent.core.signing import read_private_key, read_public_key
 from reticent.server.certificates import (
     AUTHORITY_DAYS,
     SERVER_DAYS,
+    Issued,
     expiry_warning,
     make_authority,
     make_node_key,
     make_server,
     read_certificate,
+    utc_now,
 )
 from reticent.server.flower import answers, arguments
 from reticent.server.home import Home, create_home, open_home, rotate_certificate
@@ -112,6 +114,7 @@ def test_names_are_names_and_addresses_are_addresses(home: Home) -> None:
     [
         *("", "a b", "-a.example", "a..b", "300.1.1.1", "1.2.3", "ä.example", "a" * 64),
         *("fe80::1%eth0", "::ffff:192.0.2.7"),
+        *("0.0.0.0", "::", "fe80::1", "169.254.1.1", "224.0.0.1", "ff02::1", "255.255.255.255"),
     ],
 )
 def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
@@ -244,8 +247,35 @@ def tls_server(home: Home) -> Iterator[int]:
 
 def greet(context: ssl.SSLContext, listener: socket.socket) -> None:
     raw, _ = listener.accept()
-    with context.wrap_socket(raw, server_side=True):
+    with suppress(ssl.SSLError), context.wrap_socket(raw, server_side=True):
         pass
+
+
+def test_a_server_that_an_earlier_version_made_for_other_addresses_is_mended_by_rotation(
+    tmp_path: Path,
+) -> None:
+    home = create_home(tmp_path / "server", ["192.0.2.7"], 8443, NOW)
+    config = home.flower / "config.toml"
+    authority = Issued((home.tls / "ca.crt").read_bytes(), (home.tls / "ca.key").read_bytes())
+    made, connection = make_server(authority, ["192.0.2.7"], utc_now()), config.read_text()
+    (home.tls / "server.key").write_bytes(made.key)
+    (home.tls / "server.crt").write_bytes(made.certificate)
+    config.write_text(connection.replace("127.0.0.1", "192.0.2.7"))
+    with (
+        tls_server(home) as port,
+        pytest.raises(ProvisionError, match=r"name 127\.0\.0\.1.* rotate"),
+    ):
+        answers(Home(home.folder, home.hosts, port))
+    rotate_certificate(home, utc_now())
+    assert config.read_text() == connection and stat.S_IMODE(config.stat().st_mode) == 0o600
+    with tls_server(home) as port:
+        assert answers(Home(home.folder, home.hosts, port))
+
+
+def test_a_stranger_on_the_port_is_not_the_superlink(home: Home, tmp_path: Path) -> None:
+    other = create_home(tmp_path / "other", ["192.0.2.7"], 8443, utc_now())
+    with tls_server(other) as port:
+        assert not answers(Home(home.folder, ("192.0.2.7",), port))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +373,11 @@ def test_the_command_line_takes_what_a_unit_starts(unit: Callable[[Path, Path], 
     assert command.make_context("unit", words).params["folder"] == folder
 
 
-def test_a_path_that_a_unit_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ProvisionError, match="systemd"):
-        create_home(tmp_path / "50%", HOSTS, 8000, NOW)
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [("50%", "systemd"), ('a"b', "systemd"), ("a\udcffb", "systemd"), ("a?", "Flower")],
+)
+def test_a_path_that_a_server_cannot_have_is_refused(tmp_path: Path, name: str, who: str) -> None:
+    with pytest.raises(ProvisionError, match=who):
+        create_home(tmp_path / name, HOSTS, 8000, NOW)
     assert list(tmp_path.iterdir()) == []

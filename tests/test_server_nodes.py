@@ -28,6 +28,7 @@ from reticent.server.nodes import Nodes, polled
 from reticent.server.optimizer import ServerState
 from reticent.server.rounds import RoundPlan, Tally
 from reticent.server.strategy import PrivateAveraging
+from reticent.server.waiting import wait_for_return
 from reticent.simulations.grid import InProcessGrid, enter_task
 from reticent.simulations.simulate import simulate
 
@@ -212,6 +213,22 @@ def test_who_was_asked_and_said_nothing_is_in_the_error() -> None:
     grid = SlowGrid({2: 1, 3: NEVER, 4: 1, 5: NEVER, 6: 1, 7: 1})
     with pytest.raises(NetworkError, match=r"at last without a reply of pi-3, pi-5; no round"):
         played(plan_of("federation.min_replies=5"), grid, known)
+
+
+def test_who_is_not_welcome_is_not_asked_and_does_not_count_as_connected() -> None:
+    known = Nodes(gather=polled, welcome=lambda nodes: [node for node in nodes if node != 3])
+    tally = played(plan_of(), SlowGrid(dict.fromkeys(range(2, 8), 1)), known)
+    assert tally.accepted == {2, 4, 5, 6, 7} == set(tally.devices)
+    with pytest.raises(NetworkError, match="1 clients are connected after"):
+        played(plan_of(), SlowGrid({2: 1, 3: 1}), known)
+
+
+def test_who_is_no_longer_welcome_does_not_count_before_a_round_is_asked_again() -> None:
+    looks: list[list[int]] = []
+    known = Nodes(seen=lambda nodes: looks.append(list(nodes)) or "", welcome=lambda nodes: [2])
+    plan = plan_of("task.clients=2", "federation.clients_per_round=2")
+    wait_for_return(SlowGrid({2: 1, 3: 1}), plan.federation, known, [2, 3], {2})
+    assert looks == [[2]]  # one look in the plan's half second, and it was not enough
 
 
 def test_a_device_that_comes_back_as_another_node_has_no_more_rounds() -> None:

@@ -21,16 +21,18 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Error, Message
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from swarm import FleetNode, app, new_key
+from swarm import FleetNode, app, new_key, register
 
 from reticent.client.agent import free_port
 from reticent.client.folder import create_device
 from reticent.client.leaving import leave
 from reticent.core.bundle import read_bundle
+from reticent.core.errors import NetworkError
 from reticent.server.certificates import utc_now
 from reticent.server.enrolment import POLICY, enroll, revoke, synchronize
 from reticent.server.flower import Flower, SuperLink
 from reticent.server.home import Home, create_home
+from reticent.server.registry import read_registry
 from reticent.simulations.grid import enter_task
 
 pytestmark = pytest.mark.deployment
@@ -215,6 +217,45 @@ def test_flower_takes_a_reply_for_another_device_which_is_why_there_are_bonds(
     server.flower.stop(run)
     ann.leave()
     bob.leave()
+
+
+def test_a_key_that_was_registered_and_not_recorded_is_found_again(server: Server) -> None:
+    """As after a kill between the SuperLink's answer and the record of it."""
+    enroll(server.home, ["dora"], POLICY, utc_now())
+    public = server.folder / "dora.pub"
+    public.write_text(read_registry(server.home.devices).devices["dora"].key.public + "\n")
+    node, said = server.flower.register(public), list[str]()
+    with pytest.raises(NetworkError, match="already in use"):
+        server.flower.register(public)
+    synchronize(server.home, server.flower, utc_now(), said.append)
+    assert said == [f"dora: registered as node {node}"]
+    dora = server.node(server.key("dora"))
+    assert dora.activate() == node
+    dora.leave()
+
+
+def test_a_key_that_was_unregistered_is_not_taken_back(server: Server) -> None:
+    """If this fails because Flower takes it now, ``enrolment`` can register it instead."""
+    (bundle,) = enroll(server.home, ["emil"], POLICY, utc_now())
+    public = server.folder / "emil.pub"
+    public.write_text(read_bundle(bundle).node_public + "\n")
+    server.flower.unregister(server.flower.register(public))
+    said = list[str]()
+    synchronize(server.home, server.flower, utc_now(), said.append)
+    assert len(said) == 1 and "server renew emil" in said[0]
+
+
+def test_a_node_that_nobody_enrolled_is_turned_away_when_the_superlink_is_told(
+    server: Server,
+) -> None:
+    key = new_key()
+    register(server.home.address, server.home.tls / "ca.crt", [key])
+    stranger = server.node(key)
+    node = stranger.activate()
+    assert stranger.look() is None
+    synchronize(server.home, server.flower, utc_now(), print)
+    assert refused(stranger.look, 401)
+    assert server.states()[node] == "unregistered"
 
 
 def test_a_revoked_device_is_refused_at_its_next_request(server: Server) -> None:

@@ -20,7 +20,8 @@ from .simulations import overrides_option, read_plan
 def start(folder: Path) -> None:
     """Run the SuperLink in the foreground, as the systemd unit does.
 
-    Devices that were enrolled or revoked meanwhile are registered or refused first.
+    Devices that were enrolled or revoked meanwhile are registered or refused first. Ends with
+    status 0 after SIGTERM.
     """
     from reticent.core.errors import NetworkError
     from reticent.server.certificates import utc_now
@@ -30,7 +31,7 @@ def start(folder: Path) -> None:
     from reticent.server.status import warnings
 
     home = open_home(folder)
-    _stop_when_told()
+    _stop_when_told(0)  # that is how a service ends, and systemd counts any other status as failed
     for warning in warnings(home, utc_now()):
         click.echo(f"warning: {warning}", err=True)
     if answers(home):
@@ -81,7 +82,7 @@ def run(
     target = (where or home.folder / "runs" / name).absolute()
     show = Progress(plan.federation.rounds, as_json)
     show.say(f"plan {plan.digest[:12]}, run directory {target}")
-    _stop_when_told()
+    _stop_when_told(143)
     try:
         operation = prepare_operation(home, plan, target, resume, show.say, show.round)
         with exposed(operation.run, metrics_port):
@@ -119,7 +120,11 @@ def _close(target: Path, summary: dict[str, Any]) -> None:
 @click.option("--run", "where", type=click.Path(path_type=Path), help="A run; else the last one.")
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
 def status(folder: Path, where: Path | None, as_json: bool) -> None:
-    """Show devices, certificates and the run: round, replies, bytes, why replies were not used."""
+    """Show devices, certificates and the run: round, replies, bytes, why replies were not used.
+
+    What is damaged is named at the end, with status 11; all else is shown.
+    """
+    from reticent.core.errors import ProvisionError
     from reticent.core.run import Run
     from reticent.server.certificates import utc_now
     from reticent.server.home import open_home
@@ -127,15 +132,26 @@ def status(folder: Path, where: Path | None, as_json: bool) -> None:
     from reticent.server.status import last_run_status, run_status, server_status
 
     home = open_home(folder)
-    shown = server_status(home, superlink_nodes(home), utc_now())
+    nodes, damage = superlink_nodes(home)
+    shown = server_status(home, nodes, utc_now())
     model = last_delivery(home)
     progress = run_status(Run(where)) if where else last_run_status(home)
     if as_json:
         emit({"server": shown, "run": progress, "model": model})
-        return
+    else:
+        _show_status(shown, progress, model)
+    problems = [c["problem"] for c in shown["certificates"] if "problem" in c]
+    if damage is not None and str(damage) not in problems:
+        problems.append(str(damage))
+    if problems:
+        raise ProvisionError("\n".join(problems))
+
+
+def _show_status(
+    shown: dict[str, Any], progress: dict[str, Any] | None, model: dict[str, Any] | None
+) -> None:
     click.echo(f"server {shown['address']}, SuperLink {shown['superlink']}")
-    ends = [f"{c['file']} until {c['expires'][:10]}" for c in shown["certificates"]]
-    click.echo(", ".join(ends))
+    click.echo(", ".join(map(_until, shown["certificates"])))
     for warning in shown["warnings"]:
         click.echo(f"warning: {warning}")
     click.echo("\n" + device_table(shown["devices"]))
@@ -144,6 +160,12 @@ def status(folder: Path, where: Path | None, as_json: bool) -> None:
     if model is not None:
         rows = [[name, _way(way)] for name, way in sorted(model["devices"].items())]
         click.echo("\n" + table([f"model {model['version']}", "came how far"], rows))
+
+
+def _until(certificate: dict[str, Any]) -> str:
+    if "problem" in certificate:
+        return f"{certificate['file']} cannot be used"
+    return f"{certificate['file']} until {certificate['expires'][:10]}"
 
 
 def _rows(run: dict[str, Any]) -> list[list[str]]:
@@ -173,6 +195,6 @@ def _way(parcel: dict[str, Any]) -> str:
     return Parcel(**parcel).words
 
 
-def _stop_when_told() -> None:
-    """Let SIGTERM unwind as Ctrl-C does, so that what was started is stopped."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def _stop_when_told(status: int) -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that what was started is stopped; end with a status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))

@@ -11,6 +11,7 @@ import click
 from .output import emit, table
 
 if TYPE_CHECKING:
+    from reticent.core.errors import ProvisionError
     from reticent.server.flower import Node
     from reticent.server.home import Home
 
@@ -25,6 +26,7 @@ directory_option = click.option(
 _policy_option = click.option(
     "--policy", type=click.Path(path_type=Path), help="TOML file to propose to the devices' owners."
 )
+_UNTIL = "until it is told: by the next enroll, renew or revoke, or when it starts"
 _names_argument = click.argument("names", nargs=-1, required=True, metavar="NAME...")
 
 
@@ -75,7 +77,7 @@ def enroll(names: tuple[str, ...], folder: Path, policy: Path | None) -> None:
 
     home = _home(folder)
     _show_bundles(make_bundles(home, list(names), _policy(policy), utc_now()))
-    _tell_superlink(home)
+    _tell_superlink(home, f"it does not admit {', '.join(names)} {_UNTIL}")
 
 
 @server.command()
@@ -92,14 +94,18 @@ def renew(name: str, folder: Path, policy: Path | None) -> None:
 
     home = _home(folder)
     _show_bundles([make_bundle(home, name, _policy(policy), utc_now())])
-    _tell_superlink(home)
+    _tell_superlink(home, f"it does not admit the new key of {name} {_UNTIL}")
 
 
 @server.command()
 @_names_argument
 @directory_option
 def revoke(names: tuple[str, ...], folder: Path) -> None:
-    """Refuse each NAME from now on, for good."""
+    """Refuse each NAME from now on, for good.
+
+    A run that goes on asks them for nothing more. May be repeated, so that a SuperLink that could
+    not be told is told.
+    """
     from reticent.server.certificates import utc_now
     from reticent.server.enrolment import revoke as record
 
@@ -107,7 +113,8 @@ def revoke(names: tuple[str, ...], folder: Path) -> None:
     record(home, list(names), utc_now())
     for name in names:
         click.echo(f"{name}: revoked")
-    _tell_superlink(home)
+    until = "until you repeat this command or start it again; runs ask no more"
+    _tell_superlink(home, f"it still admits {', '.join(names)} {until}")
 
 
 @server.command()
@@ -128,16 +135,19 @@ def rotate(folder: Path) -> None:
 @directory_option
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
 def list_devices(folder: Path, as_json: bool) -> None:
-    """Show the enrolled devices."""
+    """Show the enrolled devices, also while the SuperLink cannot be asked."""
     from reticent.server.certificates import utc_now
     from reticent.server.status import devices_status
 
     home = _home(folder)
-    devices = devices_status(home, superlink_nodes(home), utc_now())
+    nodes, damage = superlink_nodes(home)
+    devices = devices_status(home, nodes, utc_now())
     if as_json:
         emit(devices)
-        return
-    click.echo(device_table(devices))
+    else:
+        click.echo(device_table(devices))
+    if damage is not None:
+        raise damage
 
 
 def device_table(devices: Iterable[dict[str, Any]]) -> str:
@@ -149,11 +159,18 @@ def device_table(devices: Iterable[dict[str, Any]]) -> str:
     return table(["device", "index", "state", "last seen", "key until"], rows)
 
 
-def superlink_nodes(home: Home) -> list[Node] | None:
-    """Return what the SuperLink lists; None if it does not run."""
+def superlink_nodes(home: Home) -> tuple[list[Node] | None, ProvisionError | None]:
+    """Return what the SuperLink lists; None if it does not run, or for want of a certificate.
+
+    Then what is wrong with that is the second value.
+    """
+    from reticent.core.errors import ProvisionError
     from reticent.server.flower import Flower, answers
 
-    return Flower(home).nodes() if answers(home) else None
+    try:
+        return (Flower(home).nodes() if answers(home) else None), None
+    except ProvisionError as error:
+        return None, error
 
 
 def _home(folder: Path) -> Home:
@@ -182,12 +199,23 @@ def _show_bundles(paths: list[Path]) -> None:
         click.echo(f"  checksum {bundle.checksum}")
 
 
-def _tell_superlink(home: Home) -> None:
+def _tell_superlink(home: Home, untold: str) -> None:
+    """Tell a SuperLink that runs what was recorded.
+
+    Raises:
+        ReticentError: Why it could not be told, with what that means, in the words of ``untold``.
+    """
+    from reticent.core.errors import ReticentError
     from reticent.server.certificates import utc_now
     from reticent.server.enrolment import synchronize
     from reticent.server.flower import Flower, answers
 
-    if answers(home):
-        synchronize(home, Flower(home), utc_now(), click.echo)
-    else:
-        click.echo("the SuperLink does not run: it is told when it starts")
+    try:
+        if answers(home):
+            synchronize(home, Flower(home), utc_now(), click.echo)
+        else:
+            click.echo("the SuperLink does not run: it is told when it starts")
+    except ReticentError as error:
+        raise type(error)(
+            f"{error}\nrecorded, but a SuperLink that runs was NOT told: {untold}"
+        ) from error

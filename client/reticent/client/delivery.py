@@ -22,7 +22,7 @@ from .policy import Policy
 from .resources import Memory, disk_free
 from .rules import against_model, against_now, against_room
 from .sensors import Sensors
-from .trial import CutShort, memory_of, try_model
+from .trial import CutShort, needed_of, try_model
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Recipient:
         said = against_now(policy.when, self.sensors.read(), self.now())
         # It is held twice until it is installed: as it arrives, and in files.
         disk = max(0, disk_free(self.device.folder) - 2 * offer.size)
-        needed = memory_of(offer.size) + 2 * offer.size
+        needed = needed_of(offer.size) + 2 * offer.size
         said += against_room(policy, self.memory.free(), disk, needed)
         _require(Refusal.NOT_NOW, said)
 

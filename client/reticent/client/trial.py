@@ -21,6 +21,8 @@ from pathlib import Path
 
 from reticent.core.errors import ArtifactError, ReticentError
 
+from .resources import LIBRARIES
+
 SECONDS = 180
 """For the whole test; importing torch takes most of it on a slow device."""
 
@@ -40,6 +42,15 @@ class CutShort(Exception):
 def memory_of(size: int) -> int:
     """Return how many bytes the test of a model of so many bytes may allocate."""
     return _LIBRARIES + _COPIES * size
+
+
+def needed_of(size: int) -> int:
+    """Return how many bytes must be free for such a test: what importing torch is known to take.
+
+    The limit is above that, for builds of torch that nobody measured. Where one takes more than is
+    free the device ends the test, which says nothing of the model.
+    """
+    return LIBRARIES + _COPIES * size
 
 
 def try_model(folder: Path, key: Path, plan: str, size: int, seconds: int = SECONDS) -> str:

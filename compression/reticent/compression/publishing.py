@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from reticent.core.durable import sync_folder
 from reticent.core.errors import ArtifactError
 from reticent.core.signing import write_new
 
@@ -42,7 +42,7 @@ def publish(folder: Path, contents: Mapping[str, bytes], replace: bool) -> None:
         for name, data in contents.items():
             write_new(temporary / name, data, 0o644)
         temporary.chmod(0o755)
-        _sync(temporary)
+        sync_folder(temporary)
         _swap(temporary, folder, replace)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,14 +62,6 @@ def _swap(temporary: Path, folder: Path, replace: bool) -> None:
         if replaced:
             old.rename(folder)
         raise
-    _sync(folder.parent)
+    sync_folder(folder.parent)
     if replaced:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from .durable import sync_folder
 from .errors import ProvisionError
 from .signing import SIGNATURE_BYTES, is_signed, write_new
 
@@ -102,7 +103,9 @@ class Bundle:
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a bundle that must not exist yet, mode 0600; after a crash it is whole or absent.
+    """Write a bundle that must not exist yet, mode 0600.
+
+    After a crash it is whole or absent; once this has returned it is there, also after a power cut.
 
     Raises:
         ProvisionError: If a file is there, or it cannot be written.
@@ -113,6 +116,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         write_new(temporary, bundle.encode(), 0o600)
         os.link(temporary, path)  # unlike a rename this never replaces a file
         temporary.unlink()
+        sync_folder(path.parent)
     except FileExistsError as error:
         raise ProvisionError(f"{path}: is already there; keep or move it") from error
     except OSError as error:

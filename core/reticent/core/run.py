@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from .decoding import parse_json
+from .durable import sync_folder
 from .errors import PlanError, RunError
 from .plan import Plan, load_plan
 
@@ -210,11 +211,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         with suppress(OSError):  # on a full disk it would take what is freed next
             temporary.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _read_text(path: Path) -> str:

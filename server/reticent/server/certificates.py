@@ -21,6 +21,7 @@ AUTHORITY_DAYS = 3650
 SERVER_DAYS = 365
 WARNING_DAYS = 30
 _BACK = timedelta(minutes=5)  # for devices whose clock is a little behind
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 
 
@@ -139,7 +140,23 @@ def _address(host: str, where: str) -> ipaddress.IPv4Address | ipaddress.IPv6Add
         )
     if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
         raise ProvisionError(f"{where} {host!r}: must be written as {found.ipv4_mapped}")
+    if (kind := _unreachable(found)) is not None:
+        raise ProvisionError(
+            f"{where} {host!r}: is {kind}, at which no device reaches the server: give the address "
+            "that it has in the devices' network, or a host name"
+        )
     return found
+
+
+def _unreachable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
+    """Return what kind of address it is, if no connection from elsewhere can be made to it."""
+    if address.is_unspecified:
+        return "no address but all of a machine's own"
+    if address.is_multicast:
+        return "an address of a group"
+    if address.is_link_local:
+        return "a link-local address"
+    return "the broadcast address" if address == _BROADCAST else None
 
 
 def read_certificate(pem: bytes, where: Path | str) -> x509.Certificate:

@@ -31,7 +31,10 @@ class Done:
 
 
 class Commands:
-    """One program, started at the first call; it ends with this object or this process."""
+    """One program, started at the first call; it ends with this object or this process.
+
+    It is in a session of its own: the keys of a terminal, such as Ctrl-C, do not reach it.
+    """
 
     def __init__(self, program: str, environment: Mapping[str, str]) -> None:
         """Remember the name of a console script, and its environment."""
@@ -41,20 +44,16 @@ class Commands:
     def call(self, words: Sequence[str], seconds: float) -> Done:
         """Run the program with some arguments.
 
+        A command that was begun is never cut short, also where its answer is not waited for.
+
         Raises:
             TimeoutError: If it takes longer than ``seconds``.
         """
-        process = self._running()
-        given, answers = process.stdin, process.stdout
-        line = ""
-        if given is not None and answers is not None:
-            with suppress(BrokenPipeError):
-                given.write(json.dumps(list(words)) + "\n")
-                given.flush()
-            if not select.select([answers], [], [], seconds)[0]:
-                self.close()
-                raise TimeoutError
-            line = answers.readline()
+        try:
+            line = _answer(self._running(), words, seconds)
+        except BaseException:
+            self.close()  # the answer that is still to come must not be taken for the next one's
+            raise
         if not line:
             self.close()
             return Done(1, "", f"{self._program}: ended without an answer")
@@ -81,8 +80,27 @@ class Commands:
                 stdout=subprocess.PIPE,
                 env=self._environment,
                 text=True,
+                # Ctrl-C is for us: it must not cut short what the SuperLink is being told.
+                start_new_session=True,
             )
         return self._process
+
+
+def _answer(process: subprocess.Popen[str], words: Sequence[str], seconds: float) -> str:
+    """Return the line that answers a command; empty if the process ended without one.
+
+    Raises:
+        TimeoutError: If it takes longer than ``seconds``.
+    """
+    given, answers = process.stdin, process.stdout
+    if given is None or answers is None:
+        return ""
+    with suppress(BrokenPipeError):
+        given.write(json.dumps(list(words)) + "\n")
+        given.flush()
+    if not select.select([answers], [], [], seconds)[0]:
+        raise TimeoutError
+    return answers.readline()
 
 
 def _done(run: Callable[[], int | None], words: list[str]) -> Done:
@@ -108,7 +126,11 @@ def main() -> None:
     (found,) = importlib.metadata.entry_points(group="console_scripts", name=sys.argv[1])
     run: Callable[[], int | None] = found.load()
     while line := sys.stdin.readline():
-        print(json.dumps(asdict(_done(run, [sys.argv[1], *json.loads(line)]))), flush=True)
+        done = _done(run, [sys.argv[1], *json.loads(line)])
+        try:
+            print(json.dumps(asdict(done)), flush=True)
+        except BrokenPipeError:
+            os._exit(1)  # who asked was killed meanwhile; Python would say so once more at its end
 
 
 if __name__ == "__main__":

@@ -37,16 +37,17 @@ class Countersigner:
 
     Attributes:
         key: The server's own Ed25519 key, which devices pin.
-        node_key: Returns the public half of a node's key, as an OpenSSH line: then only a device
-            key that it vouches for is taken from that node. None for a node that was not enrolled
-            here.
+        node_key: Returns the public half of a node's key, as an OpenSSH line: only a device key
+            that it vouches for is taken from that node. None for a node that is not welcome, of
+            which nothing is taken. Where there is no such function any device key is taken from
+            any node: the server keeps no record of who is enrolled.
     """
 
     key: Ed25519PrivateKey
     _db: sqlite3.Connection
     _path: Path
     _open: dict[str, tuple[str, Head]] = field(default_factory=dict)  # node and head, by device
-    node_key: Callable[[int], str | None] = lambda node: None
+    node_key: Callable[[int], str | None] | None = None
 
     @staticmethod
     def open(folder: Path, key: Ed25519PrivateKey) -> Countersigner:
@@ -129,8 +130,12 @@ class Countersigner:
             self._db.execute("INSERT OR REPLACE INTO nodes VALUES (?, ?)", (node, device))
 
     def _require_bond(self, node: int, bond: bytes, device: str) -> None:
+        if self.node_key is None:
+            return
         public = self.node_key(node)
-        if public is not None and not is_bond(bond, public, device):
+        if public is None:
+            raise PayloadError("the node is no enrolled device's, or its device was revoked")
+        if not is_bond(bond, public, device):
             raise PayloadError("the node's key does not vouch for the device's key")
 
     def _require_forward(self, signed: Signed) -> None:

@@ -72,11 +72,20 @@ def _serving(context: Context, run: Run, teller: Teller, held: ExitStack) -> Set
 
 
 def _nodes(state: Path | None, teller: Teller) -> Nodes:
-    """Return who the nodes are; devices that are enrolled meanwhile are known in the next round."""
+    """Return who the nodes are; who is enrolled or revoked meanwhile is so from the next look on.
+
+    Without a record of devices every node may be asked.
+    """
     known = [Registry()]
 
+    def welcome(nodes: Sequence[int]) -> Sequence[int]:
+        if state is None:
+            return nodes
+        known[0] = read_registry(state / "devices.json")
+        keys = known[0].node_keys()
+        return [node for node in nodes if node in keys]
+
     def seen(nodes: Sequence[int]) -> str:
-        known[0] = Registry() if state is None else read_registry(state / "devices.json")
         missing = missing_devices(known[0], nodes)
         teller.seen(len(nodes), ", ".join(missing))
         return f"; not connected: {', '.join(missing)}" if missing else ""
@@ -85,7 +94,7 @@ def _nodes(state: Path | None, teller: Teller) -> Nodes:
         names = known[0].by_node()
         return ", ".join(sorted(names[node] for node in nodes if node in names))
 
-    return Nodes(polled, lambda node: known[0].identities().get(node, node), seen, named)
+    return Nodes(polled, lambda node: known[0].identities().get(node, node), seen, named, welcome)
 
 
 def missing_devices(registry: Registry, nodes: Sequence[int]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from reticent.core.signing import PRIVATE_KEY, read_private_key
 from .certificates import make_node_key
 from .flower import Flower, Node
 from .home import Home
-from .registry import Device, NodeKey, Registry, changing
+from .registry import Device, NodeKey, Registry, changing, write_registry
 
 KEY_DAYS = 365
 POLICY = """\
@@ -81,15 +81,20 @@ def renew(home: Home, name: str, policy: str, now: datetime) -> Path:
 
 
 def revoke(home: Home, names: list[str], now: datetime) -> None:
-    """Record that devices are no longer welcome, for good.
+    """Record that devices are no longer welcome, for good; on disk when this returns.
+
+    May be repeated: the first time stays. Runs ask a revoked device for nothing more, and take
+    nothing more of it, from their next look at the record on; the SuperLink is told by
+    :func:`synchronize`.
 
     Raises:
-        ProvisionError: If one is not enrolled or was revoked before: then none is revoked.
+        ProvisionError: If one is not enrolled: then none is revoked.
     """
     with changing(home.devices) as registry:
-        devices = {name: registry.named(name) for name in names}
+        devices = {name: registry.enrolled(name) for name in names}
         for name, device in devices.items():
-            registry.devices[name] = replace(device, revoked=now.isoformat())
+            when = device.revoked or now.isoformat()
+            registry.devices[name] = replace(device, revoked=when)
 
 
 def synchronize(
@@ -98,7 +103,10 @@ def synchronize(
     """Make the SuperLink admit exactly the devices that are welcome; return its nodes.
 
     Keys that it does not know are registered; those of revoked devices, expired ones, and old ones
-    whose device came back with a newer one, are unregistered. May be repeated at any time.
+    whose device came back with a newer one, are unregistered. So is every node that the record
+    lacks, unless that names no device at all. What was done is recorded after each step, so that
+    this may be cut short at any moment and repeated at any time: a key that was registered and not
+    recorded is found again.
 
     Raises:
         NetworkError: If the SuperLink does not do what it is told.
@@ -106,30 +114,102 @@ def synchronize(
     with changing(home.devices) as registry:
         nodes = flower.nodes()
         known = {node.id: node for node in nodes if node.status != "unregistered"}
+        telling = _Telling(home.devices, registry, flower, known, now, say)
         for name in registry.devices:
-            _close(registry, name, flower, known, now, say)
-            _open(registry, name, flower, known, now, say)
+            telling.close(name)
+        for name in registry.devices:
+            telling.open(name)
+        telling.expel()
     return nodes
 
 
-def _close(
-    registry: Registry,
-    name: str,
-    flower: Flower,
-    known: dict[int, Node],
-    now: datetime,
-    say: Callable[[str], None],
-) -> None:
-    """Unregister the keys of a device that are no longer good."""
-    for key in registry.devices[name].keys:
-        why = _reason_to_close(registry.devices[name], key, known, now)
-        if key.closed is not None or why is None:
-            continue
-        if key.node in known:
-            flower.unregister(key.node)
-            say(f"{name}: node {key.node} is refused from now on: {why}")
-        closed = replace(key, closed=now.isoformat())
-        registry.devices[name] = registry.devices[name].with_key(closed)
+@dataclass(frozen=True)
+class _Telling:
+    """One time that the SuperLink is told.
+
+    Attributes:
+        path: The record's file, which is held.
+        registry: The record.
+        flower: The SuperLink.
+        known: The nodes that it admitted at first, by id, but for those unregistered since.
+        now: The time.
+        say: Takes a line for a person.
+    """
+
+    path: Path
+    registry: Registry
+    flower: Flower
+    known: dict[int, Node]
+    now: datetime
+    say: Callable[[str], None]
+
+    def close(self, name: str) -> None:
+        """Unregister the keys of a device that are no longer good."""
+        for key in self.registry.devices[name].keys:
+            why = _reason_to_close(self.registry.devices[name], key, self.known, self.now)
+            if key.closed is not None or why is None:
+                continue
+            if key.node in self.known:
+                self._unregister(key.node)
+                self.say(f"{name}: node {key.node} is refused from now on: {why}")
+            self._record(name, replace(key, closed=self.now.isoformat()))
+
+    def open(self, name: str) -> None:
+        """Register the keys of a device that the SuperLink does not know."""
+        for key in self.registry.devices[name].keys:
+            if key.closed is not None or key.node in self.known:
+                continue
+            # A SuperLink that lost its database gives new ids; what was counted goes by the first.
+            node = self._registered(key)
+            if node.status == "unregistered":
+                # Flower (1.41) takes a key once, and does not take it back.
+                self.say(
+                    f"{name}: its key was unregistered at the SuperLink, for good: give it a new "
+                    f"one with `reticent server renew {name}`"
+                )
+                self._record(name, replace(key, node=node.id, closed=self.now.isoformat()))
+                continue
+            self._record(name, replace(key, node=node.id))
+            self.say(f"{name}: registered as node {node.id}")
+
+    def expel(self) -> None:
+        """Unregister the nodes of no device that is welcome, such as those that others registered.
+
+        After :meth:`open`, which finds the nodes of keys that a crash left unrecorded. Not without
+        any record: one that was lost would cost every device its key, which Flower takes but once.
+        """
+        if not self.registry.devices:
+            return
+        keys = (key for device in self.registry.devices.values() for key in device.keys)
+        welcome = {key.node for key in keys if key.closed is None}
+        for node in sorted(self.known.keys() - welcome):
+            self._unregister(node)
+            self.say(f"node {node} is refused from now on: no device that is welcome has it")
+
+    def _registered(self, key: NodeKey) -> Node:
+        """Return the node of a key, which is registered now or was before.
+
+        Raises:
+            NetworkError: If there is none.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            public = Path(folder) / "key.pub"
+            public.write_text(key.public + "\n")
+            try:
+                return Node(self.flower.register(public), "registered", None)
+            except NetworkError as error:
+                if "already in use" not in str(error).lower():
+                    raise
+                return self.flower.node_of(key.public)
+
+    def _unregister(self, node: int) -> None:
+        self.flower.unregister(node)
+        del self.known[node]
+
+    def _record(self, name: str, key: NodeKey) -> None:
+        """Write at once what was done: a crash must not leave a node that nobody knows."""
+        self.registry.devices[name] = self.registry.devices[name].with_key(key)
+        write_registry(self.path, self.registry)
 
 
 def _reason_to_close(
@@ -142,39 +222,6 @@ def _reason_to_close(
     newest = known.get(device.key.node) if device.key.node is not None else None
     seen = newest is not None and newest.changed is not None
     return "it came back with its new key" if key is not device.key and seen else None
-
-
-def _open(
-    registry: Registry,
-    name: str,
-    flower: Flower,
-    known: dict[int, Node],
-    now: datetime,
-    say: Callable[[str], None],
-) -> None:
-    """Register the keys of a device that the SuperLink does not know."""
-    for key in registry.devices[name].keys:
-        if key.closed is not None or key.node in known:
-            continue
-        node = _register(flower, name, key)
-        # A SuperLink that lost its database gives new ids; what was counted goes by the first.
-        registry.devices[name] = registry.devices[name].with_key(replace(key, node=node))
-        say(f"{name}: registered as node {node}")
-
-
-def _register(flower: Flower, name: str, key: NodeKey) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        public = Path(folder) / "key.pub"
-        public.write_text(key.public + "\n")
-        try:
-            return flower.register(public)
-        except NetworkError as error:
-            if "already in use" not in str(error).lower():
-                raise
-            raise NetworkError(
-                f"{name}: the SuperLink knows the key already, but it was not recorded under which "
-                f"node (a crash?): give the device a new one with `reticent server renew {name}`"
-            ) from error
 
 
 def _require_free(registry: Registry, name: str, names: list[str]) -> None:

@@ -6,17 +6,26 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reticent.core.errors import NetworkError
+import tomli_w
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_public_key,
+)
+
+from reticent.core.errors import NetworkError, ProvisionError
 
 from .commands import Commands
 from .home import CONNECTION, Home
@@ -24,6 +33,8 @@ from .home import CONNECTION, Home
 START_SECONDS = 180.0
 _RETURN_SECONDS = 30.0
 _CALL_SECONDS = 120.0
+_NODE_OF = "SELECT node_id, status FROM node WHERE public_key = ?"
+_OTHER_NAMES = (62, 64)  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -55,6 +66,7 @@ class Flower:
 
     def __init__(self, home: Home) -> None:
         self._commands = Commands("flwr", environment(home))
+        self._database = home.database
 
     def register(self, public: Path) -> int:
         """Tell the SuperLink about a node key and return the node's id."""
@@ -69,10 +81,37 @@ class Flower:
         listed = self._call("supernode", "list", CONNECTION)["nodes"]
         return [_node(entry) for entry in listed]
 
+    def node_of(self, public: str) -> Node:
+        """Return the node that has a key, given as an OpenSSH line; also one that is unregistered.
+
+        ``flwr`` does not list keys, so the SuperLink's own database is looked at, that of 1.41.
+
+        Raises:
+            SuperLinkError: If there is none, or the database cannot be read.
+        """
+        key = load_ssh_public_key(public.encode())
+        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        try:
+            with closing(
+                sqlite3.connect(f"{self._database.as_uri()}?mode=ro", uri=True)
+            ) as database:
+                row = database.execute(_NODE_OF, (pem,)).fetchone()
+        except sqlite3.Error as error:
+            raise SuperLinkError(f"{self._database}: cannot be read: {error}") from error
+        if row is None:
+            raise SuperLinkError(
+                f"{self._database}: knows no node of a key that is said to be used"
+            )
+        return Node(row[0] % 2**64, str(row[1]), None)  # ids have 64 bits and no sign, SQLite's do
+
     def submit(self, app: Path, overrides: dict[str, str]) -> str:
         """Start the app in a folder and return the id of Flower's run."""
-        words = " ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items())
-        return str(self._call("run", str(app), CONNECTION, "--run-config", words)["run-id"])
+        with tempfile.TemporaryDirectory() as folder:
+            # In a file of TOML: what is written out as words may not hold quotes or all of Unicode.
+            given = Path(folder) / "overrides.toml"
+            given.write_text(tomli_w.dumps(overrides), encoding="utf-8")
+            done = self._call("run", str(app), CONNECTION, "--run-config", str(given))
+        return str(done["run-id"])
 
     def stop(self, run: str) -> None:
         """Stop a run of Flower's; one that has ended already is no error."""
@@ -110,7 +149,8 @@ def answers(home: Home) -> bool:
     """Return whether something on the SuperLink's port shows a certificate of our authority.
 
     Raises:
-        ProvisionError: If the authority's certificate cannot be read.
+        ProvisionError: If the authority's certificate cannot be read, or the one that is shown does
+            not name the address at which this machine's commands look for the SuperLink.
     """
     trusting = ssl.create_default_context(cadata=home.authority())
     try:
@@ -119,6 +159,14 @@ def answers(home: Home) -> bool:
             trusting.wrap_socket(raw, server_hostname=home.inward),
         ):
             return True
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code not in _OTHER_NAMES:
+            return False
+        raise ProvisionError(
+            f"{home.tls / 'server.crt'}: does not name {home.inward}, as that of a server which an "
+            "earlier version made: `reticent server rotate` makes one that does; then start the "
+            "SuperLink again"
+        ) from error
     except OSError:
         return False
 

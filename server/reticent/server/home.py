@@ -16,9 +16,11 @@ from typing import Any
 import tomli_w
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from reticent.core.durable import sync_folder
 from reticent.core.errors import ProvisionError
 from reticent.core.run import write_atomic
 from reticent.core.signing import PUBLIC_KEY, make_signing_key, read_public_key, write_new
+from reticent.core.systemd import quoted
 
 from .certificates import (
     Issued,
@@ -152,10 +154,11 @@ def create_home(folder: Path, hosts: list[str], port: int, now: datetime) -> Hom
 
     Raises:
         ProvisionError: If the folder exists and is not empty, a host is not one, or it cannot be
-            written.
+            written, or Flower or systemd cannot be given its path.
     """
     folder = folder.expanduser().absolute()
     alternative_names(hosts)
+    _require_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProvisionError(
             f"{folder}: already exists and is not empty; nothing was overwritten. `reticent server "
@@ -192,7 +195,8 @@ def open_home(folder: Path) -> Home:
 def rotate_certificate(home: Home, now: datetime) -> datetime:
     """Replace the server's certificate and its key by new ones of the same authority.
 
-    Devices need nothing new. A SuperLink that runs uses them from its next start on.
+    Devices need nothing new. A SuperLink that runs uses them from its next start on. How Flower's
+    commands reach it is written anew too: an earlier version may have had it otherwise.
 
     Returns:
         When the new certificate ends.
@@ -204,7 +208,22 @@ def rotate_certificate(home: Home, now: datetime) -> datetime:
     authority = Issued(home.authority().encode("ascii"), _read(where))
     read_authority_key(authority, where)
     _write_server(home, authority, now)
+    write_private(home.flower / "config.toml", _connection(home).encode())
     return home.certificate_ends("server.crt")
+
+
+def _require_path(folder: Path) -> None:
+    """Refuse a folder that systemd or Flower would not take as it is.
+
+    Raises:
+        ProvisionError: Saying why.
+    """
+    quoted(folder)
+    if "?" in str(folder):
+        raise ProvisionError(
+            f"{folder}: must hold no ?, at which Flower takes its database's path to end: choose "
+            "another folder"
+        )
 
 
 def _fill(part: Home, final: Home, now: datetime) -> None:
@@ -238,11 +257,15 @@ def _write_server(home: Home, authority: Issued, now: datetime) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file whose mode is 0600 from its first byte on."""
+    """Replace a file whose mode is 0600 from its first byte on; durable on return.
+
+    After a crash either the old or the new content is there.
+    """
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     write_new(temporary, data, 0o600)
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _connection(home: Home) -> str:

@@ -64,9 +64,12 @@ class Nodes:
             missing, in words that end a sentence; or nothing.
         named: Returns the names that people have for nodes, in words; or nothing, where they have
             none.
+        welcome: Returns those of the connected nodes, sorted, that may be asked; is called whenever
+            the server looks, before ``seen``, for which no others are connected.
     """
 
     gather: Gather = at_once
     identity: Callable[[int], int] = int
     seen: Callable[[Sequence[int]], str] = lambda nodes: ""
     named: Callable[[Sequence[int]], str] = lambda nodes: ""
+    welcome: Callable[[Sequence[int]], Sequence[int]] = lambda nodes: nodes

@@ -95,12 +95,12 @@ class Registry:
         }
 
     def node_keys(self) -> dict[int, str]:
-        """Return the public halves of all node keys, as OpenSSH lines, by node id."""
+        """Return the public halves of welcome devices' node keys, as OpenSSH lines, by node id."""
         return {
             key.node: key.public
             for device in self.devices.values()
             for key in device.keys
-            if key.node is not None
+            if key.node is not None and device.revoked is None
         }
 
     def identities(self) -> dict[int, int]:
@@ -112,16 +112,24 @@ class Registry:
             if key.node is not None and device.identity is not None
         }
 
+    def enrolled(self, name: str) -> Device:
+        """Return a device, which may have been revoked.
+
+        Raises:
+            ProvisionError: If there is none of this name.
+        """
+        if name not in self.devices:
+            known = ", ".join(sorted(self.devices)) or "no device"
+            raise ProvisionError(f"{name}: is not enrolled: {known} is")
+        return self.devices[name]
+
     def named(self, name: str) -> Device:
         """Return a device that is welcome.
 
         Raises:
             ProvisionError: If there is none of this name, or it was revoked.
         """
-        if name not in self.devices:
-            known = ", ".join(sorted(self.devices)) or "no device"
-            raise ProvisionError(f"{name}: is not enrolled: {known} is")
-        device = self.devices[name]
+        device = self.enrolled(name)
         if device.revoked is not None:
             raise ProvisionError(
                 f"{name}: was revoked on {device.revoked[:10]}: enroll it under a new name"
@@ -163,7 +171,8 @@ def write_registry(path: Path, registry: Registry) -> None:
 def changing(path: Path) -> Iterator[Registry]:
     """Hold the record alone, and write it on leaving, also when something was raised.
 
-    What was done at the SuperLink before an error must not be forgotten.
+    What was done before an error must not be forgotten. What a crash must not make forgotten either
+    is written with :func:`write_registry` meanwhile.
     """
     with path.with_name(f".{path.name}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from reticent.core.errors import NetworkError, ReticentError, RunError
+from reticent.core.errors import NetworkError, ProvisionError, ReticentError, RunError
 from reticent.core.run import Run
 
 from .attempt import FAILED, FINISHED, read_attempt
@@ -30,11 +31,17 @@ _KINDS = {
 _NAMES = {"ca.crt": "the certificate authority", "server.crt": "the server's certificate"}
 
 
-def warnings(home: Home, now: datetime) -> list[str]:
-    """Return what expired or soon does: certificates, and keys of devices that are welcome."""
+def warnings(
+    home: Home, now: datetime, certificates: Iterable[str] = tuple(_RENEWALS)
+) -> list[str]:
+    """Return what expired or soon does: certificates, and keys of devices that are welcome.
+
+    Raises:
+        ProvisionError: If one of the certificates cannot be read.
+    """
     found = [
-        expiry_warning(_NAMES[name], home.certificate_ends(name), now, how)
-        for name, how in _RENEWALS.items()
+        expiry_warning(_NAMES[name], home.certificate_ends(name), now, _RENEWALS[name])
+        for name in certificates
     ]
     for name, device in read_registry(home.devices).devices.items():
         if device.revoked is None:
@@ -47,17 +54,23 @@ def warnings(home: Home, now: datetime) -> list[str]:
 def server_status(home: Home, nodes: list[Node] | None, now: datetime) -> dict[str, Any]:
     """Return the server's state as JSON values.
 
+    Of a certificate that cannot be read there is only ``file``, and ``problem``, which says why;
+    without that of the authority nobody can tell whether a SuperLink runs.
+
     Args:
         home: The server.
-        nodes: What the SuperLink lists; None if it does not run.
+        nodes: What the SuperLink lists; None if it does not run, or cannot be asked.
         now: The time.
     """
+    certificates = [_certificate(home, name, now) for name in _RENEWALS]
+    sound = [known["file"] for known in certificates if "problem" not in known]
+    down = "down" if "ca.crt" in sound else "unknown"
     return {
         "address": home.address,
-        "superlink": "down" if nodes is None else "up",
-        "certificates": [_certificate(home, name, now) for name in _RENEWALS],
+        "superlink": down if nodes is None else "up",
+        "certificates": certificates,
         "devices": devices_status(home, nodes, now),
-        "warnings": warnings(home, now),
+        "warnings": warnings(home, now, sound),
         "warning_days": WARNING_DAYS,
     }
 
@@ -153,7 +166,10 @@ def _activity(run: Run) -> dict[str, Any]:
 
 
 def _certificate(home: Home, name: str, now: datetime) -> dict[str, Any]:
-    ends = home.certificate_ends(name)
+    try:
+        ends = home.certificate_ends(name)
+    except ProvisionError as error:
+        return {"file": name, "problem": str(error)}
     return {"file": name, "expires": ends.isoformat(), "days": (ends - now).days}
 
 

@@ -16,16 +16,16 @@ _LOOK_SECONDS = 1.0
 
 
 def wait_for_nodes(grid: Grid, federation: Federation, known: Nodes) -> Sequence[int]:
-    """Return the connected nodes, sorted: a full cohort, or after the timeout a quorum at least.
+    """Return the connected nodes that may be asked, sorted: a full cohort, or a quorum at least.
+
+    A quorum that is no full cohort is enough after the timeout.
 
     Raises:
         NetworkError: If fewer than the quorum are connected after ``federation.timeout`` seconds.
     """
     deadline = time.monotonic() + federation.timeout
     while True:
-        nodes = grid.get_node_ids()
-        if not isinstance(nodes, range):  # a simulation's, however many, take no memory
-            nodes = sorted(nodes)
+        nodes = _connected(grid, known)
         missing = known.seen(nodes)
         if len(nodes) >= federation.clients_per_round:
             return nodes
@@ -53,10 +53,17 @@ def wait_for_return(
     """
     deadline = time.monotonic() + federation.timeout
     while time.monotonic() < deadline:
-        nodes = grid.get_node_ids()
-        nodes = nodes if isinstance(nodes, range) else set(nodes)
-        there = sum(node in accepted or node in nodes for node in cohort)
+        nodes = _connected(grid, known)
+        able = nodes if isinstance(nodes, range) else set(nodes)
+        there = sum(node in accepted or node in able for node in cohort)
         if there >= federation.quorum:
             return
-        known.seen(sorted(nodes))
+        known.seen(nodes)
         time.sleep(_LOOK_SECONDS)
+
+
+def _connected(grid: Grid, known: Nodes) -> Sequence[int]:
+    """Return the connected nodes that may be asked, sorted."""
+    nodes = grid.get_node_ids()
+    # A simulation's, however many, take no memory, and are all welcome.
+    return nodes if isinstance(nodes, range) else known.welcome(sorted(nodes))

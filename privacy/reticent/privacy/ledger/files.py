@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from reticent.core.durable import sync_folder
 from reticent.core.errors import LedgerError
 
 from .records import Head
 from .schema import create, migrate
-from .tip import create_tip, sync_folder
+from .tip import create_tip
 
 KEY_BYTES = 32
 BUSY_SECONDS = 30.0

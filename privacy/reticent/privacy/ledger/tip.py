@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reticent.core.durable import sync_folder
 from reticent.core.errors import LedgerError
 
 from .records import Head
@@ -68,15 +69,6 @@ def advance_tip(path: Path, key: bytes, head: Head) -> None:
         older = 0 if slots[0] is None or slots[0] != newest else 1
         os.pwrite(descriptor, _slot(key, head), older * SLOT)
         os.fdatasync(descriptor)  # the file's size and place never change
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from reticent.client.models import (
 from reticent.client.order import Refused
 from reticent.client.resources import Memory
 from reticent.client.status import device_status
-from reticent.client.trial import CutShort, memory_of, needed_of, try_model
+from reticent.client.trial import CutShort, needed_of, try_model
 from reticent.compression.artifact import SelfTest
 from reticent.core.errors import ArtifactError, PayloadError
 from reticent.core.offer import (
@@ -472,7 +472,7 @@ def test_what_a_full_disk_does_is_not_held_against_the_model(
     assert bring(fleet.recipient(), signed, data) == Receipt(1, 0)
 
 
-def test_a_model_waits_for_the_memory_that_its_self_test_may_take(
+def test_a_model_waits_for_the_memory_that_its_self_test_needs(
     fleet: Fleet, files: Files, tmp_path: Path
 ) -> None:
     _, signed, data = offered(fleet, files)

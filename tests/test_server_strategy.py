@@ -27,6 +27,7 @@ from reticent.privacy.ledger import Head
 from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.countersign import Countersigner
 from reticent.server.optimizer import ServerState, apply_round
+from reticent.server.reasons import Unusable
 from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally
 from reticent.server.strategy import Opened, PrivateAveraging
 from reticent.simulations.grid import InProcessGrid, enter_task, node_of
@@ -175,6 +176,9 @@ UNREADABLE = "the payload cannot be decoded"
 BROKEN: list[tuple[Answer, str]] = [
     (fails(2, "Traceback: /home/me"), "the client gave no reply (Flower error 2)"),
     (fails(5), "the client gave no reply (Flower error 5)"),
+    (fails(8), "the client gave no reply (Flower error 8)"),
+    *((fails(code), "the client gave no reply (an unknown error)") for code in (0, 9, 2**40)),
+    *((fails(int(u), "words of the client's own"), u.text) for u in Unusable),
     *((fails(int(r), "words of the client's own"), r.text) for r in Refusal),
     (other_records, NOT_ONE),
     (more_records, NOT_ONE),

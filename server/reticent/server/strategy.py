@@ -24,7 +24,7 @@ from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .fleet import Fleet, Virtual
-from .folding import Folder, FoldingGrid, Kept, Rules
+from .folding import Folder, FoldingGrid, Kept, Rules, largest_payload
 from .nodes import Nodes
 from .optimizer import Floats, ServerState, apply_round
 from .records import Shared, packed, payload_of
@@ -188,8 +188,8 @@ class PrivateAveraging(Strategy):
             for part in grid.fold(messages, self._rules(number), kept):
                 self._tally.merge(part)
             return
-        timeout = self._plan.federation.timeout
-        replies = self._nodes.gather(grid, messages, timeout, self._closed)
+        timeout, largest = self._plan.federation.timeout, largest_payload(self._constants.layout)
+        replies = self._nodes.gather(grid, messages, timeout, self._closed, largest)
         self.aggregate_train(number, replies)
 
     def _applied(self, number: int) -> ServerState:

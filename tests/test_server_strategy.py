@@ -28,7 +28,7 @@ from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.countersign import Countersigner
 from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.reasons import Unusable
-from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally
+from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally, farthest
 from reticent.server.strategy import Opened, PrivateAveraging
 from reticent.simulations.grid import InProcessGrid, enter_task, node_of
 
@@ -356,6 +356,33 @@ def test_budgets_end_the_training_only_where_they_alone_are_missing(spent: int, 
     with pytest.raises(NetworkError) as caught:
         federation.run()
     assert isinstance(caught.value, BudgetsSpent) == ends
+
+
+PLAIN = ('privacy="off"', 'federation.server={kind="sgd",learning_rate=0.5,momentum=0.9}')
+
+
+def test_without_privacy_an_update_is_bounded_by_the_model() -> None:
+    """Ten times the model's norm, of a model of 36 coordinates that is near zero of six."""
+    given = ("task.clients=3", "federation.clients_per_round=3", "federation.rounds=1")
+    codecs = ('updates.codec=["identity"]', 'updates.broadcast=["identity"]')
+    plan = parse_plan("", [*PLAIN, *given, *codecs, "federation.min_replies=2"])
+    unit = np.full(LAYOUT.size, LAYOUT.size**-0.5, dtype=np.float32)
+
+    def outcome(norm: float) -> Tally:
+        payload = encoded((norm * unit).astype(np.float32))
+        return Federation(plan, but(node_of(1), replies(payload))).run()
+
+    assert LAYOUT.size == 36
+    assert np.linalg.norm(Federation(plan, honest).start.weights) < 6
+    assert outcome(0.999 * 10 * 6 / 0.5).sum.count == 3
+    for norm in (1.001 * 10 * 6 / 0.5, 3e38):
+        assert outcome(norm).dropped == {"the update is larger than the plan's bound": 1}
+
+
+def test_the_bound_without_privacy_grows_with_the_model() -> None:
+    model = np.full(36, 5.0, dtype=np.float32)
+    optimizer = parse_plan("", list(PLAIN)).federation.server
+    assert farthest(model, optimizer) == pytest.approx(10 * 30 / 0.5)
 
 
 def test_no_retries_means_one_try() -> None:

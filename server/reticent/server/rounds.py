@@ -7,9 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from reticent.core.errors import NetworkError
 from reticent.core.personal import Split
-from reticent.core.plan import Federation
+from reticent.core.plan import Federation, Optimizer
 from reticent.core.protocol import Refusal
 from reticent.core.update import Layout, Vector
 from reticent.privacy.randomness import Randomness, SystemRandomness
@@ -18,6 +20,8 @@ from reticent.privacy.schedule import Schedule
 from .client_level import Noised
 from .fleet import Virtual
 from .optimizer import Accumulator, Floats
+
+_FARTHEST = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class RoundPlan:
     def bound(self) -> float:
         """Largest L2 norm of an update that is accepted; with unit ``client`` all are bounded.
 
+        Without privacy it depends on the model (:func:`farthest`), and is infinite here.
+
         So far above what an honest client can send (100 times the expected batch, all gradients
         aligned, plus four times the noise, in each term of a step) that applying it does not depend
         on honest data.
@@ -68,6 +74,19 @@ class RoundPlan:
         s = self.schedule
         noise = s.share_multiplier * s.clip / self.denominator * math.sqrt(self.layout.size)
         return self.terms * s.steps * (100 * s.clip + 4 * noise)
+
+
+def farthest(model: Vector, optimizer: Optimizer) -> float:
+    """Return the largest L2 norm of an update that is accepted where nothing bounds gradients.
+
+    Alone, and as a plain step of the server, it moves the model by :data:`_FARTHEST` times its
+    norm, where a model near zero counts as if every coordinate were one. A client whose training
+    went farther has diverged. What one bad client does to a round of n is thereby at most an n-th
+    of that: it may ruin the round, not put the model where float32 ends. No honest update is
+    changed, and one that converges is never refused.
+    """
+    size = max(float(np.linalg.norm(model.astype(np.float64))), math.sqrt(model.size))
+    return _FARTHEST * size / optimizer.learning_rate
 
 
 @dataclass

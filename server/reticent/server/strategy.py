@@ -29,7 +29,7 @@ from .nodes import Nodes
 from .optimizer import Floats, ServerState, apply_round
 from .records import Shared, packed, payload_of
 from .robust import combined, needs_all
-from .rounds import RoundPlan, Tally, too_few
+from .rounds import RoundPlan, Tally, farthest, too_few
 from .sampling import Sampler, cohort_in_time
 from .waiting import wait_for_nodes, wait_for_return
 
@@ -362,12 +362,15 @@ class PrivateAveraging(Strategy):
         clip = None if mechanism is None else self._clip
         bit = mechanism is not None and mechanism.count_noise is not None
         keep = needs_all(self._plan.federation.robust)
-        return Rules(number, constants.layout, constants.bound, clip, bit, self._weight, keep)
+        return Rules(number, constants.layout, bound, clip, bit, self._weight, keep)
 
     def _judge(self, node: int, reply: Message) -> None:
         """Check the ledger statement of a reply whose update is otherwise good.
 
         Raises:
+        bound = constants.bound
+        if constants.schedule is None:
+            bound = farthest(constants.shared(self.state.weights), self._plan.federation.server)
             PayloadError: With the reason for which the update must not be used.
         """
         if self._countersigner is None:

@@ -262,7 +262,7 @@ class _Clerk:
             **figures(state.round, tally),
             "seconds": round(seconds, 4),
             "accuracy": self._accuracy(state) if tested else None,
-            "epsilon": self._epsilon(state.round) if tested else None,
+            "epsilon": self._epsilon(state.round),  # of every round: nobody reads an old one for it
         }
         if tally.noised is not None:
             # Noised, so that they may be shown; the counts behind them may not.

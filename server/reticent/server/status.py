@@ -10,6 +10,7 @@ from typing import Any
 
 from reticent.core.errors import NetworkError, ReticentError, RunError
 from reticent.core.run import Run
+from reticent.privacy.report.collect import size_rule
 
 from .attempt import FAILED, FINISHED, read_attempt
 from .certificates import WARNING_DAYS, expiry_warning
@@ -72,6 +73,9 @@ def devices_status(home: Home, nodes: list[Node] | None, now: datetime) -> list[
 def run_status(run: Run) -> dict[str, Any]:
     """Return a run's progress; only what it has released: its metrics, and how it ended.
 
+    Under aggregator trust the bytes of updates are as coarse as in the report: they follow from
+    single updates, which the promise to readers does not cover.
+
     Raises:
         RunError: If there is no run, or it is damaged.
     """
@@ -81,6 +85,7 @@ def run_status(run: Run) -> dict[str, Any]:
     for line in metrics:
         dropped.update(line["dropped"])
     claimed = [line["epsilon"] for line in metrics if line["epsilon"] is not None]
+    shown = size_rule("off" if plan.private is None else plan.private.trust)
     return {
         "folder": str(run.folder),
         "plan": plan.digest,
@@ -90,7 +95,7 @@ def run_status(run: Run) -> dict[str, Any]:
         "replies": sum(line["replies"] for line in metrics),
         "asked": sum(line["asked"] for line in metrics),
         "dropped": dict(dropped),
-        "bytes_up": sum(line["bytes_up"] for line in metrics),
+        "bytes_up": shown(sum(line["bytes_up"] for line in metrics)),
         "bytes_down": sum(line["bytes_down"] + line["bytes_constants"] for line in metrics),
         "accuracy": next((m["accuracy"] for m in reversed(metrics) if m["accuracy"]), None),
         "epsilon": claimed[-1] if claimed else None,

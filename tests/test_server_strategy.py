@@ -358,6 +358,58 @@ def test_budgets_end_the_training_only_where_they_alone_are_missing(spent: int, 
     assert isinstance(caught.value, BudgetsSpent) == ends
 
 
+def refusing(code: int, *clients: int) -> Answer:
+    nodes = {node_of(client) for client in clients}
+    return lambda m: fails(code)(m) if m.metadata.dst_node_id in nodes else honest(m)
+
+
+def test_one_refusal_does_not_end_a_run_that_the_others_can_still_hold() -> None:
+    away = refusing(5, 3)
+
+    def answer(message: Message) -> list[Message]:
+        if message.metadata.dst_node_id == node_of(2):
+            return fails(int(Refusal.BUDGET))(message)
+        return away(message)
+
+    plan = plan_of(10, 10, 1, "federation.min_replies=9", "federation.retries=0")
+    with pytest.raises(NetworkError) as caught:
+        Federation(plan, answer).run()
+    assert not isinstance(caught.value, BudgetsSpent)
+
+
+@pytest.mark.parametrize(("spent", "ends"), [((2,), False), ((1, 2), True)])
+def test_of_real_nodes_another_cohort_may_hold_the_round(
+    spent: tuple[int, ...], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of them are connected, and three are asked: who refuses is always among these."""
+    plan = plan_of(4, 3, 1, "federation.min_replies=3", "federation.retries=0")
+    federation = Federation(plan, honest)
+    nodes = [node_of(client) for client in range(4)]
+    asked = [nodes.index(n) for n in federation.strategy.cohort(1, federation.grid)]
+    refuse = refusing(int(Refusal.BUDGET), *(asked[i] for i in spent))
+    federation = Federation(plan, refuse)
+    monkeypatch.setattr(federation.grid, "get_node_ids", lambda: nodes)
+    with pytest.raises(NetworkError) as caught:
+        federation.run()
+    assert isinstance(caught.value, BudgetsSpent) == ends
+
+
+def test_budgets_that_refuse_only_at_a_second_look_end_the_training_too() -> None:
+    """Counted as devices: a refusal is one, in whichever attempt it comes."""
+    tries = Counter[int]()
+
+    def answer(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        tries[node] += 1
+        if node != node_of(0):
+            return honest(message)
+        return fails(2 if tries[node] == 1 else int(Refusal.BUDGET))(message)
+
+    plan = plan_of(3, 3, 1, "federation.min_replies=3", "federation.retries=1")
+    with pytest.raises(BudgetsSpent):
+        Federation(plan, answer).run()
+
+
 PLAIN = ('privacy="off"', 'federation.server={kind="sgd",learning_rate=0.5,momentum=0.9}')
 
 

@@ -270,6 +270,8 @@ class _Clerk:
         if tally.virtual is not None:
             metrics["virtual"] = tally.virtual.figures()
         self._job.journal.commit(state, metrics, clients, self._settings.anchor(), asked)
+        # Of a run that budgets had ended, and that goes on: it is of fewer rounds than there are.
+        self._settings.run.summary.unlink(missing_ok=True)
         self._settings.progress(metrics)
 
     def _accuracy(self, state: ServerState) -> float:

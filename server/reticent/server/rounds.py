@@ -97,6 +97,7 @@ class Tally:
         sum: The sum of the accepted updates.
         accepted: The nodes they came from.
         failed: Nodes of which no reply was used; disjoint from ``accepted``.
+        spent: Those of them whose budget does not allow the round.
         dropped: Replies that were not used, by reason.
         devices: Who was asked, by identity, also before the round failed and was run again.
         asked: Messages sent, repetitions included.
@@ -114,6 +115,7 @@ class Tally:
     sum: Accumulator
     accepted: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
+    spent: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     devices: tuple[int, ...] = ()
     asked: int = 0
@@ -137,6 +139,7 @@ class Tally:
             self.vectors[node] = reading.vector
         self.accepted.add(node)
         self.failed.discard(node)
+        self.spent.discard(node)
         self.bytes_up += reading.size
         self.inside += reading.inside
 
@@ -144,6 +147,8 @@ class Tally:
         """Count a reply of ``node`` that was not used."""
         self.dropped[reason] += 1
         self.failed.add(node)
+        if reason == Refusal.BUDGET.text:
+            self.spent.add(node)
 
     def merge(self, part: Tally) -> None:
         """Add what arrived elsewhere, from other nodes: the same tally as if it had arrived here.
@@ -155,6 +160,7 @@ class Tally:
             self.vectors.update(part.vectors or {})
         self.accepted |= part.accepted
         self.failed = (self.failed | part.failed) - self.accepted
+        self.spent = (self.spent | part.spent) - self.accepted
         self.dropped += part.dropped
         self.bytes_up += part.bytes_up
         self.inside += part.inside
@@ -174,7 +180,9 @@ def figures(round: int, tally: Tally) -> dict[str, Any]:
 
 
 class BudgetsSpent(NetworkError):
-    """Too few clients replied, and with those whose budget refuses the round it had been enough.
+    """The budgets of so many clients refuse a round that the others are too few for it.
+
+    A round that others could still hold fails with a :class:`NetworkError`: it may be tried again.
 
     Attributes:
         round: The round that could not be held.
@@ -187,11 +195,17 @@ class BudgetsSpent(NetworkError):
         self.round, self.tally = round, tally
 
 
-def too_few(number: int, federation: Federation, tally: Tally, silent: str) -> NetworkError:
+def too_few(
+    number: int, federation: Federation, tally: Tally, silent: str, able: int
+) -> NetworkError:
     """Return the error of a round without a quorum, asked as often as the plan allows.
 
-    ``silent`` names who was asked last and did not reply, if anybody. Refusals for want of budget
-    count once, however often the round was asked.
+    Args:
+        number: The round.
+        federation: The plan's.
+        tally: What arrived.
+        silent: Names who was asked last and did not reply, if anybody.
+        able: How many could still be asked whose budget has not refused, now or before.
     """
     asked = federation.retries + 1
     reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
@@ -202,7 +216,8 @@ def too_few(number: int, federation: Federation, tally: Tally, silent: str) -> N
         f"valid reply, {federation.quorum} are needed, asked {asked} times "
         f"({reasons or 'no reply at all'}){silence}; {kept}"
     )
-    if tally.sum.count + tally.dropped[Refusal.BUDGET.text] // asked >= federation.quorum:
+    enough = tally.sum.count + len(tally.spent) >= federation.quorum
+    if enough and able < federation.quorum:
         return BudgetsSpent(text, number, tally)
     return NetworkError(text)
 

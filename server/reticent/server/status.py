@@ -142,19 +142,34 @@ def last_run_status(home: Home) -> dict[str, Any] | None:
         return {"folder": str(where), "problem": str(error)}
 
 
+def ended_early(run: Run) -> str:
+    """Return why a run's summary is not of all rounds; empty if it is, or if there is none.
+
+    Raises:
+        RunError: If the summary is damaged.
+    """
+    summary = run.read_summary() if run.summary.is_file() else {}
+    if "stopped" not in summary:
+        return ""
+    number = summary.get("rounds")
+    return f"devices' privacy budgets ended the training after round {number}, whose model is kept"
+
+
 def _activity(run: Run) -> dict[str, Any]:
-    attempt = read_attempt(run)
-    if run.summary.is_file():
-        return {"state": FINISHED, "online": None, "missing": "", "reason": ""}
-    if attempt is None:
-        return {"state": "not begun", "online": None, "missing": "", "reason": ""}
-    if attempt.state == FAILED:
-        return {"state": FAILED, "online": None, "missing": "", "reason": attempt.reason}
-    if not attempt.alive():
-        why = "its ServerApp is gone; continue with `reticent server run --resume`"
-        return {"state": "stopped", "online": None, "missing": "", "reason": why}
-    seen = {"online": attempt.online, "missing": attempt.missing}
-    return {"state": "running", **seen, "reason": ""}
+    attempt, early = read_attempt(run), ended_early(run)
+    if attempt is not None and attempt.alive():  # also one that takes up a run that ended early
+        seen = {"online": attempt.online, "missing": attempt.missing}
+        return {"state": "running", **seen, "reason": ""}
+    state, reason = "stopped", "its ServerApp is gone; continue with `reticent server run --resume`"
+    if run.summary.is_file() and not early:
+        state, reason = FINISHED, ""
+    elif attempt is not None and attempt.state == FAILED:
+        state, reason = FAILED, attempt.reason
+    elif early:
+        reason = f"{early}; `reticent server run --resume` takes it up again"
+    elif attempt is None:
+        state, reason = "not begun", ""
+    return {"state": state, "online": None, "missing": "", "reason": reason}
 
 
 def _certificate(home: Home, name: str, now: datetime) -> dict[str, Any]:

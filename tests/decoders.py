@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from safetensors.numpy import save
 from torch import nn
 
@@ -91,6 +92,7 @@ from reticent.server.offers import Shipment
 from reticent.server.optimizer import ServerState
 from reticent.server.partial import decode_tally, encode_tally
 from reticent.server.registry import changing, read_registry
+from reticent.server.replies import read_reply
 from reticent.server.rounds import Tally
 from reticent.simulations.grid import enter_task, node_of, numbered
 from reticent.simulations.packets import Packer, Work, messages_in
@@ -209,6 +211,26 @@ def _reply() -> Decoder:
 
     valid = b"\1" + _encoded(codec, 0)
     return Decoder("reply", decode, (valid,), lambda d: d[:1] + with_crc(d[1:]))
+
+
+def _objects() -> Decoder:
+    """Read the objects of a reply as a SuperLink hands them over, here each behind its length."""
+    enter_task()
+    order = numbered(Message(RecordDict(), node_of(0), "train", group_id="1"), 1)
+    content = {"update": pack(b"u" * 200), "statement": pack(b"s" * 90)}
+    found = get_all_nested_objects(Message(RecordDict(content), reply_to=order))
+    names = list(found)
+
+    def decode(data: bytes) -> object:
+        objects, rest = dict[str, bytes](), data
+        for name in names:
+            end = 2 + int.from_bytes(rest[:2], "big")
+            objects[name], rest = rest[2:end], rest[end:]
+        return read_reply(names[-1], objects)
+
+    deflated = [it.deflate() for it in found.values()]
+    valid = b"".join(len(content).to_bytes(2, "big") + content for content in deflated)
+    return Decoder("objects of a reply", decode, (valid,))
 
 
 _CHAIN = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
@@ -605,6 +627,7 @@ DECODERS: dict[str, Decoder] = {
         *_codecs(),
         _change(),
         _reply(),
+        _objects(),
         _structure(),
         _constants(),
         _order(),

@@ -104,7 +104,11 @@ def replay(plan: Plan, folder: Path, rounds: Sequence[set[int]]) -> str:
     """Return the digest of the model when just ``rounds[i]``, clients, reply in round ``i + 1``."""
 
     def gather(
-        grid: Grid, messages: Iterable[Message], timeout: float, closed: Callable[[], bool]
+        grid: Grid,
+        messages: Iterable[Message],
+        timeout: float,
+        closed: Callable[[], bool],
+        largest: int,
     ) -> Iterable[Message]:
         wanted = [
             message

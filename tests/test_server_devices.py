@@ -430,6 +430,33 @@ def test_the_status_of_a_run_adds_up_its_rounds(tmp_path: Path) -> None:
     assert run_status(run)["state"] == "failed" and run_status(run)["reason"] == "too few"
 
 
+ENDED = {"rounds": 1, "stopped": {"round": 2}}
+
+
+def test_a_run_that_budgets_ended_says_so_whatever_died(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", parse_plan(""))
+    run.metrics.write_text(json.dumps(METRICS) + "\n")
+    run.summary.write_text(json.dumps(ENDED))
+    found = run_status(run)  # its ServerApp died before it could say why
+    assert found["state"] == "stopped" and "ended the training after round 1" in found["reason"]
+    teller = Teller(run, "token")
+    assert run_status(run)["state"] == "running"  # taken up again
+    teller.failed(NetworkError("round 2: too few"))
+    assert (run_status(run)["state"], run_status(run)["reason"]) == ("failed", "round 2: too few")
+    run.summary.write_text('{"rounds": 60}')
+    assert run_status(run)["state"] == "finished"
+
+
+@pytest.mark.parametrize(("trust", "up"), [("local", 12345), ("aggregator", 13000)])
+def test_bytes_of_updates_are_as_coarse_as_in_the_report(
+    tmp_path: Path, trust: str, up: int
+) -> None:
+    run = create_run(tmp_path / "run", parse_plan("", [f"privacy.trust={trust}"]))
+    run.metrics.write_text(json.dumps({**METRICS, "bytes_up": 12345}) + "\n")
+    assert run_status(run)["bytes_up"] == up
+    assert f"reticent_bytes_up_total {up}" in exposition(run_status(run)).splitlines()
+
+
 def test_the_exposition_is_what_prometheus_reads(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", parse_plan(""))
     odd = {**METRICS, "dropped": {'a "quoted" \\ reason': 1}}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from reticent.core.errors import NetworkError
+from reticent.core.errors import NetworkError, RunError
 from reticent.core.plan import parse_plan
 from reticent.core.run import create_run
 from reticent.server import operate
@@ -111,6 +111,30 @@ def test_a_run_that_ended_by_itself_meanwhile_is_not_begun_again(
     monkeypatch.setattr(Operation, "_submitted", lambda self: pytest.fail("it was begun again"))
     assert made._attempt(None) == ""
     assert said == ["the run has ended by itself meanwhile"]
+
+
+def test_a_run_that_budgets_ended_meanwhile_is_an_error_and_can_be_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ServerApp died after the summary, before it could say why."""
+    home = create_home(tmp_path / "server", ["127.0.0.1"], 8000, utc_now())
+    said, plan, folder = list[str](), parse_plan(""), tmp_path / "run"
+
+    def prepared(resume: bool) -> Operation:
+        return prepare_operation(home, plan, folder, resume, said.append, lambda _: None)
+
+    made = prepared(False)
+    made.run.summary.write_text('{"rounds": 3, "stopped": {"round": 4}}')
+    with pytest.raises(NetworkError, match="budgets ended the training after round 3"):
+        made._attempt(None)
+    again = prepared(True)
+    assert said[-1].endswith("whose model is kept; it is taken up again")
+    monkeypatch.setattr(Operation, "_submitted", lambda self: "token")
+    monkeypatch.setattr(Operation, "_watch", lambda self, token, link: "begun again")
+    assert again._attempt(None) == "begun again"
+    made.run.summary.write_text('{"rounds": 60}')
+    with pytest.raises(RunError, match="nothing to continue"):
+        prepared(True)
 
 
 def until(happened: Callable[[], bool]) -> None:

@@ -27,7 +27,8 @@ from reticent.privacy.ledger import Head
 from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.countersign import Countersigner
 from reticent.server.optimizer import ServerState, apply_round
-from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally
+from reticent.server.reasons import Unusable
+from reticent.server.rounds import BudgetsSpent, RoundPlan, Tally, farthest
 from reticent.server.strategy import Opened, PrivateAveraging
 from reticent.simulations.grid import InProcessGrid, enter_task, node_of
 
@@ -175,6 +176,9 @@ UNREADABLE = "the payload cannot be decoded"
 BROKEN: list[tuple[Answer, str]] = [
     (fails(2, "Traceback: /home/me"), "the client gave no reply (Flower error 2)"),
     (fails(5), "the client gave no reply (Flower error 5)"),
+    (fails(8), "the client gave no reply (Flower error 8)"),
+    *((fails(code), "the client gave no reply (an unknown error)") for code in (0, 9, 2**40)),
+    *((fails(int(u), "words of the client's own"), u.text) for u in Unusable),
     *((fails(int(r), "words of the client's own"), r.text) for r in Refusal),
     (other_records, NOT_ONE),
     (more_records, NOT_ONE),
@@ -352,6 +356,85 @@ def test_budgets_end_the_training_only_where_they_alone_are_missing(spent: int, 
     with pytest.raises(NetworkError) as caught:
         federation.run()
     assert isinstance(caught.value, BudgetsSpent) == ends
+
+
+def refusing(code: int, *clients: int) -> Answer:
+    nodes = {node_of(client) for client in clients}
+    return lambda m: fails(code)(m) if m.metadata.dst_node_id in nodes else honest(m)
+
+
+def test_one_refusal_does_not_end_a_run_that_the_others_can_still_hold() -> None:
+    away = refusing(5, 3)
+
+    def answer(message: Message) -> list[Message]:
+        if message.metadata.dst_node_id == node_of(2):
+            return fails(int(Refusal.BUDGET))(message)
+        return away(message)
+
+    plan = plan_of(10, 10, 1, "federation.min_replies=9", "federation.retries=0")
+    with pytest.raises(NetworkError) as caught:
+        Federation(plan, answer).run()
+    assert not isinstance(caught.value, BudgetsSpent)
+
+
+@pytest.mark.parametrize(("spent", "ends"), [((2,), False), ((1, 2), True)])
+def test_of_real_nodes_another_cohort_may_hold_the_round(
+    spent: tuple[int, ...], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of them are connected, and three are asked: who refuses is always among these."""
+    plan = plan_of(4, 3, 1, "federation.min_replies=3", "federation.retries=0")
+    federation = Federation(plan, honest)
+    nodes = [node_of(client) for client in range(4)]
+    asked = [nodes.index(n) for n in federation.strategy.cohort(1, federation.grid)]
+    refuse = refusing(int(Refusal.BUDGET), *(asked[i] for i in spent))
+    federation = Federation(plan, refuse)
+    monkeypatch.setattr(federation.grid, "get_node_ids", lambda: nodes)
+    with pytest.raises(NetworkError) as caught:
+        federation.run()
+    assert isinstance(caught.value, BudgetsSpent) == ends
+
+
+def test_budgets_that_refuse_only_at_a_second_look_end_the_training_too() -> None:
+    """Counted as devices: a refusal is one, in whichever attempt it comes."""
+    tries = Counter[int]()
+
+    def answer(message: Message) -> list[Message]:
+        node = message.metadata.dst_node_id
+        tries[node] += 1
+        if node != node_of(0):
+            return honest(message)
+        return fails(2 if tries[node] == 1 else int(Refusal.BUDGET))(message)
+
+    plan = plan_of(3, 3, 1, "federation.min_replies=3", "federation.retries=1")
+    with pytest.raises(BudgetsSpent):
+        Federation(plan, answer).run()
+
+
+PLAIN = ('privacy="off"', 'federation.server={kind="sgd",learning_rate=0.5,momentum=0.9}')
+
+
+def test_without_privacy_an_update_is_bounded_by_the_model() -> None:
+    """Ten times the model's norm, of a model of 36 coordinates that is near zero of six."""
+    given = ("task.clients=3", "federation.clients_per_round=3", "federation.rounds=1")
+    codecs = ('updates.codec=["identity"]', 'updates.broadcast=["identity"]')
+    plan = parse_plan("", [*PLAIN, *given, *codecs, "federation.min_replies=2"])
+    unit = np.full(LAYOUT.size, LAYOUT.size**-0.5, dtype=np.float32)
+
+    def outcome(norm: float) -> Tally:
+        payload = encoded((norm * unit).astype(np.float32))
+        return Federation(plan, but(node_of(1), replies(payload))).run()
+
+    assert LAYOUT.size == 36
+    assert np.linalg.norm(Federation(plan, honest).start.weights) < 6
+    assert outcome(0.999 * 10 * 6 / 0.5).sum.count == 3
+    for norm in (1.001 * 10 * 6 / 0.5, 3e38):
+        assert outcome(norm).dropped == {"the update is larger than the plan's bound": 1}
+
+
+def test_the_bound_without_privacy_grows_with_the_model() -> None:
+    model = np.full(36, 5.0, dtype=np.float32)
+    optimizer = parse_plan("", list(PLAIN)).federation.server
+    assert farthest(model, optimizer) == pytest.approx(10 * 30 / 0.5)
 
 
 def test_no_retries_means_one_try() -> None:

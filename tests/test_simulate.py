@@ -21,6 +21,7 @@ from reticent.core.update import Layout, vector_digest
 from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.report import collect
+from reticent.server.export import finished_run
 from reticent.server.journal import Journal
 from reticent.server.preparation import Prepared
 from reticent.simulations.admission import check_codecs
@@ -174,7 +175,7 @@ def test_epsilon_so_far_counts_who_really_took_part(
     everyone = InProcessGrid.get_node_ids
     monkeypatch.setattr(InProcessGrid, "get_node_ids", lambda grid: list(everyone(grid))[:2])
     plan = plan_of(
-        "federation.clients_per_round=2", "federation.rounds=6", "federation.eval_every=1"
+        "federation.clients_per_round=2", "federation.rounds=6", "federation.eval_every=5"
     )
     with pytest.raises(NetworkError, match="fewer than the 2 rounds"):
         simulate(plan, tmp_path / "run")
@@ -183,6 +184,16 @@ def test_epsilon_so_far_counts_who_really_took_part(
         spent = ledger.spent("client-0", 1e-5)
     assert [m["round"] for m in run.read_metrics()] == [1, 2]
     assert run.read_metrics()[-1]["epsilon"] == pytest.approx(spent)
+
+
+def test_a_summary_of_fewer_rounds_goes_once_the_run_goes_on(tmp_path: Path) -> None:
+    plan, folder = plan_of("federation.rounds=2"), tmp_path / "run"
+    with pytest.raises(Stopped):
+        simulate(plan, folder, progress=stop_after(1))
+    Run(folder).summary.write_text('{"rounds": 1, "stopped": {"round": 2}}')
+    there, summary = list[bool](), Run(folder).summary
+    simulate(plan, folder, resume=True, progress=lambda _: there.append(summary.exists()))
+    assert there == [False] and "stopped" not in Run(folder).read_summary()
 
 
 def test_an_altered_checkpoint_is_refused_on_resume(tmp_path: Path) -> None:
@@ -228,6 +239,8 @@ def test_devices_stop_at_their_budget_and_the_run_ends_with_the_reason(tmp_path:
     # What was spent is reported, and what it bought is there.
     assert Run(tmp_path / "run").read_summary()["stopped"]["round"] == rounds + 1
     assert (tmp_path / "run" / "artifact" / "manifest.json").is_file()
+    with finished_run(Run(tmp_path / "run")) as (_, state):  # it can be exported, and measured
+        assert state.round == rounds
     data = collect(Run(tmp_path / "run"))
     assert (data["run"]["rounds"], data["spent"]["refusals"]) == (rounds, 6)
     assert data["spent"]["maximum"] <= 7.0

@@ -262,7 +262,7 @@ class _Clerk:
             **figures(state.round, tally),
             "seconds": round(seconds, 4),
             "accuracy": self._accuracy(state) if tested else None,
-            "epsilon": self._epsilon(state.round) if tested else None,
+            "epsilon": self._epsilon(state.round),  # of every round: nobody reads an old one for it
         }
         if tally.noised is not None:
             # Noised, so that they may be shown; the counts behind them may not.
@@ -270,6 +270,8 @@ class _Clerk:
         if tally.virtual is not None:
             metrics["virtual"] = tally.virtual.figures()
         self._job.journal.commit(state, metrics, clients, self._settings.anchor(), asked)
+        # Of a run that budgets had ended, and that goes on: it is of fewer rounds than there are.
+        self._settings.run.summary.unlink(missing_ok=True)
         self._settings.progress(metrics)
 
     def _accuracy(self, state: ServerState) -> float:

@@ -27,8 +27,10 @@ from reticent.core.run import locked
 from .attempt import Teller
 from .home import open_home
 from .offers import INSTALLED, REFUSED, SENDING, WAITING, Parcel, Shipment, open_shipment
+from .reasons import Unusable
 from .records import packed, payload_of
 from .registry import Registry, read_registry
+from .replies import Inbox
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 3.0
@@ -38,6 +40,9 @@ _ANSWER_SECONDS = 300.0
 _AGAIN_SECONDS = {Refusal.NOT_NOW: 60.0, Refusal.NOT_STORED: 60.0}
 _PATIENCE = {Refusal.FAILED: 3, Refusal.DAMAGED: 3}
 _NOT_READY = 5.0
+_RECEIPT = 1024
+"""More bytes than an answer has."""
+
 _SMALL = 64 * 1024
 """A model up to this size comes with its offer: asking first would take longer than sending it."""
 
@@ -70,12 +75,13 @@ class Courier:
     def deliver(self, grid: Grid, timeout: float) -> dict[str, Parcel]:
         """Bring the model to every device, for ``timeout`` seconds; return how far it came."""
         data, deadline, looked = self.shipment.data(), self.clock() + timeout, -_LOOK_SECONDS
+        inbox = Inbox(grid, _RECEIPT)
         nodes: Mapping[str, int] = {}
         while self._open() and self.clock() < deadline:
             if self.clock() - looked >= _LOOK_SECONDS:
                 looked, nodes = self.clock(), self._connected(grid)
             self._send(grid, nodes, data)
-            self._receive(grid)
+            self._receive(inbox)
             self.tell(self.parcels())
             if self._open():
                 self.pause(_POLL_SECONDS)
@@ -100,14 +106,13 @@ class Courier:
             message = _message(nodes[name], self.shipment.signed, *trip.next_part(data, self.chunk))
             (sent,) = list(grid.push_messages([message]))
             if sent:  # an empty id: it was not taken
-                trip.sent(sent, self.clock() + _ANSWER_SECONDS)
+                trip.sent(sent, message, self.clock() + _ANSWER_SECONDS)
 
-    def _receive(self, grid: Grid) -> None:
-        waiting = {trip.message: trip for trip in self._trips.values() if trip.message}
-        for reply in grid.pull_messages(list(waiting)) if waiting else ():
-            trip = waiting.get(reply.metadata.reply_to_message_id)
-            if trip is not None:
-                trip.read(reply, self.shipment.offer.version, self.clock())
+    def _receive(self, inbox: Inbox) -> None:
+        waiting = {trip.name: trip for trip in self._trips.values() if trip.message is not None}
+        asked = {name: trip.message for name, trip in waiting.items() if trip.message is not None}
+        for name, reply in inbox.look(asked) if asked else ():
+            waiting[name].read(reply, self.shipment.offer.version, self.clock())
         for trip in waiting.values():
             trip.give_up(self.clock())
 
@@ -119,19 +124,21 @@ class _Trip:
     Attributes:
         parcel: How far it has come.
         known: Whether the device has said since its last failure how much it holds.
-        message: Id of the message that is under way; empty for none.
+        name: Id of the last message that was sent.
+        message: That message while it is under way.
         until: When that is given up; without one, when the next may be sent.
         failures: How often the device failed in each way.
     """
 
     parcel: Parcel = field(default_factory=Parcel)
     known: bool = False
-    message: str = ""
+    name: str = ""
+    message: Message | None = None
     until: float = float("-inf")
     failures: dict[int, int] = field(default_factory=dict)
 
     def waits(self, now: float) -> bool:
-        return self.parcel.closed or bool(self.message) or now < self.until
+        return self.parcel.closed or self.message is not None or now < self.until
 
     def next_part(self, data: bytes, chunk: int) -> tuple[int, bytes]:
         """Return where the next bytes belong, and the bytes; none, to ask what is there."""
@@ -139,11 +146,11 @@ class _Trip:
             return 0, data if len(data) <= min(chunk, _SMALL) else b""
         return self.parcel.offset, data[self.parcel.offset :][:chunk]
 
-    def sent(self, message: str, until: float) -> None:
-        self.message, self.until = message, until
+    def sent(self, name: str, message: Message, until: float) -> None:
+        self.name, self.message, self.until = name, message, until
 
     def give_up(self, now: float) -> None:
-        if self.message and now >= self.until:
+        if self.message is not None and now >= self.until:
             self._ask_again(now, "no answer")
 
     def read(self, reply: Message, version: int, now: float) -> None:
@@ -156,7 +163,7 @@ class _Trip:
         except PayloadError:
             self._refused(Refusal.FAILED, now)
             return
-        self.message = ""
+        self.message = None
         if receipt.version == version:
             self.parcel = replace(self.parcel, state=INSTALLED, reason="")
             return
@@ -168,7 +175,7 @@ class _Trip:
     def _refused(self, code: int, now: float) -> None:
         """Close the way, or wait: not every refusal is for good."""
         try:
-            refusal = Refusal(code)
+            refusal = Refusal.FAILED if code in list(Unusable) else Refusal(code)
         except ValueError:  # one of Flower's own: the node went away
             self._ask_again(now + _NOT_READY, "not connected")
             return
@@ -179,11 +186,11 @@ class _Trip:
         elif self.failures[refusal] < patience:
             self._ask_again(now + _NOT_READY, refusal.text)
         else:
-            self.message = ""
+            self.message = None
             self.parcel = replace(self.parcel, state=REFUSED, reason=refusal.text)
 
     def _ask_again(self, when: float, why: str) -> None:
-        self.message, self.known, self.until = "", False, when
+        self.message, self.known, self.until = None, False, when
         self.parcel = replace(self.parcel, state=WAITING, reason=why)
 
 

@@ -20,11 +20,14 @@ from .job import Job
 from .journal import Journal
 from .optimizer import ServerState
 from .preparation import prepare
+from .status import ended_early
 
 
 @contextmanager
 def finished_run(run: Run) -> Iterator[tuple[Job, ServerState]]:
     """Yield a finished run, prepared, and its state after the last round.
+
+    A run that devices' budgets ended early is finished too: it has an artifact of its rounds.
 
     Raises:
         RunError: If the run has not finished or is damaged.
@@ -36,7 +39,7 @@ def finished_run(run: Run) -> Iterator[tuple[Job, ServerState]]:
     journal = Journal(run)
     try:
         state = journal.latest()
-        if state is None or state.round < plan.federation.rounds:
+        if state is None or (state.round < plan.federation.rounds and not ended_early(run)):
             done = state.round if state else 0
             raise RunError(
                 f"{run.folder}: {done} of {plan.federation.rounds} rounds are committed; finish it "

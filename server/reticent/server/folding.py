@@ -16,14 +16,19 @@ from flwr.app import Message
 
 from reticent.compression.codec import Codec
 from reticent.core.errors import PayloadError
-from reticent.core.protocol import Refusal
 from reticent.core.update import Layout, Vector
 from reticent.privacy.client_level import clipped, split_bit
 
+from .reasons import reason_of
 from .records import payload_of
 from .rounds import Reading, Tally
 
 Judge = Callable[[int, Message], None]
+
+
+def largest_payload(layout: Layout) -> int:
+    """Return more bytes than any codec makes of an update, with the bit of an adaptive bound."""
+    return 64 + 8 * layout.size
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Folder:
             PayloadError: With a reason that is counted, not the client's words.
         """
         if reply.has_error():
-            raise PayloadError(_refusal_text(reply.error.code))
+            raise PayloadError(reason_of(reply.error.code))
         if "update" not in reply.content or not set(reply.content) <= {"update", "statement"}:
             raise PayloadError("the reply is not one encoded update")
         reading, weight = self._decoded(payload_of(reply.content, "update")), self._rules.weight
@@ -120,7 +125,7 @@ class Folder:
 
     def _decoded(self, payload: bytes) -> Reading:
         rules, size, inside = self._rules, len(payload), False
-        if size > 64 + 8 * rules.layout.size:
+        if size > largest_payload(rules.layout):
             raise PayloadError("the payload is larger than any update of this plan")
         if rules.bit:
             inside, payload = split_bit(payload)
@@ -133,10 +138,3 @@ class Folder:
         if float(np.linalg.norm(vector.astype(np.float64))) > rules.bound:
             raise PayloadError("the update is larger than the plan's bound")
         return Reading(vector, size, inside)
-
-
-def _refusal_text(code: int) -> str:
-    try:
-        return Refusal(code).text
-    except ValueError:
-        return f"the client gave no reply (Flower error {code})"

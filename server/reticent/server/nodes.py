@@ -9,45 +9,59 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from .replies import Inbox
+
 _POLL_SECONDS = 0.5
 _AT_ONCE = 8
 """Messages handed over before each look. The SuperLink writes to its database in every request that
 a device makes while it answers: devices that are all asked in one moment wait for each other there,
 and the SuperLink gives up on some of them (measured with 100 and 200; see docs/deployment.md)."""
 
-Gather = Callable[[Grid, Iterable[Message], float, Callable[[], bool]], Iterable[Message]]
+Gather = Callable[[Grid, Iterable[Message], float, Callable[[], bool], int], Iterable[Message]]
 
 
 def at_once(
-    grid: Grid, messages: Iterable[Message], timeout: float, closed: Callable[[], bool]
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout: float,
+    closed: Callable[[], bool],
+    largest: int,
 ) -> Iterable[Message]:
     """Return replies as the grid itself collects them, all of them: who is asked trains."""
     return grid.send_and_receive(messages, timeout=timeout)
 
 
 def polled(
-    grid: Grid, messages: Iterable[Message], timeout: float, closed: Callable[[], bool]
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout: float,
+    closed: Callable[[], bool],
+    largest: int,
 ) -> Iterator[Message]:
     """Yield replies as they come in, for ``timeout`` seconds or until ``closed()``.
 
     Messages are handed over a few at a time (:data:`_AT_ONCE`); once the round is closed, no more
     are. A message that no device has fetched by the end is void: a device that comes back later
-    does not spend budget on a round that is over.
+    does not spend budget on a round that is over. What is no reply to one of these messages, of the
+    node that it was sent to, with a payload of at most ``largest`` bytes, comes as an error
+    (:mod:`.replies`).
     """
     waiting = list(messages)
     for message in waiting:
         message.metadata.ttl = timeout  # from when it was made, not from when it is handed over
     deadline = time.monotonic() + timeout
-    open_ids = set[str]()
-    while (waiting or open_ids) and time.monotonic() < deadline and not closed():
+    inbox, asked = Inbox(grid, largest), dict[str, Message]()
+    while (waiting or asked) and time.monotonic() < deadline and not closed():
         now, waiting = waiting[:_AT_ONCE], waiting[_AT_ONCE:]
         if now:
-            open_ids |= {i for i in grid.push_messages(now) if i}  # an empty id: it was not taken
-        if open_ids:
-            for reply in grid.pull_messages(open_ids):
-                open_ids.discard(reply.metadata.reply_to_message_id)
+            # In their order; an empty id: it was not taken.
+            ids = zip(grid.push_messages(now), now, strict=False)
+            asked |= {name: message for name, message in ids if name}
+        if asked:
+            for name, reply in inbox.look(asked):
+                asked.pop(name, None)
                 yield reply
-        if (waiting or open_ids) and not closed():
+        if (waiting or asked) and not closed():
             time.sleep(_POLL_SECONDS)
 
 
@@ -57,7 +71,8 @@ class Nodes:
 
     Attributes:
         gather: Sends messages and returns the replies, for so many seconds; may end sooner once
-            its last argument says that the round is closed.
+            its next argument says that the round is closed. The last is the size of the largest
+            payload that a reply may have.
         identity: Returns the id that a node is counted under: participations are a device's, and
             a device may come back as another node.
         seen: Is told which nodes are connected whenever the server looks, and returns who is

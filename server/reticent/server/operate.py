@@ -25,7 +25,7 @@ from .certificates import utc_now
 from .enrolment import synchronize
 from .flower import START_SECONDS, Flower, SuperLink, SuperLinkError, answers, superlink, wait_for
 from .home import Home
-from .status import warnings
+from .status import ended_early, warnings
 
 _POLL_SECONDS = 0.5
 _MOST_DEATHS = 5
@@ -45,6 +45,7 @@ class Operation:
         say: Takes a line for a person.
         progress: Takes each committed round's metrics, from those of the first round on.
         client_app: What runs on the devices; another one only in tests.
+        before: The summary of a run that ended early and is taken up again.
     """
 
     home: Home
@@ -53,6 +54,7 @@ class Operation:
     say: Callable[[str], None]
     progress: Callable[[dict[str, Any]], None]
     client_app: str = CLIENT_APP
+    before: bytes = b""
     _shown: int = 0
     _waited_for: str = ""
     _flower_run: str = ""
@@ -123,8 +125,10 @@ class Operation:
             ReticentError: What the ServerApp failed with.
         """
         token = self._found()
-        if token is None and self.run.summary.is_file():
+        if token is None and _summary(self.run) not in (b"", self.before):
             self._show(None)
+            if early := ended_early(self.run):
+                raise NetworkError(early)
             self.say("the run has ended by itself meanwhile")
             return ""
         token = token or self._submitted()
@@ -226,11 +230,18 @@ def prepare_operation(
     for warning in warnings(home, now):
         say(f"warning: {warning}")
     run = open_run(folder, plan) if resume else create_run(folder, plan)
-    if run.summary.is_file():
+    if early := ended_early(run):
+        say(f"{early}; it is taken up again")
+    elif run.summary.is_file():
         raise RunError(f"{folder}: the run has finished: there is nothing to continue")
     write_atomic(home.last_run, str(folder.absolute()).encode())
     known = Run(folder.absolute())
-    return Operation(home, known, plan, say, progress, client_app, len(committed(known)))
+    before, shown = _summary(known), len(committed(known))
+    return Operation(home, known, plan, say, progress, client_app, before, shown)
+
+
+def _summary(run: Run) -> bytes:
+    return run.summary.read_bytes() if run.summary.is_file() else b""
 
 
 def committed(run: Run) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ def encode_tally(tally: Tally) -> bytes:
             "low": low,
             "accepted": _nodes(tally.accepted),
             "failed": _nodes(tally.failed),
+            "spent": _nodes(tally.spent),
             "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
         }
     )
@@ -47,7 +48,8 @@ def decode_tally(data: bytes, size: int, keep: bool = False) -> Tally:
     try:
         arrays = load(data)
         high, low = arrays["high"], arrays["low"]
-        accepted, failed = (set(arrays[name].tolist()) for name in ("accepted", "failed"))
+        names = ("accepted", "failed", "spent")
+        accepted, failed, spent = (set(arrays[name].tolist()) for name in names)
         head = parse_json(arrays["head"].tobytes())
         dropped = Counter({str(k): int(v) for k, v in head["dropped"].items()})
         numbers = int(head["bytes_up"]), int(head["inside"])
@@ -56,10 +58,10 @@ def decode_tally(data: bytes, size: int, keep: bool = False) -> Tally:
     for part in (high, low):
         if part.dtype != np.float64 or part.shape != (size,) or not np.isfinite(part).all():
             raise PayloadError(f"a partial sum is not finite float64 ({size},)")
-    if accepted & failed or not 0 <= numbers[1] <= len(accepted):
+    if accepted & failed or not spent <= failed or not 0 <= numbers[1] <= len(accepted):
         raise PayloadError("a partial sum counts a node twice")
     total = Accumulator.of(high, low, len(accepted))
-    tally = Tally(total, accepted, failed, dropped, bytes_up=numbers[0], inside=numbers[1])
+    tally = Tally(total, accepted, failed, spent, dropped, bytes_up=numbers[0], inside=numbers[1])
     if keep:
         tally.vectors = _vectors(arrays.get("vectors"), accepted, size)
     return tally

@@ -7,9 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from reticent.core.errors import NetworkError
 from reticent.core.personal import Split
-from reticent.core.plan import Federation
+from reticent.core.plan import Federation, Optimizer
 from reticent.core.protocol import Refusal
 from reticent.core.update import Layout, Vector
 from reticent.privacy.randomness import Randomness, SystemRandomness
@@ -18,6 +20,8 @@ from reticent.privacy.schedule import Schedule
 from .client_level import Noised
 from .fleet import Virtual
 from .optimizer import Accumulator, Floats
+
+_FARTHEST = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class RoundPlan:
     def bound(self) -> float:
         """Largest L2 norm of an update that is accepted; with unit ``client`` all are bounded.
 
+        Without privacy it depends on the model (:func:`farthest`), and is infinite here.
+
         So far above what an honest client can send (100 times the expected batch, all gradients
         aligned, plus four times the noise, in each term of a step) that applying it does not depend
         on honest data.
@@ -70,6 +76,19 @@ class RoundPlan:
         return self.terms * s.steps * (100 * s.clip + 4 * noise)
 
 
+def farthest(model: Vector, optimizer: Optimizer) -> float:
+    """Return the largest L2 norm of an update that is accepted where nothing bounds gradients.
+
+    Alone, and as a plain step of the server, it moves the model by :data:`_FARTHEST` times its
+    norm, where a model near zero counts as if every coordinate were one. A client whose training
+    went farther has diverged. What one bad client does to a round of n is thereby at most an n-th
+    of that: it may ruin the round, not put the model where float32 ends. No honest update is
+    changed, and one that converges is never refused.
+    """
+    size = max(float(np.linalg.norm(model.astype(np.float64))), math.sqrt(model.size))
+    return _FARTHEST * size / optimizer.learning_rate
+
+
 @dataclass
 class Tally:
     """What arrived in one round.
@@ -78,6 +97,7 @@ class Tally:
         sum: The sum of the accepted updates.
         accepted: The nodes they came from.
         failed: Nodes of which no reply was used; disjoint from ``accepted``.
+        spent: Those of them whose budget does not allow the round.
         dropped: Replies that were not used, by reason.
         devices: Who was asked, by identity, also before the round failed and was run again.
         asked: Messages sent, repetitions included.
@@ -95,6 +115,7 @@ class Tally:
     sum: Accumulator
     accepted: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
+    spent: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     devices: tuple[int, ...] = ()
     asked: int = 0
@@ -118,6 +139,7 @@ class Tally:
             self.vectors[node] = reading.vector
         self.accepted.add(node)
         self.failed.discard(node)
+        self.spent.discard(node)
         self.bytes_up += reading.size
         self.inside += reading.inside
 
@@ -125,6 +147,8 @@ class Tally:
         """Count a reply of ``node`` that was not used."""
         self.dropped[reason] += 1
         self.failed.add(node)
+        if reason == Refusal.BUDGET.text:
+            self.spent.add(node)
 
     def merge(self, part: Tally) -> None:
         """Add what arrived elsewhere, from other nodes: the same tally as if it had arrived here.
@@ -136,6 +160,7 @@ class Tally:
             self.vectors.update(part.vectors or {})
         self.accepted |= part.accepted
         self.failed = (self.failed | part.failed) - self.accepted
+        self.spent = (self.spent | part.spent) - self.accepted
         self.dropped += part.dropped
         self.bytes_up += part.bytes_up
         self.inside += part.inside
@@ -155,7 +180,9 @@ def figures(round: int, tally: Tally) -> dict[str, Any]:
 
 
 class BudgetsSpent(NetworkError):
-    """Too few clients replied, and with those whose budget refuses the round it had been enough.
+    """The budgets of so many clients refuse a round that the others are too few for it.
+
+    A round that others could still hold fails with a :class:`NetworkError`: it may be tried again.
 
     Attributes:
         round: The round that could not be held.
@@ -168,11 +195,17 @@ class BudgetsSpent(NetworkError):
         self.round, self.tally = round, tally
 
 
-def too_few(number: int, federation: Federation, tally: Tally, silent: str) -> NetworkError:
+def too_few(
+    number: int, federation: Federation, tally: Tally, silent: str, able: int
+) -> NetworkError:
     """Return the error of a round without a quorum, asked as often as the plan allows.
 
-    ``silent`` names who was asked last and did not reply, if anybody. Refusals for want of budget
-    count once, however often the round was asked.
+    Args:
+        number: The round.
+        federation: The plan's.
+        tally: What arrived.
+        silent: Names who was asked last and did not reply, if anybody.
+        able: How many could still be asked whose budget has not refused, now or before.
     """
     asked = federation.retries + 1
     reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
@@ -183,7 +216,8 @@ def too_few(number: int, federation: Federation, tally: Tally, silent: str) -> N
         f"valid reply, {federation.quorum} are needed, asked {asked} times "
         f"({reasons or 'no reply at all'}){silence}; {kept}"
     )
-    if tally.sum.count + tally.dropped[Refusal.BUDGET.text] // asked >= federation.quorum:
+    enough = tally.sum.count + len(tally.spent) >= federation.quorum
+    if enough and able < federation.quorum:
         return BudgetsSpent(text, number, tally)
     return NetworkError(text)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from reticent.core.errors import NetworkError, ProvisionError, ReticentError, RunError
 from reticent.core.run import Run
+from reticent.privacy.report.collect import size_rule
 
 from .attempt import FAILED, FINISHED, read_attempt
 from .certificates import WARNING_DAYS, expiry_warning
@@ -85,6 +86,9 @@ def devices_status(home: Home, nodes: list[Node] | None, now: datetime) -> list[
 def run_status(run: Run) -> dict[str, Any]:
     """Return a run's progress; only what it has released: its metrics, and how it ended.
 
+    Under aggregator trust the bytes of updates are as coarse as in the report: they follow from
+    single updates, which the promise to readers does not cover.
+
     Raises:
         RunError: If there is no run, or it is damaged.
     """
@@ -94,6 +98,7 @@ def run_status(run: Run) -> dict[str, Any]:
     for line in metrics:
         dropped.update(line["dropped"])
     claimed = [line["epsilon"] for line in metrics if line["epsilon"] is not None]
+    shown = size_rule("off" if plan.private is None else plan.private.trust)
     return {
         "folder": str(run.folder),
         "plan": plan.digest,
@@ -103,7 +108,7 @@ def run_status(run: Run) -> dict[str, Any]:
         "replies": sum(line["replies"] for line in metrics),
         "asked": sum(line["asked"] for line in metrics),
         "dropped": dict(dropped),
-        "bytes_up": sum(line["bytes_up"] for line in metrics),
+        "bytes_up": shown(sum(line["bytes_up"] for line in metrics)),
         "bytes_down": sum(line["bytes_down"] + line["bytes_constants"] for line in metrics),
         "accuracy": next((m["accuracy"] for m in reversed(metrics) if m["accuracy"]), None),
         "epsilon": claimed[-1] if claimed else None,
@@ -150,19 +155,34 @@ def last_run_status(home: Home) -> dict[str, Any] | None:
         return {"folder": str(where), "problem": str(error)}
 
 
+def ended_early(run: Run) -> str:
+    """Return why a run's summary is not of all rounds; empty if it is, or if there is none.
+
+    Raises:
+        RunError: If the summary is damaged.
+    """
+    summary = run.read_summary() if run.summary.is_file() else {}
+    if "stopped" not in summary:
+        return ""
+    number = summary.get("rounds")
+    return f"devices' privacy budgets ended the training after round {number}, whose model is kept"
+
+
 def _activity(run: Run) -> dict[str, Any]:
-    attempt = read_attempt(run)
-    if run.summary.is_file():
-        return {"state": FINISHED, "online": None, "missing": "", "reason": ""}
-    if attempt is None:
-        return {"state": "not begun", "online": None, "missing": "", "reason": ""}
-    if attempt.state == FAILED:
-        return {"state": FAILED, "online": None, "missing": "", "reason": attempt.reason}
-    if not attempt.alive():
-        why = "its ServerApp is gone; continue with `reticent server run --resume`"
-        return {"state": "stopped", "online": None, "missing": "", "reason": why}
-    seen = {"online": attempt.online, "missing": attempt.missing}
-    return {"state": "running", **seen, "reason": ""}
+    attempt, early = read_attempt(run), ended_early(run)
+    if attempt is not None and attempt.alive():  # also one that takes up a run that ended early
+        seen = {"online": attempt.online, "missing": attempt.missing}
+        return {"state": "running", **seen, "reason": ""}
+    state, reason = "stopped", "its ServerApp is gone; continue with `reticent server run --resume`"
+    if run.summary.is_file() and not early:
+        state, reason = FINISHED, ""
+    elif attempt is not None and attempt.state == FAILED:
+        state, reason = FAILED, attempt.reason
+    elif early:
+        reason = f"{early}; `reticent server run --resume` takes it up again"
+    elif attempt is None:
+        state, reason = "not begun", ""
+    return {"state": state, "online": None, "missing": "", "reason": reason}
 
 
 def _certificate(home: Home, name: str, now: datetime) -> dict[str, Any]:

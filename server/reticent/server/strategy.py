@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,18 +18,19 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order
 from reticent.core.seeds import numpy_generator
 from reticent.core.update import Vector
+from reticent.privacy.schedule import participations
 
 from .client_level import client_level_for
 from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .fleet import Fleet, Virtual
-from .folding import Folder, FoldingGrid, Kept, Rules
+from .folding import Folder, FoldingGrid, Kept, Rules, largest_payload
 from .nodes import Nodes
 from .optimizer import Floats, ServerState, apply_round
 from .records import Shared, packed, payload_of
 from .robust import combined, needs_all
-from .rounds import RoundPlan, Tally, too_few
+from .rounds import RoundPlan, Tally, farthest, too_few
 from .sampling import Sampler, cohort_in_time
 from .waiting import wait_for_nodes, wait_for_return
 
@@ -103,6 +104,8 @@ class PrivateAveraging(Strategy):
         self._weight = 1.0  # of every update that is folded now
         self._cohort: list[int] = []
         self._waiting = set[int]()  # asked last, and nothing was read of them since
+        self._able: Collection[int] = ()  # who could be asked in this round
+        self._spent = set[int]()  # whose budget refused the last round that they were asked in
         self._tally = self._new_tally()
 
     def summary(self) -> None:
@@ -151,6 +154,7 @@ class PrivateAveraging(Strategy):
             messages = self.configure_train(number, arrays, config, grid)
             self._gather(number, messages, grid)
             self._remember_holders(number)
+            self._spent = (self._spent | self._tally.spent) - self._tally.accepted
             if self._tally.sum.count >= federation.quorum:
                 break
         else:
@@ -188,8 +192,8 @@ class PrivateAveraging(Strategy):
             for part in grid.fold(messages, self._rules(number), kept):
                 self._tally.merge(part)
             return
-        timeout = self._plan.federation.timeout
-        replies = self._nodes.gather(grid, messages, timeout, self._closed)
+        timeout, largest = self._plan.federation.timeout, largest_payload(self._constants.layout)
+        replies = self._nodes.gather(grid, messages, timeout, self._closed, largest)
         self.aggregate_train(number, replies)
 
     def _applied(self, number: int) -> ServerState:
@@ -233,7 +237,8 @@ class PrivateAveraging(Strategy):
 
     def _give_up(self, number: int) -> None:
         names = self._nodes.named(sorted(self._waiting))
-        raise too_few(number, self._plan.federation, self._tally, names)
+        able = sum(node not in self._spent for node in self._able)
+        raise too_few(number, self._plan.federation, self._tally, names, able)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -326,12 +331,16 @@ class PrivateAveraging(Strategy):
             NetworkError: If fewer nodes are connected than the quorum, or may be asked.
         """
         nodes = wait_for_nodes(grid, self._plan.federation, self._nodes)
+        simulated = isinstance(nodes, range)  # whose nodes are its devices
         asked: Mapping[int, int] = self._taken_part
-        if not isinstance(nodes, range):  # of a simulation, whose nodes are its devices
+        if not simulated:
             asked = {node: self._taken_part[self._nodes.identity(node)] for node in nodes}
         chosen, self._time = cohort_in_time(
             self._sampler, number, nodes, asked, self._fleet, self._time
         )
+        # A simulation would ask the same cohort again. Of real nodes another one may be drawn.
+        most = participations(self._plan)
+        self._able = chosen if simulated else [node for node in nodes if asked[node] < most]
         return chosen
 
     def aggregate_train(
@@ -359,10 +368,13 @@ class PrivateAveraging(Strategy):
 
     def _rules(self, number: int) -> Rules:
         constants, mechanism = self._constants, self._mechanism
+        bound = constants.bound
+        if constants.schedule is None:
+            bound = farthest(constants.shared(self.state.weights), self._plan.federation.server)
         clip = None if mechanism is None else self._clip
         bit = mechanism is not None and mechanism.count_noise is not None
         keep = needs_all(self._plan.federation.robust)
-        return Rules(number, constants.layout, constants.bound, clip, bit, self._weight, keep)
+        return Rules(number, constants.layout, bound, clip, bit, self._weight, keep)
 
     def _judge(self, node: int, reply: Message) -> None:
         """Check the ledger statement of a reply whose update is otherwise good.

@@ -116,12 +116,12 @@ def _date(run: Run) -> str:
 
 def _of_metrics(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     tested = [row for row in metrics if row["accuracy"] is not None]
-    last = tested[-1] if tested else {"accuracy": None, "epsilon": None}
+    known = [row["epsilon"] for row in metrics if row["epsilon"] is not None]
     off = plan.private is None
     return {
         "round": metrics[-1]["round"] if metrics else 0,
-        "accuracy": last["accuracy"],
-        "epsilon": "infinity" if off and metrics else last["epsilon"],
+        "accuracy": tested[-1]["accuracy"] if tested else None,
+        "epsilon": "infinity" if off and metrics else known[-1] if known else None,
         "bytes": traffic(metrics, plan)["total"],
         "seconds": round(sum(row["seconds"] for row in metrics), 3),
     }

@@ -95,9 +95,10 @@ class Courier:
         return not all(trip.parcel.closed for trip in self._trips.values())
 
     def _connected(self, grid: Grid) -> dict[str, int]:
-        """Return the connected node of each device that has one."""
-        names = self.registry().by_node()
-        return {names[node]: node for node in grid.get_node_ids() if node in names}
+        """Return the connected node of each device that has one and was not revoked meanwhile."""
+        registry = self.registry()
+        names, welcome = registry.by_node(), registry.node_keys()
+        return {names[node]: node for node in grid.get_node_ids() if node in welcome}
 
     def _send(self, grid: Grid, nodes: Mapping[str, int], data: bytes) -> None:
         for name, trip in self._trips.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_several_rounds_stop_at_the_budget(ledger: Ledger) -> None:
     for number in range(1, fit + 1):
         run(ADAPTIVE, ledger, order_of(ADAPTIVE, number=number), limit=limit)
     with pytest.raises(Refused) as caught:
-        run(ADAPTIVE, ledger, order_of(ADAPTIVE, number=fit + 1), limit=limit)
+        run(ADAPTIVE, ledger, replace(order_of(ADAPTIVE), run="another"), limit=limit)
     assert caught.value.refusal is Refusal.BUDGET
     assert ledger.spent("device", 1e-5) <= limit
 

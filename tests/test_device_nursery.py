@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -34,7 +35,8 @@ def named(base: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for children in Path(f"/proc/{base}/task").glob("*/children"):
         for pid in children.read_text().split():
-            found[Path(f"/proc/{pid}/comm").read_text().strip()] = int(pid)
+            with suppress(OSError):  # it has ended since
+                found[Path(f"/proc/{pid}/comm").read_text().strip()] = int(pid)
     return found
 
 

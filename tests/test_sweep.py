@@ -30,7 +30,7 @@ from reticent.simulations.sweep import (
     run_sweep,
     write_results,
 )
-from reticent.simulations.sweep.manifest import Manifest, manifest_of
+from reticent.simulations.sweep.manifest import Manifest, manifest_of, write_manifest
 from reticent.simulations.sweep.points import Base, checked, points_of
 from reticent.simulations.sweep.results import to_json
 from reticent.simulations.sweep.running import Show, _clear
@@ -295,4 +295,20 @@ def test_a_folder_that_is_no_sweep_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no sweep"):
         open_sweep(tmp_path, manifest())
     with pytest.raises(RunError, match="not a sweep"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seeds", 688), ("grid", {"seed": "12"}), ("grid", {}), ("overrides", "ab"), ("points", [])],
+)
+def test_a_manifest_that_does_not_list_its_points_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
+) -> None:
+    """A few bytes would otherwise ask for thousands of plans."""
+    write_manifest(tmp_path, manifest())
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    monkeypatch.setattr("reticent.simulations.sweep.manifest.points_of", None)
+    with pytest.raises(RunError, match=r"sweep\.json: damaged: ValueError"):
         read_manifest(tmp_path)

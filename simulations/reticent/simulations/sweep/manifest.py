@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
         grid, seeds = _typed(data)
         base = Base(str(data["plan"]), tuple(map(str, data["overrides"])), str(path))
         known = [str(row["plan"]) for row in data["points"]]
+        _require_count(grid, seeds, len(known))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     manifest = manifest_of(base, grid, seeds)
@@ -109,7 +111,20 @@ def _typed(data: dict[str, Any]) -> tuple[Grid, int]:
         raise ValueError(f"schema={data['schema']!r}: must be {VERSION}")
     if type(data["seeds"]) is not int or data["seeds"] < 1:
         raise ValueError(f"seeds={data['seeds']!r}: must be a whole number >= 1")
-    return {str(k): tuple(map(str, v)) for k, v in data["grid"].items()}, data["seeds"]
+    if not all(map(_is_list_of_texts, (data["overrides"], *data["grid"].values()))):
+        raise ValueError("overrides and each key of grid: must be lists of texts")
+    return {key: tuple(values) for key, values in data["grid"].items()}, data["seeds"]
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _require_count(grid: Grid, seeds: int, known: int) -> None:
+    """Refuse a file that does not list its points, before a point is made: each costs time."""
+    count = math.prod([seeds, *map(len, grid.values())])
+    if count != known:
+        raise ValueError(f"lists {known} points: grid and seeds make {count}")
 
 
 def require_grown(folder: Path, before: Manifest, now: Manifest) -> None:

@@ -55,14 +55,18 @@ def private_key_file(folder: Path) -> Path:
 def refer_to_key(folder: Path, where: Path) -> None:
     """Make ``folder`` with the public key of ``where``, and where the private one is.
 
+    May be repeated, and is where it was cut short: a folder without this would get a key of its
+    own, which no device knows.
+
     Raises:
         ArtifactError: If ``where`` holds no key, or ``folder`` cannot be written.
     """
     public = public_pem(read_public_key(where / PUBLIC_KEY))
     try:
-        folder.mkdir(parents=True)
-        write_new(folder / ELSEWHERE, f"{where.absolute()}\n".encode(), 0o644)
-        write_new(folder / PUBLIC_KEY, public, 0o644)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in ((ELSEWHERE, f"{where.absolute()}\n".encode()), (PUBLIC_KEY, public)):
+            (folder / name).unlink(missing_ok=True)
+            write_new(folder / name, data, 0o644)
     except OSError as error:
         raise ArtifactError(f"{folder}: cannot be written: {error.strerror}") from error
 

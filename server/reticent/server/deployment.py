@@ -22,7 +22,7 @@ from flwr.app import Context
 from reticent.core.errors import RunError
 from reticent.core.plan import parse_plan
 from reticent.core.run import Run, create_run, locked, open_run
-from reticent.core.signing import refer_to_key
+from reticent.core.signing import PRIVATE_KEY, refer_to_key
 
 from .app import Settings, build_server_app
 from .attempt import Teller
@@ -124,7 +124,7 @@ def _use_artifact_key(run: Run, key: Path) -> None:
     The run directory is handed around, the private key must not be. Not even by a link, which
     programs that copy or pack a directory follow.
     """
-    if key.is_dir() and not run.keys.exists() and not run.keys.is_symlink():
+    if key.is_dir() and not (run.keys / PRIVATE_KEY).exists():  # of a run of an earlier version
         refer_to_key(run.keys, key)
 
 

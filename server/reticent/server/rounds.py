@@ -82,8 +82,7 @@ def farthest(model: Vector, optimizer: Optimizer) -> float:
     Alone, and as a plain step of the server, it moves the model by :data:`_FARTHEST` times its
     norm, where a model near zero counts as if every coordinate were one. A client whose training
     went farther has diverged. What one bad client does to a round of n is thereby at most an n-th
-    of that: it may ruin the round, not put the model where float32 ends. No honest update is
-    changed, and one that converges is never refused.
+    of that: it may ruin the round, not put the model where float32 ends. No update is changed.
     """
     size = max(float(np.linalg.norm(model.astype(np.float64))), math.sqrt(model.size))
     return _FARTHEST * size / optimizer.learning_rate

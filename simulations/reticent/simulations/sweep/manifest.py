@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         grid, seeds = _typed(data)
-        base = Base(str(data["plan"]), tuple(map(str, data["overrides"])), str(path))
+        base = Base(str(data["plan"]), tuple(data["overrides"]), str(path))
         known = [str(row["plan"]) for row in data["points"]]
         _require_count(grid, seeds, len(known))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

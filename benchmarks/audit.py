@@ -96,7 +96,7 @@ FAULTS = (
     ("noise halved", client_round, "noisy_step", noise_halved),
     ("clipping off", training.ClippedGradients, "sums", clipping_off),
     ("noise reused", randomness.SeededRandomness, "stream", noise_reused),
-    ("q under-stated", randomness._PhiloxStream, "uniform", rate_doubled),
+    ("q under-stated", randomness._SeededStream, "uniform", rate_doubled),
 )
 
 

@@ -137,8 +137,8 @@ def drop_clipping(patch: pytest.MonkeyPatch) -> None:
 
 def double_rate(patch: pytest.MonkeyPatch) -> None:
     """The client samples at twice the rate that is charged."""
-    real = randomness._PhiloxStream.uniform
-    patch.setattr(randomness._PhiloxStream, "uniform", lambda self, count: real(self, count) / 2)
+    real = randomness._SeededStream.uniform
+    patch.setattr(randomness._SeededStream, "uniform", lambda self, count: real(self, count) / 2)
 
 
 def reuse_noise(keep: Callable[[tuple[str | int, ...]], tuple[str | int, ...]]) -> Fault:

@@ -11,6 +11,7 @@ from reticent.privacy.randomness import (
     SeededRandomness,
     SystemRandomness,
     _CipherStream,
+    _SeededStream,
 )
 
 SOURCES = [SeededRandomness(3), SystemRandomness()]
@@ -47,6 +48,34 @@ def test_normal_draws_in_blocks_are_box_muller_written_in_two_lines(count: int) 
     expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     assert np.array_equal(stream.normal(count), expected)
     assert stream.bytes(8) == plain.bytes(8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 32_767, 32_768, 32_769, 100_001])
+def test_seeded_normal_draws_are_box_muller_of_32_bit_uniforms_up_to_rounding(count: int) -> None:
+    key, pairs, block = bytes(range(32)), (count + 1) // 2, 1 << 14
+    plain, stream = _CipherStream(key), _SeededStream(key)
+    words = [
+        np.frombuffer(plain.bytes(8 * min(block, pairs - at)), "<u4").reshape(2, -1)
+        for at in range(0, pairs, block)
+    ]
+    radii, angles = np.concatenate([np.empty((2, 0)), *words], axis=1) * 2.0**-32
+    radius = np.sqrt(-2.0 * np.log(radii + 2.0**-33))
+    angle = 2.0 * np.pi * angles
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    np.testing.assert_allclose(stream.normal(count), expected, rtol=0, atol=4e-4)
+    assert np.quantile(abs(_SeededStream(key).normal(count) - expected), 0.9) < 2e-6 if count else 1
+    assert stream.bytes(8) == plain.bytes(8)
+
+
+def test_seeded_normal_draws_have_the_moments_and_the_tails_of_a_normal() -> None:
+    sample = SeededRandomness(1).stream("tails").normal(4_000_000)
+    for power, wanted in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        spread = np.sqrt(np.mean(sample ** (2 * power)) / len(sample))
+        assert abs(np.mean(sample**power) - wanted) < 6 * spread
+    for bound in (3.0, 4.0, 4.5):
+        expected = 2 * stats.norm.sf(bound) * len(sample)
+        assert abs((abs(sample) > bound).sum() - expected) < 6 * np.sqrt(expected)
+    assert not abs((abs(sample / 0.9) > 3.0).sum() - 2 * stats.norm.sf(3.0) * len(sample)) < 600
 
 
 def test_uniform_draws_are_the_upper_53_bits_of_eight_bytes() -> None:

@@ -43,22 +43,27 @@ class Randomness(Protocol):
 
 
 class SeededRandomness:
-    """Reproducible streams for simulation: NumPy's Philox keyed by SHA-256 of (seed, path).
+    """Reproducible streams for simulation: AES-256-CTR keyed by SHA-256 of (seed, path).
 
     Streams of different paths (purpose, round, client) are independent for every practical test,
     and do not depend on the order or the process in which they are drawn. Whoever knows the seed
-    knows the noise: a simulation demonstrates the mechanism, it does not protect data.
+    knows the noise: a simulation demonstrates the mechanism, it does not protect data. So normals
+    may be quick ones: Box-Muller in float32 from 32-bit uniforms, which never exceeds 6.8 where a
+    normal does in one of 10^11 draws. It takes a fifth of the time of NumPy's exact ones, which
+    were nearly half of a round of students with 100,000 parameters.
     """
 
-    description = "seeded (simulation only: whoever knows the seed knows the noise)"
+    description = (
+        "seeded AES-256-CTR, float32 Box-Muller "
+        "(simulation only: whoever knows the seed knows the noise)"
+    )
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def stream(self, *path: str | int) -> Stream:
         """Return the stream for ``path``; the same path gives the same stream again."""
-        key = int.from_bytes(derive_key(self._seed, "client", *path)[:16], "big")
-        return _PhiloxStream(np.random.Generator(np.random.Philox(key=key)))
+        return _SeededStream(derive_key(self._seed, "client", *path))
 
 
 class SystemRandomness:
@@ -74,20 +79,6 @@ class SystemRandomness:
     def stream(self, *path: str | int) -> Stream:
         """Return a new stream; the path is not used, no stream can be had twice."""
         return _CipherStream(os.urandom(32))
-
-
-class _PhiloxStream:
-    def __init__(self, generator: np.random.Generator) -> None:
-        self._generator = generator
-
-    def uniform(self, count: int) -> NDArray[np.float64]:
-        return self._generator.random(count)
-
-    def normal(self, count: int) -> NDArray[np.float64]:
-        return self._generator.standard_normal(count)
-
-    def bytes(self, count: int) -> bytes:
-        return self._generator.bytes(count)
 
 
 class _CipherStream:
@@ -125,3 +116,26 @@ class _CipherStream:
         np.log(np.subtract(1.0, values, out=values), out=values)
         values *= -2.0
         return np.sqrt(values, out=values)
+
+
+class _SeededStream(_CipherStream):
+    def normal(self, count: int) -> NDArray[np.float64]:
+        pairs = (count + 1) // 2
+        values = np.empty((2, pairs))
+        work = np.empty((3, min(_BLOCK // 2, pairs)), dtype=np.float32)
+        for at in range(0, pairs, _BLOCK // 2):
+            radii, cosines, sines = work[:, : pairs - at]
+            words = np.frombuffer(self.bytes(8 * len(radii)), dtype="<u4")
+            radii[:], cosines[:] = words[: len(radii)], words[len(radii) :]
+            # Uniform in (0, 1], so the logarithm is finite.
+            radii *= np.float32(2.0**-32)
+            radii += np.float32(2.0**-33)
+            np.log(radii, out=radii)
+            radii *= np.float32(-2.0)
+            np.sqrt(radii, out=radii)
+            cosines *= np.float32(2.0 * np.pi * 2.0**-32)
+            np.sin(cosines, out=sines)
+            np.cos(cosines, out=cosines)
+            np.multiply(radii, cosines, out=values[0, at : at + len(radii)])
+            np.multiply(radii, sines, out=values[1, at : at + len(radii)])
+        return values.reshape(-1)[:count]

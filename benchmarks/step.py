@@ -3,9 +3,10 @@
     python benchmarks/step.py [--json FILE] [--repeats R] [--only MODEL...]
 
 A step is forward, backward, clipping, noise in every coordinate and the update of the weights.
-Contenders take turns in one process on one thread; times are medians of the CPU time of the
-process, so that neighbours on the machine count for little, and ratios are over "ours". Noise is
-what each library draws: ours float64 normals of NumPy's Philox, Opacus' float32 ones of torch.
+Contenders take turns of eight steps in one process on one thread; times are medians of the CPU
+time of the process, so that neighbours on the machine count for little, and ratios are over
+"ours". Noise is what each library draws: ours the simulation's, by float32 Box-Muller, Opacus'
+those of torch.
 ``limit`` is the time that the step's matrix products (forward and backward, by torch's counter)
 take at the rate of a large matrix product on the same thread.
 """
@@ -43,6 +44,7 @@ from reticent.privacy.randomness import SeededRandomness
 
 CLIP, NOISE, RATE = 0.5, 1.0, 0.1
 BATCHES = (10, 36, 256)
+IN_A_ROW = 8
 SYMBOLS, LENGTH = 36, 40
 
 Step = Callable[[], object]
@@ -128,9 +130,9 @@ def ours(kind: str, batch: int) -> tuple[Step, Step, str]:
         layout.write(model, weights)
         total, drawn = gradients.sum(*inputs, loss_of, CLIP), noise()
         drawn *= NOISE * CLIP
-        total += drawn
-        total *= RATE / batch
-        weights[:] = weights - total
+        drawn += total
+        drawn *= RATE / batch
+        np.subtract(weights, drawn, out=weights, casting="same_kind")
 
     return step, noise, gradients.method
 
@@ -203,15 +205,19 @@ def usable(make: Callable[[str, int], Step], kind: str, batch: int) -> Step | No
 
 
 def medians_ms(steps: list[Step | None], repeats: int) -> list[float | None]:
-    """Return the median CPU milliseconds of each step; they take turns, after a first round."""
+    """Return the median CPU milliseconds of each step; they take turns, after a first round.
+
+    A turn is :data:`IN_A_ROW` steps, as in training, where no other program comes between them.
+    """
     taken: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats + 1):
         for step, times in zip(steps, taken, strict=True):
             began = time.process_time()
             if step is not None:
-                step()
+                for _ in range(IN_A_ROW):
+                    step()
             if turn:
-                times.append(time.process_time() - began)
+                times.append((time.process_time() - began) / IN_A_ROW)
     medians = [1e3 * statistics.median(times) for times in taken]
     return [None if step is None else ms for step, ms in zip(steps, medians, strict=True)]
 
@@ -264,7 +270,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each, at least 5")
+    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each, at least 5")
     parser.add_argument("--only", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args()
     if args.repeats < 5:

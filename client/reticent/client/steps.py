@@ -62,12 +62,14 @@ class Client(NamedTuple):
         return Examples(self.examples.inputs[chosen], self.examples.labels[chosen])
 
     def noised(
-        self, gradient: NDArray[np.float64], index: int, step: NoisyStep
+        self, gradient: NDArray[np.float32], index: int, step: NoisyStep
     ) -> NDArray[np.float64]:
-        """Add the noise of step ``index`` to its gradient sum and divide it, in place."""
+        """Return the gradient sum of step ``index`` with its noise, divided."""
         if step.noise > 0:
-            noise = self.randomness.stream("noise", *self.path, index).normal(len(gradient))
-            noise *= step.noise
-            gradient += noise
-        gradient /= step.denominator
-        return gradient
+            noised = self.randomness.stream("noise", *self.path, index).normal(len(gradient))
+            noised *= step.noise
+            noised += gradient
+        else:
+            noised = gradient.astype(np.float64)
+        noised /= step.denominator
+        return noised

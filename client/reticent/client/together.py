@@ -116,7 +116,8 @@ class Together:
             for client, gradient, own, row in zip(clients, sums, weights, total, strict=True):
                 moved = client.rule.corrected(client.noised(gradient, index, step), own)
                 row += moved
-                own[:] = (own - self.federation.learning_rate * moved).astype(np.float32)
+                moved *= self.federation.learning_rate
+                np.subtract(own, moved, out=own, casting="same_kind")
         return list(total.astype(np.float32))
 
     def _sums(
@@ -125,12 +126,12 @@ class Together:
         clients: Sequence[Client],
         index: int,
         clip: float | None,
-    ) -> NDArray[np.float64]:
+    ) -> NDArray[np.float32]:
         """Return each client's gradient sum over its batch of step ``index``."""
         batches = [client.batch(index, self.federation.sampling_rate) for client in clients]
         inputs = torch.cat([batch.inputs for batch in batches])
         labels = torch.cat([batch.labels for batch in batches])
         counts = [len(batch.labels) for batch in batches]
         if not len(labels):
-            return np.zeros(weights.shape, dtype=np.float64)
+            return np.zeros(weights.shape, dtype=np.float32)
         return self.own.sums(weights, inputs, labels, counts, self.loss, clip, self.rounding)

@@ -170,10 +170,12 @@ class LocalTrainer:
         """Return the clients' only steps, which they all take from ``start``."""
         batches = [client.batch(0, self.plan.federation.sampling_rate) for client in clients]
         sums = self._gradient_sums(start, batches, step.clip)
-        for row, client in zip(sums, clients, strict=True):
-            row[:] = client.rule.corrected(client.noised(row, 0, step), start)
-        sums += 0.0  # as _steps adds to zeros: -0.0 becomes 0.0
-        return list(sums.astype(np.float32))
+        moved = (
+            client.rule.corrected(client.noised(row, 0, step), start)
+            for row, client in zip(sums, clients, strict=True)
+        )
+        # As _steps adds to zeros: -0.0 becomes 0.0.
+        return [(row + 0.0).astype(np.float32) for row in moved]
 
     def _steps(self, start: Vector, client: Client, step: NoisyStep) -> Vector:
         federation = self.plan.federation
@@ -188,11 +190,11 @@ class LocalTrainer:
 
     def _gradient_sums(
         self, weights: Vector, batches: Sequence[Examples], clip: float | None
-    ) -> NDArray[np.float64]:
-        """Return each client's gradient sum at ``weights``, float64 ``(clients, size)``."""
+    ) -> NDArray[np.float32]:
+        """Return each client's gradient sum at ``weights``, float32 ``(clients, size)``."""
         counts = [len(batch.labels) for batch in batches]
         if not sum(counts):
-            return np.zeros((len(batches), self.layout.size), dtype=np.float64)
+            return np.zeros((len(batches), self.layout.size), dtype=np.float32)
         self.layout.write(self._model, weights)
         inputs = torch.cat([batch.inputs for batch in batches])
         labels = torch.cat([batch.labels for batch in batches])
@@ -201,7 +203,7 @@ class LocalTrainer:
         with self._swap(self._model):
             loss = self._loss(self._model(inputs), labels)
             gradients = torch.autograd.grad(loss, list(self._model.parameters()))
-        return self.layout.gather(list(gradients)).astype(np.float64)[None]
+        return self.layout.gather(list(gradients))[None]
 
     @property
     def _loss(self) -> Loss:

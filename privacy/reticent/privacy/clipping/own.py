@@ -84,8 +84,8 @@ class OwnGradients:
         loss: Loss,
         clip: float | None,
         rounding: Callable[[Weights], Weights] = list,
-    ) -> NDArray[np.float64]:
-        """Return each owner's sum at its weights, float64 ``(owners, size)``.
+    ) -> NDArray[np.float32]:
+        """Return each owner's sum at its weights, float32 ``(owners, size)``.
 
         The same call gives the same bits.
 
@@ -107,7 +107,7 @@ class OwnGradients:
         self._check(weights, inputs, labels, counts)
         if clip is not None:
             check_clip(clip)
-        found = np.zeros(weights.shape, dtype=np.float64)
+        found = np.zeros(weights.shape, dtype=np.float32)
         held = [i for i, count in enumerate(counts) if count]
         if held:
             with torch.no_grad():

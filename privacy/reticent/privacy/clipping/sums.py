@@ -103,8 +103,8 @@ class ClippedGradients:
         loss: Loss,
         clip: float,
         swap: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
-    ) -> NDArray[np.float64]:
-        """Return the sum of the examples' gradients, each clipped to ``clip``, float64 ``(size,)``.
+    ) -> NDArray[np.float32]:
+        """Return the sum of the examples' gradients, each clipped to ``clip``, float32 ``(size,)``.
 
         Nothing is kept between calls: after an exception the next call is as the first.
 
@@ -131,8 +131,8 @@ class ClippedGradients:
         loss: Loss,
         clip: float,
         swap: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
-    ) -> NDArray[np.float64]:
-        """Return the sums of many owners' examples at the same weights, float64 ``(owners, size)``.
+    ) -> NDArray[np.float32]:
+        """Return the sums of many owners' examples at the same weights, float32 ``(owners, size)``.
 
         Each row is what :meth:`sum` returns for the examples of one owner alone, up to float32
         rounding: passes go through the examples of several owners. The same call gives the same
@@ -175,7 +175,7 @@ class ClippedGradients:
                     their,
                 )
         values = total.numpy()
-        return (values[:, self._layout.index] if self._layout.kept else values).astype(np.float64)
+        return values[:, self._layout.index] if self._layout.kept else values
 
 
 def add_clipped(

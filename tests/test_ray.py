@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from reticent.core.errors import NetworkError
 from reticent.core.plan import parse_plan
+from reticent.core.run import Run
 from reticent.simulations.simulate import simulate
 
 pytestmark = [
@@ -73,3 +78,53 @@ def test_an_address_where_no_cluster_answers_is_an_error(tmp_path: Path) -> None
     plan = parse_plan("", [*SMALL, "engine.kind=ray", "engine.address=127.0.0.1:1"])
     with pytest.raises(NetworkError, match="no Ray cluster answers"):
         simulate(plan, tmp_path / "run")
+
+
+def test_a_submitted_job_gives_the_model_of_the_in_process_engine(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    pytest.importorskip("aiohttp_cors", reason="jobs need ray[default]")
+    here = simulate(parse_plan("", SMALL), tmp_path / "inprocess")
+    port, dashboard = free_port(), free_port()
+    tools = Path(sys.executable).parent
+    env = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    head = [str(tools / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    head += [f"--port={port}", f"--dashboard-port={dashboard}"]
+    with subprocess.Popen(head, env=env, stdout=subprocess.DEVNULL) as cluster:
+        try:
+            run = tmp_path / "job"
+            keys = [f"--set={key}" for key in (*SMALL, "engine.kind=ray")]
+            submit = [
+                str(tools / "ray"),
+                "job",
+                "submit",
+                f"--address=http://127.0.0.1:{dashboard}",
+            ]
+            submit += ["--", str(tools / "reticent"), "simulate", f"--run={run}", *keys]
+            done = answered(submit, env, dashboard)
+        finally:
+            cluster.terminate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Run(run).read_summary()["model"] == here.read_summary()["model"]
+
+
+def answered(
+    command: list[str], env: dict[str, str], port: int
+) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` as soon as something listens at ``port``."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.5)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -107,6 +107,63 @@ def test_too_few_public_examples_are_refused(task: Task) -> None:
     few = load_task(PLAN.task.model_copy(update={"public_examples": 9}), 0)
     with pytest.raises(DataError, match="9 public examples"):
         PublicHalf(few, 0)
+    with pytest.raises(DataError, match="8 public examples with labels"):
+        PublicHalf(task, 0, labels=8)
+
+
+def test_a_search_judges_by_labels_that_the_plan_gives(task: Task) -> None:
+    half, public = PublicHalf(task, 0, labels=30), task.public()
+    place = {row.tobytes(): index for index, row in enumerate(public.inputs.numpy())}
+    trained, held = (
+        [place[row.tobytes()] for row in part.inputs.numpy()]
+        for part in (half.public(), half.test())
+    )
+    assert (half.labels, len(held), len(trained)) == (24, 6, 94)
+    assert max(held) < 30 and sorted(held + trained) == list(range(100))
+    assert max(trained[:24]) < 30 <= min(trained[24:]), "those with labels come first"
+    assert PublicHalf(task, 0).labels is None
+
+
+def test_a_trial_trains_on_no_label_that_the_plan_does_not_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from reticent.simulations.compress import trials
+
+    seen: list[int | None] = []
+
+    def prepare(plan: Plan, *rest: Any) -> Any:
+        seen.append(plan.task.public_labels)
+        raise DataError("enough")
+
+    monkeypatch.setattr(trials, "prepare", prepare)
+    plan = parse_plan("", [*SMALL, "task.public_labels=30"])
+    half = PublicHalf(load_task(plan.task, 0), 0, plan.task.public_labels)
+    with pytest.raises(DataError, match="enough"):
+        trials.run_trial(Candidate(plan), half, trials.Prepared())
+    assert seen == [24]
+
+
+def test_a_codec_that_sends_next_to_nothing_learns_next_to_nothing(task: Task) -> None:
+    half = Linear(PublicHalf(task, 0))
+
+    def moved(codec: str) -> float:
+        plan = parse_plan(
+            "",
+            [
+                *SMALL,
+                "privacy.trust=local",
+                "privacy.noise_multiplier=0.5",
+                f"updates.codec={codec}",
+                'federation.server.kind="sgd"',
+                'student.prune.kind="none"',
+            ],
+        )
+        start = start_of(half, plan)
+        return float(
+            np.linalg.norm(rehearse(plan, half, start, schedule_for(plan)) - start.weights)
+        )
+
+    assert moved('["topk:0.002"]') < 0.3 * moved('["identity"]')
 
 
 def start_of(task: Task, plan: Plan) -> Start:

@@ -20,15 +20,18 @@ class PublicHalf:
     """The public examples of ``task``; a :class:`~reticent.core.tasks.base.Task`.
 
     Guarantee: nothing here reads a private example or the test part of ``task``. ``client`` always
-    raises; ``test`` is a fifth of the public examples, balanced over labels, that ``public`` leaves
-    out.
+    raises; ``test`` is a fifth of the labelled public examples, balanced over labels, that
+    ``public`` leaves out.
+
+    Attributes:
+        labels: How many of the examples to train on keep their labels, the first ones; None: all.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
-        """Split the public examples.
+    def __init__(self, task: Task, seed: int, labels: int | None = None) -> None:
+        """Split the public examples, of which the first ``labels`` have labels; None: all have.
 
         Raises:
-            DataError: If there are fewer than ten.
+            DataError: If fewer than ten have.
         """
         self.name, self.classes = task.name, task.classes
         self.input_shape, self.clients = task.input_shape, task.clients
@@ -36,18 +39,22 @@ class PublicHalf:
         self.public_weights = bool(getattr(task, "public_weights", False))
         self._task, self._seed = task, seed
         count = len(task.public().labels)
-        if count < 10:
+        self._labelled = count if labels is None else min(labels, count)
+        if self._labelled < 10:
             raise DataError(
-                f"task {task.name}: has {count} public examples: a search trains on some and "
-                "judges by the rest, and needs at least 10"
+                f"task {task.name}: has {self._labelled} public examples with labels: a search "
+                "trains on some and judges by the rest, and needs at least 10"
             )
+        self._held = max(1, round(HELD_OUT * self._labelled))
+        self.labels = None if labels is None else self._labelled - self._held
 
     @cached_property
     def _parts(self) -> tuple[Examples, Examples]:
         examples = self._task.public()
-        order = balanced_order(examples.labels.numpy(), self._seed)
-        cut = len(order) - max(1, round(HELD_OUT * len(order)))
-        parts = [torch.from_numpy(np.sort(part)) for part in (order[:cut], order[cut:])]
+        order = balanced_order(examples.labels[: self._labelled].numpy(), self._seed)
+        cut, others = self._labelled - self._held, np.arange(self._labelled, len(examples.labels))
+        first = np.concatenate([np.sort(order[:cut]), others])
+        parts = [torch.from_numpy(part) for part in (first, np.sort(order[cut:]))]
         trained, held = (Examples(examples.inputs[p], examples.labels[p]) for p in parts)
         return trained, held
 

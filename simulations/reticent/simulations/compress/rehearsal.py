@@ -5,7 +5,7 @@ data alone would choose the wrong one. A rehearsal runs the plan's own steps, cl
 optimizer: what one round sums over its clients is drawn here in one step from the public examples,
 repeated to as many as the clients of a round hold by the plan. What is learned is less than from
 fresh private examples, so the accuracy is a lower guess; the order of candidates is what counts.
-Codecs of updates are not part of it (their variance is a few per cent of the noise).
+What the codec of updates changes is part of it (:mod:`.sending`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import Schedule
 from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.preparation import Start
+
+from ..explain import planned_step
+from .sending import Sending
 
 MOST = 20_000  # examples of all clients of a round together; beyond, batch and noise are scaled
 
@@ -59,11 +62,14 @@ def rehearse(plan: Plan, task: Task, start: Start, schedule: Schedule | None) ->
     examples = _repeated(task.public(), round(share * held))
     step = _step(plan, schedule, share, federation.sampling_rate * share * held)
     randomness = SeededRandomness(plan.seed)
+    clip = schedule.clip if schedule else 0.0
+    sending = Sending.of(plan, trainer.layout, planned_step(plan, task, schedule), clip)
     state = ServerState.begin(start.weights)
     for number in range(1, federation.rounds + 1):
         path = ("rehearsal", number)
         gradient = trainer.pseudo_gradient(state.weights, examples, step, randomness, path)
-        state = apply_round(state, gradient.astype("f8"), federation.server, federation.average)
+        mean = sending.mean(gradient, number)
+        state = apply_round(state, mean, federation.server, federation.average)
     return state.average
 
 

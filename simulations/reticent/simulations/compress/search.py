@@ -115,7 +115,7 @@ def search(plan: Plan, targets: Sequence[Target], most: int, say: Say) -> Outcom
         ReticentError: If the plan that was given cannot itself be measured.
     """
     require_rehearsal(plan)
-    task = PublicHalf(load_task(plan.task, plan.seed), plan.seed)
+    task = PublicHalf(load_task(plan.task, plan.seed), plan.seed, plan.task.public_labels)
     prepared = Prepared()
     return climb(plan, targets, most, say, lambda given: run_trial(given, task, prepared))
 

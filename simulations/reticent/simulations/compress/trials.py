@@ -98,6 +98,8 @@ def run_trial(candidate: Candidate, task: PublicHalf, prepared: Prepared) -> Tri
 
 def _prepared(plan: Plan, task: PublicHalf, prepared: Prepared) -> Start:
     # A run of its own, which holds what the rounds of a real run would begin with.
+    section = plan.task.model_copy(update={"public_labels": task.labels})
+    plan = plan.model_copy(update={"task": section})
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(create_run(Path(folder) / "run", plan))
         try:

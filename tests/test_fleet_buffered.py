@@ -158,6 +158,33 @@ def test_when_nobody_is_left_the_schedule_ends() -> None:
     assert len(releases(plan, 3)) < 3
 
 
+def away(low: float, high: float) -> str:
+    return f'fleet.availability={{kind="diurnal",low={low},high={high}}}'
+
+
+def test_a_buffer_that_nobody_can_fill_is_given_up_after_two_weeks() -> None:
+    """Ten updates are needed, of ten devices, and one that was lost is not asked again."""
+    lossy = 'fleet.classes=[{kind="phone",dropout=0.3}]'
+    plan = buffered(10, 10, 10, lossy, away(0.9, 0.9), "federation.rounds=3")
+    fleet = fleet_of(plan)
+    looked = list[float]()
+    there = fleet.presence.there
+
+    def watched(clients: np.ndarray, time: float) -> np.ndarray:
+        looked.append(time)
+        return there(clients, time)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(fleet.presence), "there", lambda _, *given: watched(*given))
+        assert list(fleet.releases(range(2, 12))) == []
+    assert 13 * 86_400 < looked[-1] < 15 * 86_400
+
+
+def test_devices_that_come_back_are_asked_however_long_others_wait_in_the_buffer() -> None:
+    plan = buffered(20, 10, 10, away(0.05, 0.1), "federation.rounds=3", "fleet.over_selection=2.0")
+    assert len(releases(plan, 3)) == 3
+
+
 def test_what_is_in_flight_at_the_end_counts_towards_the_bound() -> None:
     assert participations(buffered(20, 5, 5, "federation.rounds=8")) == 2
     assert participations(buffered(20, 5, 6, "federation.rounds=8")) == 3

@@ -101,8 +101,8 @@ class BufferedAveraging(PrivateAveraging):
         if release is None:
             raise NetworkError(
                 f"round {number}: the buffer cannot be filled: every device that may still be "
-                "asked, by availability and by the bound on its rounds, has been; committed "
-                "rounds are kept"
+                "asked, by the bound on its rounds and by availability within two weeks of virtual "
+                "time, has been; committed rounds are kept"
             )
         return release
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, Release
+from reticent.server.sampling import LONGEST_WAIT
 
 from .clock import Trips, Work
 
@@ -78,19 +79,21 @@ def schedule(
     trip_of: TripOf,
     work: Work,
 ) -> Iterator[Release]:
-    """Yield every release in turn; ends if no device is left that may be asked.
+    """Yield every release in turn; ends if no device is left that may be asked, or comes for long.
 
     All that ends at one instant ends before anyone else is asked, so that with devices that are
     all alike, and as many busy as fill the buffer, releases are the synchronous rounds. A device
     is not asked while it is busy or its update is in the buffer, not twice for one model, and not
     in more than ``most`` rounds. One that is lost frees its place at the deadline, as the server
-    does not learn of it before; one that declines frees it when it does.
+    does not learn of it before; one that declines frees it when it does. Where nobody is busy and
+    for :data:`LONGEST_WAIT` nobody comes that may be asked, the buffer cannot be filled.
     """
     desk = _Desk(deals, stream, population, available)
     events: list[_Event] = []
     busy: set[int] = set()
     buffer: list[tuple[int, int]] = []
     asked, released, now, now_open = 0, 0, 0.0, _Open()
+    last = now  # when a device began or ended
     while True:
         while len(busy) < deals.concurrency:
             node = desk.next(now, busy | {n for n, _ in buffer})
@@ -104,7 +107,7 @@ def schedule(
             asked += 1
         if not events:
             later = next_change(now)
-            if not np.isfinite(later) or desk.spent:
+            if later - last > LONGEST_WAIT or desk.spent:
                 return
             now = later
             continue
@@ -114,6 +117,7 @@ def schedule(
         ready: list[Release] = []
         while events and events[0].time <= now:
             event = heapq.heappop(events)
+            last = event.time
             if not event.ends:
                 now_open.began.append((event.node, event.given))
                 continue
@@ -170,6 +174,8 @@ class _Desk:
                     chosen = node
                     self._ahead.extendleft(reversed(some[i + 1 :]))
                     break
+        if chosen is None:  # else those that are passed over again and again would fill the tries
+            late = list(dict.fromkeys(late))
         self._ahead.extendleft(reversed(late))
         self.spent = chosen is None and not left
         if chosen is not None:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from test_server_strategy import Federation, honest, plan_of, vector_of
+from test_strategies import kept, start_of, state_of
 
 from reticent.cli.main import cli
 from reticent.core.errors import DataError, NetworkError, PlanError, RunError
+from reticent.core.personal import split_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.accounting import epsilon
@@ -152,6 +154,22 @@ def test_buffered_updates_are_stale_and_what_was_begun_is_charged(semi: Run) -> 
 
 def fleet_of(plan: Plan) -> Any:
     return fleet_for(plan, 15_338, (3199, 9250), lambda *_: None)
+
+
+@pytest.mark.parametrize("promise", ["privacy.unit=client", "privacy.trust=local"])
+def test_personal_layers_stay_on_devices_in_a_buffered_run(promise: str, tmp_path: Path) -> None:
+    more = ["federation.steps_per_round=3", "student.prune.kind=none", promise]
+    plan = small(*BUFFERED, *more, 'federation.local.personal=["7"]')
+    run = simulate(plan, tmp_path / "run")
+    lines = run.read_metrics()
+    assert max(m["virtual"]["stalest"] for m in lines) > 0
+    assert all(m["replies"] == 6 for m in lines)
+    layout, start = start_of(run)
+    split, end = split_of(layout, ["7"]), state_of(run).weights
+    assert (split.personal(end) == split.personal(start)).all()
+    assert (split.shared(end) != split.shared(start)).any()
+    own = [kept(run, "personal", client, split.personal(start)) for client in range(24)]
+    assert sum((values != split.personal(start)).any() for values in own) >= 6
 
 
 def test_the_ledger_does_not_count_less_than_the_journal(semi: Run, synchronous: Run) -> None:

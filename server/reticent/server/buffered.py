@@ -136,7 +136,8 @@ class BufferedAveraging(PrivateAveraging):
         if given not in self._models:
             newest = given == self.state.round
             weights = self.state.weights if newest else self._model_after(given)
-            self._models[given] = self._downlink.broadcast(weights, None, given + 1)
+            shared = self._constants.shared(weights)
+            self._models[given] = self._downlink.broadcast(shared, None, given + 1)
             oldest = self.state.round - kept_models(self._plan.federation.buffered)
             self._models = {k: v for k, v in self._models.items() if k > oldest}
         return self._models[given]

@@ -53,6 +53,8 @@ def one_trip(fleet: SimulatedFleet, client: int, start: float, path: tuple[int, 
         why = DROPPED
     time = start
     end = finish if t["fits"] else arrived
+    if not fleet.presence.there(one, start)[0]:
+        lost, why = start, LEFT
     while (time := fleet.next_change(time)) < end:
         if not fleet.presence.there(one, time)[0]:
             if time <= lost:

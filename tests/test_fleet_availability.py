@@ -16,6 +16,7 @@ from scipy import stats
 from reticent.core.errors import DataError, NetworkError
 from reticent.core.fleet import Availability
 from reticent.privacy.randomness import SeededRandomness
+from reticent.server.fleet import LEFT
 from reticent.server.sampling import Sampler, cohort_in_time
 from reticent.simulations.fleet.availability import Diurnal, Trace
 from reticent.simulations.fleet.traces import read_trace
@@ -58,6 +59,25 @@ def test_a_device_stays_for_a_slot_and_leaves_at_the_first_in_which_it_is_away()
         expected = next((s for s in slots if not presence.there(own, s)[0]), math.inf)
         assert time == expected
     assert presence.next_change(100.0) == 1800.0 and presence.next_change(1800.0) == 3600.0
+
+
+@pytest.mark.parametrize("kind", ["diurnal", "file"])
+def test_a_device_that_is_away_when_it_is_asked_again_gives_no_reply(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{c},0,1e6\n" for c in range(0, 200, 3)))
+    section = {
+        "diurnal": 'kind="diurnal",low=0.3,high=0.3',
+        "file": f'kind="file",path="{tmp_path / "t.csv"}"',
+    }[kind]
+    calm = ['fleet.classes=[{kind="pi5",dropout=0.0}]', "fleet.spread=0.0", "fleet.jitter=0.0"]
+    fleet = fleet_of(plan_of(200, 200, f"fleet.availability={{{section}}}", *calm))
+    nodes = np.arange(2, 202)
+    there = fleet.available(nodes, 2000.0)
+    assert 20 < there.sum() < 180
+    found = fleet.ask(1, 1, nodes.tolist(), 2000.0, 200)
+    assert found.replied == tuple(nodes[there])
+    assert found.charged == () and found.dropped == {LEFT: 200 - there.sum()}
 
 
 def near(border: float, side: int) -> float:

@@ -33,7 +33,10 @@ class Presence(Protocol):
         ...
 
     def leaves(self, clients: Clients, time: float, until: float) -> Floats:
-        """Return when each client that is there at ``time`` leaves; infinity if after ``until``."""
+        """Return when each client leaves; infinity if after ``until``.
+
+        One that is away at ``time``, as may be who is asked again, has left at once.
+        """
         ...
 
     def next_change(self, time: float) -> float:
@@ -86,8 +89,8 @@ class Diurnal:
         return s.low + (s.high - s.low) * wave
 
     def leaves(self, clients: Clients, time: float, until: float) -> Floats:
-        """Return the beginning of the first slot in which each client is away."""
-        left = np.full(len(clients), math.inf)
+        """Return the beginning of the next slot in which each client is away; at once if it is."""
+        left = np.where(self.there(clients, time), math.inf, time)
         slot = whole_parts(time, self.section.slot) + 1
         while slot * self.section.slot <= until and np.isinf(left).any():
             gone = np.isinf(left) & ~self._in_slot(clients, slot)

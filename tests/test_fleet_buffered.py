@@ -126,7 +126,8 @@ def test_the_conditions_of_the_guarantee_hold() -> None:
         assert set(release.used) <= charged and not set(release.used) & used
         used |= set(release.used)
         stalest = max(stalest, *(release.number - 1 - given for _, given in release.used))
-        assert release.unused <= sum(release.dropped.values())
+        assert len(release.unused) <= sum(release.dropped.values())
+        assert set(release.unused) <= charged
     assert stalest == 2
     assert max(started.values()) <= participations(plan)
 

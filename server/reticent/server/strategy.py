@@ -303,7 +303,7 @@ class PrivateAveraging(Strategy):
     def _in_time(self, number: int, cohort: list[int], fleet: Fleet) -> list[int]:
         """Return those of ``cohort`` whose update will arrive in time; the others are counted.
 
-        Who began to train has charged the round, in time or not.
+        Who began to train has charged the round, in time or not, unless its budget refuses it.
         """
         tally, virtual = self._tally, self._tally.virtual or Virtual()
         want = self._plan.federation.clients_per_round - tally.sum.count
@@ -311,12 +311,12 @@ class PrivateAveraging(Strategy):
             want = len(cohort)
         found = fleet.ask(number, self._attempt, cohort, self._time, want)
         multiplier = self._order(number).noise_multiplier
-        fleet.charge(self._constants.run, number, multiplier, found.charged)
+        charged = fleet.charge(self._constants.run, number, multiplier, found.charged)
         tally.dropped.update(found.dropped)
         sent = len(self._sent.whole)
         tally.bytes_down += (len(cohort) - len(found.replied)) * sent
         virtual.add(found)
-        self._begun.update(found.charged)
+        self._begun.update(charged)
         self._time = found.ends
         return list(found.replied)
 

@@ -52,7 +52,7 @@ class _Open:
     started: list[int] = field(default_factory=list)
     began: list[tuple[int, int]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    unused: int = 0
+    unused: list[tuple[int, int]] = field(default_factory=list)
     energy: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -219,7 +219,8 @@ def _count(now_open: _Open, event: _Event, why: str | None, work: Work) -> None:
     now_open.bytes_up += int(up[0])
     if why is not None:
         now_open.dropped[why] += 1
-        now_open.unused += int(event.trip.charged(latest)[0])
+        if event.trip.charged(latest)[0]:
+            now_open.unused.append((event.node, event.given))
 
 
 def _release(number: int, buffer: list[tuple[int, int]], seen: _Open, now: float) -> Release:
@@ -229,7 +230,7 @@ def _release(number: int, buffer: list[tuple[int, int]], seen: _Open, now: float
         started=tuple(seen.started),
         began=tuple(seen.began),
         dropped=seen.dropped,
-        unused=seen.unused,
+        unused=tuple(seen.unused),
         ends=now,
         energy=seen.energy,
         bytes_up=seen.bytes_up,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_server_strategy import Federation, honest, plan_of, vector_of
+from test_server_strategy import Federation, encoded, honest, plan_of, vector_of
 from test_strategies import kept, start_of, state_of
 
 from reticent.cli.main import cli
@@ -444,3 +444,16 @@ def test_charges_are_those_that_were_used_and_those_in_vain_when_budgets_end(
     assert any("budget" in reason for m in lines for reason in m["dropped"])
     used = sum(m["replies"] + m["virtual"]["charged_unused"] for m in lines)
     assert charges_of(run) == used
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_device_whose_update_is_not_used_was_sent_as_much_as_any_other(control: bool) -> None:
+    lossy = 'fleet.classes=[{kind="phone",dropout=0.4}]'
+    more = ["federation.min_replies=2", "privacy.unit=client", "fleet.over_selection=1.5"]
+    scaffold = f"federation.local.scaffold={str(control).lower()}"
+    federation = scripted(plan_of(12, 6, 4, lossy, *more, scaffold))
+    federation.run()
+    size = len(encoded(vector_of(2)))  # of a model, and of a control variate
+    for tally in federation.tallies:
+        assert len(tally.accepted) < tally.asked
+        assert tally.bytes_down == tally.asked * size * (2 if control else 1)

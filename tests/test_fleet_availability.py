@@ -193,6 +193,14 @@ def test_json_lines_and_csv_are_the_same_trace(tmp_path: Path) -> None:
         ("1,0,5\n1,4,6\n", "t.csv", "client 1: the intervals from 0 to 5 and from 4 to 6 overlap"),
         ("[1]\n", "t.jsonl", "must have the keys client, start and end"),
         ('{"client": true, "start": 0, "end": 1}\n', "t.jsonl", "whole number"),
+        (
+            '{"client": 1, "start": 0, "end": 1}\n{"client": 1, "start": 2, "end": 1%s}\n'
+            % ("0" * 330),
+            "t.jsonl",
+            'line 2: \'{"client": 1, "start": 2, "end": 1000',
+        ),
+        ('{"client": 1%s, "start": 0, "end": 1}\n' % ("0" * 330), "t.jsonl", "must be 0 to 9"),
+        ("1%s,0,1\n" % ("0" * 900), "t.csv", "must be 0 to 9"),
         ("{" * 5000 + "\n", "t.jsonl", "must be a JSON object"),
     ],
 )

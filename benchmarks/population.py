@@ -21,7 +21,7 @@ from reticent.core.plan import Plan, parse_plan
 from reticent.core.seeds import numpy_generator
 from reticent.privacy.randomness import SeededRandomness
 from reticent.server.sampling import Sampler, cohort_in_time
-from reticent.simulations.fleet import fleet_for
+from reticent.simulations.fleet import fleet_for, granting
 
 Draw = Callable[[int], int]
 WAYS = {
@@ -44,7 +44,7 @@ WAYS = {
 def drawing(plan: Plan) -> Draw:
     """Return what draws a cohort and, on a fleet, runs its round on the virtual clock."""
     sampler, nodes = Sampler(plan, SeededRandomness(0), "run"), range(2, plan.task.clients + 2)
-    fleet = fleet_for(plan, 20_000, (4_000, 9_000), lambda *_: None) if plan.fleet else None
+    fleet = fleet_for(plan, 20_000, (4_000, 9_000), granting) if plan.fleet else None
 
     def draw(number: int) -> int:
         chosen, now = cohort_in_time(sampler, number, nodes, {}, fleet, 60.0 * number)

@@ -10,7 +10,7 @@ import numpy as np
 
 from reticent.core.plan import Plan, parse_plan
 from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, SURPLUS, Outcome
-from reticent.simulations.fleet import SimulatedFleet, fleet_for
+from reticent.simulations.fleet import SimulatedFleet, fleet_for, granting
 from reticent.simulations.grid import client_of
 
 SIZES = (30_000, 90_000)
@@ -34,7 +34,7 @@ def plan_of(clients: int, size: int, *overrides: str) -> Plan:
 
 
 def fleet_of(plan: Plan) -> SimulatedFleet:
-    return fleet_for(plan, 10_000, SIZES, lambda *_: None)
+    return fleet_for(plan, 10_000, SIZES, granting)
 
 
 def one_trip(fleet: SimulatedFleet, client: int, start: float, path: tuple[int, int]) -> Any:
@@ -53,6 +53,8 @@ def one_trip(fleet: SimulatedFleet, client: int, start: float, path: tuple[int, 
         why = DROPPED
     time = start
     end = finish if t["fits"] else arrived
+    if not fleet.presence.there(one, start)[0]:
+        lost, why = start, LEFT
     while (time := fleet.next_change(time)) < end:
         if not fleet.presence.there(one, time)[0]:
             if time <= lost:

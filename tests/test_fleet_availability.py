@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fleets import fleet_of, plan_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from reticent.core.errors import DataError, NetworkError
+from reticent.core.fleet import Availability
 from reticent.privacy.randomness import SeededRandomness
+from reticent.server.fleet import LEFT
 from reticent.server.sampling import Sampler, cohort_in_time
 from reticent.simulations.fleet.availability import Diurnal, Trace
 from reticent.simulations.fleet.traces import read_trace
@@ -55,6 +59,88 @@ def test_a_device_stays_for_a_slot_and_leaves_at_the_first_in_which_it_is_away()
         expected = next((s for s in slots if not presence.there(own, s)[0]), math.inf)
         assert time == expected
     assert presence.next_change(100.0) == 1800.0 and presence.next_change(1800.0) == 3600.0
+
+
+@pytest.mark.parametrize("kind", ["diurnal", "file"])
+def test_a_device_that_is_away_when_it_is_asked_again_gives_no_reply(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{c},0,1e6\n" for c in range(0, 200, 3)))
+    section = {
+        "diurnal": 'kind="diurnal",low=0.3,high=0.3',
+        "file": f'kind="file",path="{tmp_path / "t.csv"}"',
+    }[kind]
+    calm = ['fleet.classes=[{kind="pi5",dropout=0.0}]', "fleet.spread=0.0", "fleet.jitter=0.0"]
+    fleet = fleet_of(plan_of(200, 200, f"fleet.availability={{{section}}}", *calm))
+    nodes = np.arange(2, 202)
+    there = fleet.available(nodes, 2000.0)
+    assert 20 < there.sum() < 180
+    found = fleet.ask(1, 1, nodes.tolist(), 2000.0, 200)
+    assert found.replied == tuple(nodes[there])
+    assert found.charged == () and found.dropped == {LEFT: 200 - there.sum()}
+
+
+def near(border: float, side: int) -> float:
+    """The border, or the float before or after it."""
+    return border if side == 0 else max(0.0, math.nextafter(border, side * math.inf))
+
+
+@settings(deadline=None)
+@given(st.floats(1, 86_400), st.integers(0, 100_000), st.sampled_from([-1, 0, 1]))
+@example(1800.1, 3, 0)
+@example(100.3, 3, 0)
+def test_the_next_slot_begins_later_whatever_its_length(slot: float, k: int, side: int) -> None:
+    section = Availability(kind="diurnal", low=0.5, high=0.5, slot=slot)
+    presence, some, time = Diurnal(section, 0), np.arange(50), near(k * slot, side)
+    change = presence.next_change(time)
+    assert time < change <= time + 1.001 * slot
+    there, then = presence.there(some, time), presence.there(some, change)
+    assert (presence.there(some, math.nextafter(change, 0.0)) == there).all()
+    left = presence.leaves(some, time, change)
+    assert (left[there] == np.where(then, math.inf, change)[there]).all()
+
+
+@settings(deadline=None)
+@given(
+    st.floats(0.01, 1e6),
+    st.floats(0.001, 0.4),
+    st.floats(0.5, 0.9),
+    st.integers(0, 100_000),
+    st.sampled_from(["begin", "start", "end"]),
+    st.sampled_from([-1, 0, 1]),
+)
+@example(3600.1, 0.1 / 3600.1, 0.9, 1, "start", 0)
+def test_a_trace_goes_on_and_its_intervals_hold_their_own_start(
+    period: float, first: float, last: float, number: int, border: str, side: int
+) -> None:
+    """Client 0 is there in the middle of a period, client 1 to its end and not at its beginning."""
+    start, end = first * period, last * period
+    trace = Trace(
+        np.array([0, 1]), np.array([start, end]), np.array([end, period]), period, digest=""
+    )
+    both, offset = np.arange(2), {"begin": 0.0, "start": start, "end": end}[border]
+    time = near(number * period + offset, side)
+    change, there = trace.next_change(time), trace.there(both, time)
+    before = trace.there(both, math.nextafter(change, 0.0))
+    assert time < change <= time + 1.001 * period
+    assert trace.there(both, change).any()  # somebody comes
+    assert not (before & ~there).any()  # and nobody did before
+    left = trace.leaves(both, time, math.inf)
+    assert (left[~there] == time).all()
+    for client in np.flatnonzero(there):
+        assert left[client] > time
+        assert trace.there(both, math.nextafter(left[client], 0.0))[client]
+        assert not trace.there(both, left[client])[client]
+
+
+def test_a_round_waits_through_slots_that_are_no_whole_seconds() -> None:
+    """A clock that stands still at a border would never come to the two weeks."""
+    away = 'fleet.availability={kind="diurnal",low=0.001,high=0.002,slot=1800.1}'
+    plan = plan_of(10, 10, away, "federation.sampling=fixed")
+    with pytest.raises(NetworkError, match="are available on the fleet"):
+        cohort_in_time(
+            Sampler(plan, SeededRandomness(0), "run"), 1, range(2, 12), {}, fleet_of(plan), 0.0
+        )
 
 
 def trace_of(tmp_path: Path, text: str, period: float | None = None, name: str = "t.csv") -> Trace:
@@ -107,6 +193,14 @@ def test_json_lines_and_csv_are_the_same_trace(tmp_path: Path) -> None:
         ("1,0,5\n1,4,6\n", "t.csv", "client 1: the intervals from 0 to 5 and from 4 to 6 overlap"),
         ("[1]\n", "t.jsonl", "must have the keys client, start and end"),
         ('{"client": true, "start": 0, "end": 1}\n', "t.jsonl", "whole number"),
+        (
+            '{"client": 1, "start": 0, "end": 1}\n{"client": 1, "start": 2, "end": 1%s}\n'
+            % ("0" * 330),
+            "t.jsonl",
+            'line 2: \'{"client": 1, "start": 2, "end": 1000',
+        ),
+        ('{"client": 1%s, "start": 0, "end": 1}\n' % ("0" * 330), "t.jsonl", "must be 0 to 9"),
+        ("1%s,0,1\n" % ("0" * 900), "t.csv", "must be 0 to 9"),
         ("{" * 5000 + "\n", "t.jsonl", "must be a JSON object"),
     ],
 )

@@ -126,7 +126,8 @@ def test_the_conditions_of_the_guarantee_hold() -> None:
         assert set(release.used) <= charged and not set(release.used) & used
         used |= set(release.used)
         stalest = max(stalest, *(release.number - 1 - given for _, given in release.used))
-        assert release.unused <= sum(release.dropped.values())
+        assert len(release.unused) <= sum(release.dropped.values())
+        assert set(release.unused) <= charged
     assert stalest == 2
     assert max(started.values()) <= participations(plan)
 
@@ -158,6 +159,33 @@ def test_when_nobody_is_left_the_schedule_ends() -> None:
     assert len(releases(plan, 3)) < 3
 
 
+def away(low: float, high: float) -> str:
+    return f'fleet.availability={{kind="diurnal",low={low},high={high}}}'
+
+
+def test_a_buffer_that_nobody_can_fill_is_given_up_after_two_weeks() -> None:
+    """Ten updates are needed, of ten devices, and one that was lost is not asked again."""
+    lossy = 'fleet.classes=[{kind="phone",dropout=0.3}]'
+    plan = buffered(10, 10, 10, lossy, away(0.9, 0.9), "federation.rounds=3")
+    fleet = fleet_of(plan)
+    looked = list[float]()
+    there = fleet.presence.there
+
+    def watched(clients: np.ndarray, time: float) -> np.ndarray:
+        looked.append(time)
+        return there(clients, time)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(fleet.presence), "there", lambda _, *given: watched(*given))
+        assert list(fleet.releases(range(2, 12))) == []
+    assert 13 * 86_400 < looked[-1] < 15 * 86_400
+
+
+def test_devices_that_come_back_are_asked_however_long_others_wait_in_the_buffer() -> None:
+    plan = buffered(20, 10, 10, away(0.05, 0.1), "federation.rounds=3", "fleet.over_selection=2.0")
+    assert len(releases(plan, 3)) == 3
+
+
 def test_what_is_in_flight_at_the_end_counts_towards_the_bound() -> None:
     assert participations(buffered(20, 5, 5, "federation.rounds=8")) == 2
     assert participations(buffered(20, 5, 6, "federation.rounds=8")) == 3
@@ -180,6 +208,10 @@ def test_shares_are_sized_for_the_fewest_updates_of_a_buffer() -> None:
             "stale noise shares",
         ),
         (["federation.sampling=fixed"], 'must be "passes" with buffered'),
+        (
+            ["federation.local.scaffold=true"],
+            r"local\.scaffold=true: must be false with federation\.buffered: .* newer than it",
+        ),
         (["federation.buffered.concurrency=51"], "at most task.clients=50"),
         (['updates.delta=["int4"]', "federation.clients_per_round=40"], "different models"),
         (

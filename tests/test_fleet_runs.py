@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_server_strategy import Federation, honest, plan_of, vector_of
+from test_server_strategy import Federation, encoded, honest, plan_of, vector_of
+from test_strategies import kept, start_of, state_of
 
 from reticent.cli.main import cli
 from reticent.core.errors import DataError, NetworkError, PlanError, RunError
+from reticent.core.personal import split_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.accounting import epsilon
@@ -29,7 +31,7 @@ from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.strategy import PrivateAveraging
 from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import explain_plan
-from reticent.simulations.fleet import fleet_for
+from reticent.simulations.fleet import fleet_for, granting
 from reticent.simulations.grid import node_of
 from reticent.simulations.simulate import simulate
 from reticent.simulations.sweep.points import Point
@@ -151,7 +153,23 @@ def test_buffered_updates_are_stale_and_what_was_begun_is_charged(semi: Run) -> 
 
 
 def fleet_of(plan: Plan) -> Any:
-    return fleet_for(plan, 15_338, (3199, 9250), lambda *_: None)
+    return fleet_for(plan, 15_338, (3199, 9250), granting)
+
+
+@pytest.mark.parametrize("promise", ["privacy.unit=client", "privacy.trust=local"])
+def test_personal_layers_stay_on_devices_in_a_buffered_run(promise: str, tmp_path: Path) -> None:
+    more = ["federation.steps_per_round=3", "student.prune.kind=none", promise]
+    plan = small(*BUFFERED, *more, 'federation.local.personal=["7"]')
+    run = simulate(plan, tmp_path / "run")
+    lines = run.read_metrics()
+    assert max(m["virtual"]["stalest"] for m in lines) > 0
+    assert all(m["replies"] == 6 for m in lines)
+    layout, start = start_of(run)
+    split, end = split_of(layout, ["7"]), state_of(run).weights
+    assert (split.personal(end) == split.personal(start)).all()
+    assert (split.shared(end) != split.shared(start)).any()
+    own = [kept(run, "personal", client, split.personal(start)) for client in range(24)]
+    assert sum((values != split.personal(start)).any() for values in own) >= 6
 
 
 def test_the_ledger_does_not_count_less_than_the_journal(semi: Run, synchronous: Run) -> None:
@@ -164,7 +182,7 @@ def test_the_ledger_does_not_count_less_than_the_journal(semi: Run, synchronous:
 def scripted(plan: Plan) -> Federation:
     """A federation whose clients answer with made updates, on the plan's fleet if it has one."""
     federation = Federation(plan, honest)
-    fleet = fleet_for(plan, 36, (200, 200), lambda *_: None) if plan.fleet else None
+    fleet = fleet_for(plan, 36, (200, 200), granting) if plan.fleet else None
     kind = BufferedAveraging if plan.federation.buffered else PrivateAveraging
     constants = replace(federation.rounds, randomness=SeededRandomness(0))
     federation.strategy = kind(plan, constants, federation.start, federation._commit, fleet=fleet)
@@ -207,7 +225,7 @@ def test_a_stale_update_counts_as_much_as_its_weight_says() -> None:
         "federation.buffered.weight=inverse-sqrt",
     )
     federation = scripted(plan)
-    fleet = fleet_for(plan, 36, (200, 200), lambda *_: None)
+    fleet = fleet_for(plan, 36, (200, 200), granting)
     expected = federation.start
     behind = set[int]()
     for release in zip(range(1, 7), fleet.releases(range(2, 42)), strict=False):
@@ -364,8 +382,9 @@ def test_who_is_asked_again_and_used_after_all_was_not_charged_in_vain() -> None
     )
     federation, charged = scripted(plan), Counter[tuple[int, int]]()
 
-    def charge(run: str, number: int, noise: float, clients: Sequence[int]) -> None:
+    def charge(run: str, number: int, noise: float, clients: Sequence[int]) -> Sequence[int]:
         charged.update({(number, node_of(client)) for client in clients})
+        return clients
 
     federation.strategy._fleet = fleet_for(plan, 36, (200, 200), charge)
     federation.run()
@@ -376,3 +395,65 @@ def test_who_is_asked_again_and_used_after_all_was_not_charged_in_vain() -> None
         assert tally.virtual.unused == len(nodes - tally.accepted)
         again += len(nodes & tally.accepted)
     assert again > 0
+
+
+@pytest.mark.parametrize("more", [[], BUFFERED], ids=["synchronous", "buffered"])
+def test_who_could_not_bear_the_round_was_not_charged_in_vain(more: list[str]) -> None:
+    lossy = ['fleet.classes=[{kind="phone",dropout=0.4}]', "fleet.startup=0.0"]
+    given = [*lossy, "fleet.step_seconds=5.0", "fleet.over_selection=2.0", "privacy.trust=local"]
+    plan = plan_of(24, 6, 6, *given, *more)
+    federation, charged, refused = scripted(plan), set[tuple[int, int]](), set[tuple[int, int]]()
+
+    def charge(run: str, number: int, noise: float, clients: Sequence[int]) -> Sequence[int]:
+        refused.update((number, client) for client in clients if client % 3 == 0)
+        charged.update((number, client) for client in clients if client % 3)
+        return [client for client in clients if client % 3]
+
+    fleet = fleet_for(plan, 36, (200, 200), charge)
+    federation.strategy._fleet = fleet
+    federation.run()
+    counted = sum(t.virtual.unused for t in federation.tallies if t.virtual is not None)
+    lost = {
+        (number, client)
+        for number, client in charged
+        if node_of(client) not in federation.tallies[number - 1].accepted  # once more asked
+    }
+    if more:  # a buffered run charges those whose update is used here too
+        releases = zip(range(6), fleet.releases(range(2, 26)), strict=False)
+        lost = {(given + 1, node - 2) for _, r in releases for node, given in r.unused} & charged
+    assert refused and counted == len(lost) > 0
+
+
+def test_charges_are_those_that_were_used_and_those_in_vain_when_budgets_end(
+    tmp_path: Path,
+) -> None:
+    plan = small(
+        "task.clients=20",
+        "privacy.trust=local",
+        "privacy.noise_multiplier=0.6",
+        "privacy.budget=5.5",
+        "federation.sampling_rate=0.1",
+        "federation.sampling=fixed",
+        "federation.clients_per_round=8",
+        "federation.min_replies=1",
+        "federation.rounds=6",
+        "fleet.over_selection=2.0",
+    )
+    run = simulate(plan, tmp_path / "run")
+    lines = run.read_metrics()
+    assert any("budget" in reason for m in lines for reason in m["dropped"])
+    used = sum(m["replies"] + m["virtual"]["charged_unused"] for m in lines)
+    assert charges_of(run) == used
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_device_whose_update_is_not_used_was_sent_as_much_as_any_other(control: bool) -> None:
+    lossy = 'fleet.classes=[{kind="phone",dropout=0.4}]'
+    more = ["federation.min_replies=2", "privacy.unit=client", "fleet.over_selection=1.5"]
+    scaffold = f"federation.local.scaffold={str(control).lower()}"
+    federation = scripted(plan_of(12, 6, 4, lossy, *more, scaffold))
+    federation.run()
+    size = len(encoded(vector_of(2)))  # of a model, and of a control variate
+    for tally in federation.tallies:
+        assert len(tally.accepted) < tally.asked
+        assert tally.bytes_down == tally.asked * size * (2 if control else 1)

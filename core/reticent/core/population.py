@@ -100,6 +100,13 @@ def _check_buffered(plan: Plan) -> None:
             "updates.delta and updates.error_feedback: must be left out with federation.buffered, "
             "where clients train on different models"
         )
+    if plan.federation.local.scaffold:
+        raise ValueError(
+            "federation.local.scaffold=true: must be false with federation.buffered: a device that "
+            "was given an earlier model would be sent a control variate that is newer than it, and "
+            "weights for stale updates would take it from the mean of the devices' variates; leave "
+            "out federation.buffered, or use federation.local.proximal"
+        )
     shares = p != "off" and p.unit == "example" and p.trust == "aggregator"
     if shares and buffered.weight != "uniform":
         raise ValueError(

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from flwr.app import ArrayRecord, ConfigRecord
@@ -101,8 +101,8 @@ class BufferedAveraging(PrivateAveraging):
         if release is None:
             raise NetworkError(
                 f"round {number}: the buffer cannot be filled: every device that may still be "
-                "asked, by availability and by the bound on its rounds, has been; committed "
-                "rounds are kept"
+                "asked, by the bound on its rounds and by availability within two weeks of virtual "
+                "time, has been; committed rounds are kept"
             )
         return release
 
@@ -111,15 +111,26 @@ class BufferedAveraging(PrivateAveraging):
         tally, virtual = self._tally, self._tally.virtual
         tally.asked = len(release.started)
         tally.dropped.update(release.dropped)
-        for given, nodes in _grouped(release.began):
-            if self._fleet is not None:
-                multiplier = self._order(given + 1).noise_multiplier
-                self._fleet.charge(self._constants.run, given + 1, multiplier, nodes)
+        charged = self._charged({*release.began, *release.unused})
         if virtual is not None:
             virtual.add(release)
-            virtual.unused += release.unused
+            virtual.unused += len(charged & set(release.unused))
             virtual.stale = max(release.number - 1 - given for _, given in release.used)
         self._time = release.ends
+
+    def _charged(self, begun: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Charge who began to train, and return those whose budgets allowed it.
+
+        Who began before an earlier release is asked about once more, as a resumed run has to: a
+        round that was charged is not charged again.
+        """
+        found = set[tuple[int, int]]()
+        for given, nodes in _grouped(begun):
+            if self._fleet is not None:
+                multiplier = self._order(given + 1).noise_multiplier
+                charged = self._fleet.charge(self._constants.run, given + 1, multiplier, nodes)
+                found.update((node, given) for node in charged)
+        return found
 
     def _train(self, number: int, given: int, nodes: list[int], grid: Grid) -> None:
         """Train ``nodes`` on the model that they were given, and fold their updates."""
@@ -136,13 +147,14 @@ class BufferedAveraging(PrivateAveraging):
         if given not in self._models:
             newest = given == self.state.round
             weights = self.state.weights if newest else self._model_after(given)
-            self._models[given] = self._downlink.broadcast(weights, None, given + 1)
+            shared = self._constants.shared(weights)
+            self._models[given] = self._downlink.broadcast(shared, None, given + 1)
             oldest = self.state.round - kept_models(self._plan.federation.buffered)
             self._models = {k: v for k, v in self._models.items() if k > oldest}
         return self._models[given]
 
 
-def _grouped(pairs: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, list[int]]]:
+def _grouped(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
     """Yield the nodes of each model, oldest model and lowest node first."""
     groups = defaultdict[int, list[int]](list)
     for node, given in pairs:

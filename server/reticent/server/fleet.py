@@ -28,7 +28,7 @@ class Outcome:
 
     Attributes:
         replied: The nodes whose update arrives in time to be used.
-        charged: The nodes that began to train, and so were charged, but whose update is not used.
+        charged: The nodes that began to train, and so are charged, but whose update is not used.
         dropped: Devices whose update is not used, by reason.
         ends: Virtual time at which the server has what it waited for, seconds since the run began.
         energy: Joules of all devices asked: a proxy, see docs/fleet.md.
@@ -57,7 +57,8 @@ class Release:
         began: Those that began to train since then, and so were charged, each with the number of
             its model.
         dropped: Devices whose update was lost since then, by reason.
-        unused: How many of these had been charged.
+        unused: Those of them that had begun to train, and so are charged, each with the number of
+            its model.
         ends: Virtual time of the release.
         energy: Joules of the devices that ended since the last release.
         bytes_up: Bytes that they sent up.
@@ -69,7 +70,7 @@ class Release:
     started: tuple[int, ...]
     began: tuple[tuple[int, int], ...]
     dropped: Counter[str]
-    unused: int
+    unused: tuple[tuple[int, int], ...]
     ends: float
     energy: float
     bytes_up: int
@@ -102,8 +103,14 @@ class Fleet(Protocol):
         """Yield the releases of a buffered run over ``nodes``, from the first."""
         ...
 
-    def charge(self, run: str, number: int, noise_multiplier: float, nodes: Sequence[int]) -> None:
-        """Charge a round to devices that begin to train, whatever becomes of their updates."""
+    def charge(
+        self, run: str, number: int, noise_multiplier: float, nodes: Sequence[int]
+    ) -> Sequence[int]:
+        """Charge a round to devices that begin to train, whatever becomes of their updates.
+
+        Returns:
+            The nodes that could bear it. A round that was charged is not charged again.
+        """
         ...
 
 

@@ -31,7 +31,9 @@ from reticent.privacy.schedule import cohort_rate, participations
 
 from .fleet import Fleet
 
-_LONGEST_WAIT = 14 * 86_400.0
+LONGEST_WAIT = 14 * 86_400.0
+"""Seconds of virtual time that a run waits for devices that are away."""
+
 _MANY = 1 << 14
 
 Nodes = NDArray[np.int64]
@@ -176,7 +178,7 @@ def cohort_in_time(
         if len(chosen) >= federation.quorum:
             return chosen, now
         now = math.inf if fleet is None else fleet.next_change(now)
-        if now - start > _LONGEST_WAIT:
+        if now - start > LONGEST_WAIT:
             also = "" if fleet is None else ", and are available on the fleet"
             if federation.limit is not None:
                 also = f" and in {federation.limit} of any {federation.window}{also}"

@@ -87,6 +87,7 @@ class PrivateAveraging(Strategy):
         self._downlink = Downlink(plan, constants.layout)
         self._variates = ControlVariates(plan, constants.layout)
         self._sent = Broadcast(b"")
+        self._control: bytes | None = None  # the control variate that goes with it
         self._holds: dict[int, int] = {}
         self._mechanism = client_level_for(
             plan, constants.schedule, constants.run, constants.randomness
@@ -246,6 +247,7 @@ class PrivateAveraging(Strategy):
         """Yield one message for each client of the round that has not replied yet."""
         shared = self._constants.shared(self.state.weights)
         self._sent = self._downlink.broadcast(shared, self.state.held, server_round)
+        self._control = self._variates.payload(self.state)
         order = ConfigRecord({**self._order(server_round).to_config()})
         cohort = [n for n in self._asked_first(server_round) if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
@@ -270,8 +272,7 @@ class PrivateAveraging(Strategy):
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent
         constants = packed(self._constants.constants)
-        control = self._variates.payload(self.state)
-        common = {} if control is None else {"control": control}
+        common = {} if self._control is None else {"control": self._control}
         whole = Shared.of({"broadcast": sent.whole, **common})
         change = Shared.of({"broadcast": sent.change or b"", "change": sent.marks, **common})
         for node in cohort:
@@ -303,7 +304,7 @@ class PrivateAveraging(Strategy):
     def _in_time(self, number: int, cohort: list[int], fleet: Fleet) -> list[int]:
         """Return those of ``cohort`` whose update will arrive in time; the others are counted.
 
-        Who began to train has charged the round, in time or not.
+        Who began to train has charged the round, in time or not, unless its budget refuses it.
         """
         tally, virtual = self._tally, self._tally.virtual or Virtual()
         want = self._plan.federation.clients_per_round - tally.sum.count
@@ -311,12 +312,12 @@ class PrivateAveraging(Strategy):
             want = len(cohort)
         found = fleet.ask(number, self._attempt, cohort, self._time, want)
         multiplier = self._order(number).noise_multiplier
-        fleet.charge(self._constants.run, number, multiplier, found.charged)
+        charged = fleet.charge(self._constants.run, number, multiplier, found.charged)
         tally.dropped.update(found.dropped)
-        sent = len(self._sent.whole)
+        sent = len(self._sent.whole) + len(self._control or b"")
         tally.bytes_down += (len(cohort) - len(found.replied)) * sent
         virtual.add(found)
-        self._begun.update(found.charged)
+        self._begun.update(charged)
         self._time = found.ends
         return list(found.replied)
 

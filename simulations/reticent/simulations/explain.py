@@ -27,7 +27,7 @@ from reticent.server.possible import require_possible
 from reticent.server.shrinking import constants_of, sketch
 
 from .admission import check_codecs, check_engine
-from .fleet import SimulatedFleet, check_fleet, fleet_for, priced
+from .fleet import SimulatedFleet, check_fleet, fleet_for, granting, priced
 from .fleet.fleet import Charge
 from .teams import usable_cores, worker_count
 
@@ -107,7 +107,7 @@ def _fleet(plan: Plan, task: Task, trainer: LocalTrainer) -> dict[str, Any] | No
     if plan.fleet is None:
         return None
     constants = len(_half_mask(plan, task).encode())
-    return priced(plan, planned_fleet(plan, task, trainer, constants, lambda *_: None))
+    return priced(plan, planned_fleet(plan, task, trainer, constants, granting))
 
 
 def sketched_constants(plan: Plan, task: Task) -> Constants:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, Release
+from reticent.server.sampling import LONGEST_WAIT
 
 from .clock import Trips, Work
 
@@ -51,7 +52,7 @@ class _Open:
     started: list[int] = field(default_factory=list)
     began: list[tuple[int, int]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    unused: int = 0
+    unused: list[tuple[int, int]] = field(default_factory=list)
     energy: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -78,19 +79,21 @@ def schedule(
     trip_of: TripOf,
     work: Work,
 ) -> Iterator[Release]:
-    """Yield every release in turn; ends if no device is left that may be asked.
+    """Yield every release in turn; ends if no device is left that may be asked, or comes for long.
 
     All that ends at one instant ends before anyone else is asked, so that with devices that are
     all alike, and as many busy as fill the buffer, releases are the synchronous rounds. A device
     is not asked while it is busy or its update is in the buffer, not twice for one model, and not
     in more than ``most`` rounds. One that is lost frees its place at the deadline, as the server
-    does not learn of it before; one that declines frees it when it does.
+    does not learn of it before; one that declines frees it when it does. Where nobody is busy and
+    for :data:`LONGEST_WAIT` nobody comes that may be asked, the buffer cannot be filled.
     """
     desk = _Desk(deals, stream, population, available)
     events: list[_Event] = []
     busy: set[int] = set()
     buffer: list[tuple[int, int]] = []
     asked, released, now, now_open = 0, 0, 0.0, _Open()
+    last = now  # when a device began or ended
     while True:
         while len(busy) < deals.concurrency:
             node = desk.next(now, busy | {n for n, _ in buffer})
@@ -104,7 +107,7 @@ def schedule(
             asked += 1
         if not events:
             later = next_change(now)
-            if not np.isfinite(later) or desk.spent:
+            if later - last > LONGEST_WAIT or desk.spent:
                 return
             now = later
             continue
@@ -114,6 +117,7 @@ def schedule(
         ready: list[Release] = []
         while events and events[0].time <= now:
             event = heapq.heappop(events)
+            last = event.time
             if not event.ends:
                 now_open.began.append((event.node, event.given))
                 continue
@@ -170,6 +174,8 @@ class _Desk:
                     chosen = node
                     self._ahead.extendleft(reversed(some[i + 1 :]))
                     break
+        if chosen is None:  # else those that are passed over again and again would fill the tries
+            late = list(dict.fromkeys(late))
         self._ahead.extendleft(reversed(late))
         self.spent = chosen is None and not left
         if chosen is not None:
@@ -213,7 +219,8 @@ def _count(now_open: _Open, event: _Event, why: str | None, work: Work) -> None:
     now_open.bytes_up += int(up[0])
     if why is not None:
         now_open.dropped[why] += 1
-        now_open.unused += int(event.trip.charged(latest)[0])
+        if event.trip.charged(latest)[0]:
+            now_open.unused.append((event.node, event.given))
 
 
 def _release(number: int, buffer: list[tuple[int, int]], seen: _Open, now: float) -> Release:
@@ -223,7 +230,7 @@ def _release(number: int, buffer: list[tuple[int, int]], seen: _Open, now: float
         started=tuple(seen.started),
         began=tuple(seen.began),
         dropped=seen.dropped,
-        unused=seen.unused,
+        unused=tuple(seen.unused),
         ends=now,
         energy=seen.energy,
         bytes_up=seen.bytes_up,

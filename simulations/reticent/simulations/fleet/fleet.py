@@ -16,7 +16,13 @@ from .buffered import Deals, schedule
 from .clock import Trips, Work, closing, reasons, trips
 from .devices import Clients, Description
 
-Charge = Callable[[str, int, float, Sequence[int]], None]
+Charge = Callable[[str, int, float, Sequence[int]], Sequence[int]]
+"""Charges a round of a run to clients, and returns those that could bear it."""
+
+
+def granting(run: str, number: int, noise_multiplier: float, clients: Sequence[int]) -> list[int]:
+    """Charge nothing and grant everything: for prices, which are about no ledger."""
+    return list(clients)
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,12 @@ class SimulatedFleet:
             self.work,
         )
 
-    def charge(self, run: str, number: int, noise_multiplier: float, nodes: Sequence[int]) -> None:
-        """Charge a round to devices that begin to train."""
-        self.charging(run, number, noise_multiplier, [client_of(node) for node in nodes])
+    def charge(
+        self, run: str, number: int, noise_multiplier: float, nodes: Sequence[int]
+    ) -> Sequence[int]:
+        """Charge a round to devices that begin to train, and return those that could bear it."""
+        clients = [client_of(node) for node in nodes]
+        return [node_of(client) for client in self.charging(run, number, noise_multiplier, clients)]
 
 
 def _clients(nodes: NDArray[np.int64]) -> Clients:

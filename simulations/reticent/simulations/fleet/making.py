@@ -84,13 +84,17 @@ def check_fleet(plan: Plan, parameters: int) -> None:
 def charging_to(plan: Plan, devices: Devices, ledger: Ledger) -> Charge:
     """Return what charges devices that begin to train, as their ClientApp would.
 
-    Who cannot afford it is refused there, and counted by the ledger.
+    Who cannot afford it is refused there, counted by the ledger and not among those returned.
     """
 
-    def charge(run: str, number: int, noise_multiplier: float, clients: Sequence[int]) -> None:
-        names: Sequence[str] = [device_name(client) for client in clients]
+    def charge(
+        run: str, number: int, noise_multiplier: float, clients: Sequence[int]
+    ) -> Sequence[int]:
+        named = {device_name(client): client for client in clients}
+        names: Sequence[str] = list(named)
         for due in charges(plan, noise_multiplier, run, number):
             names = granted(ledger, names, due, devices.budget)
+        return [named[name] for name in names]
 
     return charge
 
@@ -127,7 +131,7 @@ class _Price:
 
     def add(self, part: Outcome | Release) -> None:
         self.virtual.add(part)
-        self.virtual.unused += part.unused if isinstance(part, Release) else len(part.charged)
+        self.virtual.unused += len(part.unused if isinstance(part, Release) else part.charged)
         self.dropped.update(part.dropped)
         self.rounds += 1
 

@@ -76,7 +76,10 @@ def _from_json(text: bytes, where: str) -> tuple[int, float, float]:
     client, start, end = data["client"], data["start"], data["end"]
     if type(client) is not int or not all(type(v) in (int, float) for v in (start, end)):
         raise DataError(f"{where}: {_shown(text)}: must hold a whole number and two numbers")
-    return client, float(start), float(end)
+    try:
+        return client, float(start), float(end)
+    except OverflowError as error:  # JSON's whole numbers have no end
+        raise DataError(f"{where}: {_shown(text)}: must hold times up to 1.8e308") from error
 
 
 def _check(

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
+from reticent.cli.main import cli
 from reticent.core.errors import NetworkError, PlanError, RunError
 from reticent.core.run import Run, create_run, locked
 from reticent.core.signing import read_public_key
 from reticent.privacy.report import verify_report
-from reticent.simulations.runs import record_failure
+from reticent.simulations.runs import describe, find_runs, record_failure
 from reticent.simulations.simulate import simulate
 from reticent.simulations.sweep import (
     collect_results,
@@ -223,6 +225,33 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
     assert "nobody answered" in (tmp_path / "s" / "index.html").read_text()
     assert run_sweep(sweep, Show()) == {}
     assert not (tmp_path / "s" / "failures.json").exists()
+
+
+def test_a_point_that_budgets_ended_has_failed_and_is_tried_again(tmp_path: Path) -> None:
+    noisy = ("federation.rounds=4", "federation.retries=0", "privacy.noise_multiplier=0.6")
+    base = Base("", (*SETTINGS, *noisy))
+    folder = tmp_path / "s"
+    sweep = open_sweep(folder, manifest_of(base, {"privacy.budget": ("5.5", "20")}, 1))
+    ended, whole = sweep.manifest.points
+    failures = run_sweep(sweep, Show())
+    assert set(failures) == {ended.folder} and "round 3" in failures[ended.folder]
+    results = collect_results(sweep, failures)
+    assert [row.seeds for row in results.rows] == [(), (0,)]  # 2 of 4 rounds are no result
+    assert results.best is results.rows[1] and results.finished == 1
+    states = {path.name: describe(path) for path in find_runs(folder)}
+    assert (states[ended.folder]["state"], states[whole.folder]["state"]) == ("ended", "finished")
+    assert states[ended.folder]["problem"] == failures[ended.folder]
+    listed = CliRunner().invoke(cli, ["runs", str(folder)])
+    assert "ended at 2/4" in listed.output
+    again = CliRunner().invoke(cli, ["sweep", "--run", str(folder), "--resume"])
+    assert isinstance(again.exception, RunError) and again.exception.exit_code == 8
+    assert failures[ended.folder] in str(again.exception)
+    assert f"[1/2] {ended.label}" in again.output and "[2/2]" not in again.output
+    assert json.loads((folder / "failures.json").read_text()) == failures
+    assert "report of the rounds before" in (folder / "index.html").read_text()
+    for point in (ended, whole):  # what was spent is reported all the same
+        run = sweep.run_of(point)
+        verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
 
 
 def test_a_killed_sweep_goes_on_to_the_same_models(done: Path, tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def _found(folder: Path) -> Iterator[Path]:
 def describe(folder: Path) -> dict[str, Any]:
     """Return what a run directory holds; of a damaged one, as much as can be read, and why.
 
-    ``state`` is ``finished``, ``running``, ``failed``, ``stopped`` or ``damaged``; a figure that is
-    not known is None, an infinite epsilon ``"infinity"``. Epsilon is that of the client that spent
+    ``state`` is ``finished``, ``ended`` (by budgets, before the last round), ``running``,
+    ``failed``, ``stopped`` or ``damaged``; a figure that is not known is None, an infinite epsilon
+    ``"infinity"``. Epsilon is that of the client that spent
     most; before the end, what the schedule had allowed after the last tested round.
     """
     run = Run(folder)
@@ -152,8 +153,10 @@ def _of_summary(run: Run, plan: Plan) -> dict[str, Any]:
     if summary["plan"] != plan.digest:
         raise RunError(f"{run.summary}: belongs to another plan")
     accuracies, privacy = summary["accuracy"], summary["privacy"]
+    ended = summary.get("stopped") is not None
     return {
-        "state": "finished",
+        "state": "ended" if ended else "finished",
+        "problem": _failure(run) if ended else None,
         "accuracy": accuracies["int8"] if "int8" in accuracies else accuracies["fp32"],
         "epsilon": privacy["epsilon"],
         "server_epsilon": privacy["server_epsilon"],

@@ -95,10 +95,11 @@ def _others(folder: Path) -> list[Path]:
 def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     """Run what is not finished, and return the reason for each point that failed, by folder.
 
-    A point that fails is recorded and the others go on; the next call tries it again. When the
-    process is stopped, whatever was committed is kept and the next call continues after it. Models
-    that points share are trained on public data once. When this returns, the report of every
-    finished run says what choosing among *all* points of its task costs.
+    A point that fails, one that budgets ended among them, is recorded and the others go on; the
+    next call tries it again. When the process is stopped, whatever was committed is kept and the
+    next call continues after it. Models that points share are trained on public data once. When
+    this returns, the report of every run with a summary says what choosing among *all* points of
+    its task costs.
 
     Raises:
         RunError: If another process is running the sweep, or the folder cannot be written.
@@ -124,7 +125,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
             show.ended(point, outcome, time.monotonic() - began)
         _write_failures(sweep.folder, failures)
         for point in sweep.manifest.points:
-            if finished(sweep.run_of(point), point):
+            if _summary(sweep.run_of(point), point) is not None:  # also of what budgets ended
                 _report(sweep.run_of(point), sweep.rivals(point))
     return failures
 
@@ -136,19 +137,28 @@ def reason_of(error: Exception) -> str:
 
 
 def finished(run: Run, point: Point) -> bool:
-    """Return whether the run of a point has its summary."""
+    """Return whether the run of a point held all its rounds: one that budgets ended has failed."""
+    summary = _summary(run, point)
+    return summary is not None and summary.get("stopped") is None
+
+
+def _summary(run: Run, point: Point) -> dict[str, Any] | None:
+    """Return the summary of a point's run; None if it has none, or it cannot be the point's."""
     if not run.summary.is_file():
-        return False
+        return None
     try:
-        return run.read_summary().get("plan") == point.plan.digest
+        summary = run.read_summary()
     except RunError:
-        return False
+        return None
+    return summary if summary.get("plan") == point.plan.digest else None
 
 
 def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str, Any]:
     run = sweep.run_of(point)
     if run.folder.is_dir() and not run.journal.is_file():
         _clear(run)
+    # A report of rounds before, of a run that budgets had ended, is no report of those that follow.
+    (run.folder / SIGNATURE).unlink(missing_ok=True)
     resume = run.folder.is_dir()
     simulate(
         point.plan, run.folder, resume=resume, say=show.say, progress=show.round, prepared=prepared
@@ -174,7 +184,7 @@ def _clear(run: Run) -> None:
 
 
 def _report(run: Run, rivals: Sequence[Candidate]) -> None:
-    """Write the report of a finished run, unless it says all this already."""
+    """Write the report of a run that has a summary, unless it says all this already."""
     changed = write_tuning(run, rivals)
     if changed or not (run.folder / SIGNATURE).is_file():
         write_reports(run)

@@ -18,9 +18,12 @@ from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
 from reticent.cli.main import cli
-from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.core.errors import LedgerError, NetworkError, PlanError, RunError
+from reticent.core.plan import Plan
 from reticent.core.run import Run, create_run, locked
 from reticent.core.signing import read_public_key
+from reticent.privacy.events import PoissonGaussian
+from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.report import verify_report
 from reticent.simulations.runs import describe, find_runs, record_failure
 from reticent.simulations.simulate import simulate
@@ -35,7 +38,7 @@ from reticent.simulations.sweep import (
 from reticent.simulations.sweep.manifest import Manifest, manifest_of, write_manifest
 from reticent.simulations.sweep.points import Base, checked, points_of
 from reticent.simulations.sweep.results import to_json
-from reticent.simulations.sweep.running import Show, _clear
+from reticent.simulations.sweep.running import Show, _begin_anew
 from reticent.simulations.sweep.statistics import estimate
 
 SETTINGS = (
@@ -281,16 +284,57 @@ def test_a_killed_sweep_goes_on_to_the_same_models(done: Path, tmp_path: Path) -
 def test_a_run_without_its_journal_is_begun_anew_only_if_it_charged_nobody(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", BASE.plan())
     record_failure(run, "a reason")
-    _clear(run)
+    _begin_anew(run)
     assert not run.folder.exists()
-    for name in ("ledger/ledger.db", "notes.txt", "checkpoints/round-000001.safetensors"):
+    for name in ("notes.txt", "checkpoints/round-000001.safetensors"):
         run = create_run(tmp_path / name.split("/")[0], BASE.plan())
         path = run.folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("kept")
         with pytest.raises(RunError, match=r"has no journal.db"):
-            _clear(run)
+            _begin_anew(run)
         assert path.read_text() == "kept"
+
+
+def test_a_ledger_with_entries_and_without_its_journal_is_refused(tmp_path: Path) -> None:
+    """A run that began anew beside it would charge the same devices a second time."""
+    run = create_run(tmp_path / "run", BASE.plan())
+    with Ledger.open(run.ledger) as ledger:
+        ledger.charge("client-0", "run", 1, PoissonGaussian(0.1, 1.0, 1), Budget(9.0, 1e-5))
+        before = ledger.head()
+    with pytest.raises(RunError, match=r"has no journal.db"):
+        _begin_anew(run)
+    with Ledger.open(run.ledger) as ledger:
+        assert ledger.head() == before
+    (run.ledger / "ledger.db").unlink()
+    with pytest.raises(LedgerError, match=r"history in ledger.db is gone"):
+        _begin_anew(run)
+
+
+def killed_on_the_journal(plan: Plan, folder: Path) -> None:
+    """Simulate in a process of its own, which dies before it has a journal."""
+    die = "journal.Journal.__init__ = lambda *_: os._exit(9)"
+    code = (
+        f"import os, sys; from pathlib import Path; from reticent.server import journal; {die}\n"
+        "from reticent.core.plan import Plan\n"
+        "from reticent.simulations.simulate import simulate\n"
+        "simulate(Plan.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, plan.canonical(), str(folder)])
+    assert ended.returncode == 9
+
+
+def test_a_point_that_was_killed_before_it_had_a_journal_goes_on(
+    done: Path, tmp_path: Path
+) -> None:
+    sweep = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=1))
+    (point,) = sweep.manifest.points
+    run = sweep.run_of(point)
+    killed_on_the_journal(point.plan, run.folder)
+    assert (run.ledger / "ledger.db").is_file() and not run.journal.is_file()
+    assert run_sweep(sweep, Show()) == {}
+    whole = Run(done / point.folder).read_summary()
+    assert run.read_summary()["model"] == whole["model"]
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from reticent.core.errors import ReticentError, RunError
 from reticent.core.run import Run, locked, write_atomic
+from reticent.privacy.ledger import Ledger
 from reticent.privacy.report import SIGNATURE, write_reports
 from reticent.privacy.report.tuning import Candidate, write_tuning
 from reticent.server.preparation import Prepared
@@ -156,7 +157,7 @@ def _summary(run: Run, point: Point) -> dict[str, Any] | None:
 def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str, Any]:
     run = sweep.run_of(point)
     if run.folder.is_dir() and not run.journal.is_file():
-        _clear(run)
+        _begin_anew(run)
     # A report of rounds before, of a run that budgets had ended, is no report of those that follow.
     (run.folder / SIGNATURE).unlink(missing_ok=True)
     resume = run.folder.is_dir()
@@ -168,19 +169,34 @@ def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str
     return run.read_summary()
 
 
-def _clear(run: Run) -> None:
-    """Remove a run that was stopped before anything was trained or charged.
+def _begin_anew(run: Run) -> None:
+    """Make a run without a journal fit to begin: one that was stopped before it charged anybody.
+
+    Its folder is removed, unless it holds a ledger, which a run makes before its journal: with
+    nothing in that ledger the run goes on, and keeps it.
 
     Raises:
         RunError: If the folder holds more than that.
+        LedgerError: If the ledger is damaged, or its history is gone.
     """
-    files = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")}
-    if files - _BEGUN:
+    files = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")} - _BEGUN
+    if not files:
+        shutil.rmtree(run.folder)
+    elif not all(_of_ledger(name, run) for name in files) or _has_charged(run):
         raise RunError(
             f"{run.folder}: has no {run.journal.name}, and holds more than a run that has just "
             "begun: what it was charged would be forgotten; put the file back, or move the folder"
         )
-    shutil.rmtree(run.folder)
+
+
+def _of_ledger(name: str, run: Run) -> bool:
+    return name.partition("/")[0] == run.ledger.name
+
+
+def _has_charged(run: Run) -> bool:
+    # Opening it ends what a kill cut short of its making, and refuses a ledger that lost entries.
+    with Ledger.open(run.ledger) as ledger:
+        return ledger.head().sequence > 0
 
 
 def _report(run: Run, rivals: Sequence[Candidate]) -> None:

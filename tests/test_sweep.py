@@ -37,7 +37,7 @@ from reticent.simulations.sweep import (
 )
 from reticent.simulations.sweep.manifest import Manifest, manifest_of, write_manifest
 from reticent.simulations.sweep.points import Base, checked, points_of
-from reticent.simulations.sweep.results import to_json
+from reticent.simulations.sweep.results import figures_of, to_json
 from reticent.simulations.sweep.running import Show, _begin_anew
 from reticent.simulations.sweep.statistics import estimate
 
@@ -254,6 +254,10 @@ def test_a_point_that_budgets_ended_has_failed_and_is_tried_again(tmp_path: Path
     assert "report of the rounds before" in (folder / "index.html").read_text()
     for point in (ended, whole):  # what was spent is reported all the same
         run = sweep.run_of(point)
+        report = json.loads((run.folder / "report.json").read_text())
+        reported = {row["name"]: row["epsilon"] for row in report["adversaries"]}
+        assert figures_of(run, point).epsilons == pytest.approx(reported, rel=1e-12)
+        assert describe(run.folder)["epsilon"] == reported["Readers of the models"]
         verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
 
 

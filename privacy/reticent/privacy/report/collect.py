@@ -15,14 +15,14 @@ from reticent.core.run import Run
 from ..accounting import epsilon
 from ..randomness import SeededRandomness, SystemRandomness
 from ..schedule import Schedule
-from .adversaries import adversary_rows
+from .against import rows_against
 from .audited import read_audit
 from .checklist import checklist
 from .figures import accounting, planned_curve
 from .plain import not_covered, plain
 from .releases import releases
 from .schema import SCHEMA, SCHEMA_ID, load_schema, problems
-from .spending import QUANTILES, Spending, read_spending, used_schedule
+from .spending import QUANTILES, Spending, counted_rounds, read_spending, used_schedule
 from .tuning import read_tuning
 from .weights import brought, weights_released
 from .words import as_float, portable
@@ -59,7 +59,8 @@ def collect(run: Run) -> dict[str, Any]:
     stopped = _stopped(run, summary)
     asked = [*metrics, *stopped]  # also in a round that could not be held
     schedule = used_schedule(plan, summary)
-    rounds = _rounds(run, summary) if schedule else 0
+    used, most = (summary["privacy"].get(key, 0) for key in (_MOST, _ASKED))
+    rounds = counted_rounds(run, used, most) if schedule else 0
     spending = read_spending(run, plan, schedule, rounds)
     private, promise = plan.private, _promise(plan, schedule)
     shown = size_rule(promise["trust"])
@@ -69,9 +70,7 @@ def collect(run: Run) -> dict[str, Any]:
         "writer": writer(),
         "run": _run(run, plan, summary),
         "promise": promise,
-        "adversaries": adversary_rows(
-            schedule, spending.worst, private.delta if private else 0.0, plan.updates.pad
-        ),
+        "adversaries": rows_against(plan, schedule, spending),
         "spent": _spent(plan, spending, asked, schedule),
         "accounting": accounting(
             schedule, spending.worst, private.examples_per_user if private else None
@@ -196,16 +195,6 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         # Only with client-level privacy does the server draw noise of its own.
         "server_randomness": summary["privacy"].get("server_randomness"),
     }
-
-
-def _rounds(run: Run, summary: dict[str, Any]) -> int:
-    """Return the server's count of rounds for its most frequent client.
-
-    Beside a ledger it is what the ledger must at least hold; without one it stands for the devices'
-    own ledgers, and counts every round that was asked: an update may have come too late to be used.
-    """
-    used = summary["privacy"].get(_MOST, 0)
-    return used if run.ledger.is_dir() else max(used, summary["privacy"].get(_ASKED, 0))
 
 
 def _promise(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:

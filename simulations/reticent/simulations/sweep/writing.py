@@ -97,8 +97,8 @@ def _mean(value: Estimate | None, text: Callable[[float], str]) -> str:
 LEGEND = (
     "Mean ± sample standard deviation over n seeds, in brackets the 95 % confidence interval of "
     "the mean (Student's t, n − 1 degrees of freedom; about seeds, not other data; cut at 0 and "
-    "100 %). ε is the largest of any seed, of the client that took part most often, each run by "
-    "itself. Bytes are of one client and round, as encoded. Seconds are of all rounds of a run."
+    "100 %). ε is the largest of any seed, of the client that spent most, each run by itself. "
+    "Bytes are of one client and round, as encoded. Seconds are of all rounds of a run."
 )
 
 

@@ -176,6 +176,20 @@ def test_the_page_is_self_contained_and_has_the_plots(done: Path) -> None:
         assert (done / f"{name}.svg").read_text().startswith("<svg")
 
 
+def test_nothing_that_a_sweep_shows_tells_how_many_a_secret_draw_gave(tmp_path: Path) -> None:
+    secret = ("privacy.unit=client", "privacy.secret_cohort=true", "federation.sampling=poisson")
+    base, grid = Base("", (*SETTINGS, "federation.clients_per_round=5", *secret)), ("4", "8")
+    sweep = open_sweep(tmp_path / "s", manifest_of(base, {"privacy.epsilon": grid}, 1))
+    assert run_sweep(sweep, Show()) == {}
+    results = collect_results(sweep)
+    write_results(results)
+    for row in to_json(results)["rows"]:
+        assert {row[key] for key in ("up", "down", "total", "seconds")} == {None}
+        assert row["int8"] and row["epsilon"]["Readers of the models"] > 0
+    page = (tmp_path / "s" / "index.html").read_text()
+    assert page.count("<svg") == 1 and "clients are drawn in secret" in page
+
+
 def test_finished_points_are_not_repeated(done: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.glob("*/summary.json")}
     sweep = open_sweep(done, read_manifest(done))

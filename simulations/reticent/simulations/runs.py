@@ -15,6 +15,7 @@ from reticent.core.errors import ReticentError, RunError
 from reticent.core.plan import Plan
 from reticent.core.run import Run, write_atomic
 from reticent.privacy.report.collect import size_rule
+from reticent.privacy.schedule import draws_in_secret
 
 FAILURE = "failure.json"
 _MARKS = ("plan.sha256", "journal.db")
@@ -124,8 +125,14 @@ def _of_metrics(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]
         "accuracy": tested[-1]["accuracy"] if tested else None,
         "epsilon": "infinity" if off and metrics else known[-1] if known else None,
         "bytes": traffic(metrics, plan)["total"],
-        "seconds": round(sum(row["seconds"] for row in metrics), 3),
+        "seconds": duration(metrics, plan),
     }
+
+
+def duration(metrics: Sequence[dict[str, Any]], plan: Plan) -> float | None:
+    """Return seconds of all rounds; None where they would tell how many a secret draw gave."""
+    total = sum(row["seconds"] for row in metrics)
+    return None if draws_in_secret(plan) else round(total, 3)
 
 
 def traffic(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, float | None]:
@@ -133,8 +140,11 @@ def traffic(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, float | 
 
     ``up`` and ``down`` are means of one client and round (None before the first), ``total`` is of
     the whole run, public constants included. Under aggregator trust sizes of updates are rounded
-    up to two figures: the promise does not cover them.
+    up to two figures: the promise does not cover them. All are None where they would tell how many
+    clients a secret draw gave.
     """
+    if draws_in_secret(plan):
+        return dict.fromkeys(("up", "down", "total"))
     shown = size_rule("off" if plan.private is None else plan.private.trust)
     sums = {
         key: sum(row[key] for row in metrics)

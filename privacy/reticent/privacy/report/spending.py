@@ -118,7 +118,17 @@ def read_spending(
         before = () if schedule.earlier is None or not rounds else (schedule.earlier,)
         steps = _steps([schedule.round_event()]) * rounds + _steps(before)
         _require_enough(run, spending, steps)
-    return spending
+    return _of_all(spending, plan, schedule)
+
+
+def _of_all(spending: Spending, plan: Plan, schedule: Schedule | None) -> Spending:
+    """Return what everybody spent, where it is secret who is drawn: drawn or not, the same."""
+    if schedule is None or not schedule.secret:
+        return spending
+    whole: Event = schedule.over(schedule.round_event(), schedule.participations)
+    events = spending.worst or (whole,)
+    group = Group(plan.task.clients, events, epsilon(events, schedule.delta))
+    return Spending((group,), spending.head)
 
 
 def _counted(schedule: Schedule | None, rounds: int) -> Spending:

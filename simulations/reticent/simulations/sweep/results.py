@@ -14,7 +14,7 @@ from reticent.privacy.report.spending import used_schedule
 from reticent.privacy.report.tuning import figures, sweep_digest
 from reticent.privacy.report.words import portable
 
-from ..runs import traffic
+from ..runs import duration, traffic
 from .points import Point, Settings
 from .running import Sweep, finished
 from .statistics import Estimate, estimate
@@ -148,7 +148,7 @@ def figures_of(run: Run, point: Point) -> Figures:
         {
             **{key: _known(accuracy.get(key)) for key in ("fp32", "int8", "public_only")},
             **traffic(metrics, plan),
-            "seconds": sum(row["seconds"] for row in metrics),
+            "seconds": duration(metrics, plan),
         },
     )
 

@@ -20,10 +20,18 @@ from reticent.core.errors import DataError, NetworkError, PlanError, RunError
 from reticent.core.personal import split_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
+from reticent.core.signing import read_public_key
 from reticent.privacy.accounting import epsilon
-from reticent.privacy.ledger import Ledger
+from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SeededRandomness
-from reticent.privacy.report import collect
+from reticent.privacy.report import (
+    collect,
+    compare,
+    render_html,
+    render_md,
+    verify_report,
+    write_reports,
+)
 from reticent.privacy.schedule import schedule_for
 from reticent.server.app import Settings, run_federation
 from reticent.server.buffered import BufferedAveraging
@@ -33,6 +41,7 @@ from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import explain_plan
 from reticent.simulations.fleet import fleet_for, granting
 from reticent.simulations.grid import node_of
+from reticent.simulations.runs import describe
 from reticent.simulations.simulate import simulate
 from reticent.simulations.sweep.points import Point
 from reticent.simulations.sweep.results import figures_of
@@ -320,6 +329,40 @@ def test_a_secret_cohort_is_charged_whole_at_once_and_reported_as_it_was_sampled
     manifest = json.loads((run.artifact / "manifest.json").read_text())
     assert not {"largest_asked", "largest_participation"} & manifest["privacy"].keys()
     assert any("secret draws" in line["remark"] for line in report["not_covered"])
+    require_told_nothing(run)
+    write_reports(run)
+    verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
+
+
+def require_told_nothing(run: Run) -> None:
+    """With other cohorts of the same models, all that is shown would be the same."""
+    plan, before = run.plan(), shown_of(run)
+    lines = run.metrics.read_text()
+    drawn = ("replies", "asked", "bytes_up", "bytes_down", "bytes_constants")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    other = [
+        row | {key: row[key] + 3 for key in drawn} | {"seconds": 9.9, "dropped": {"late": 2}}
+        for row in rows
+    ]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in other))
+    with Ledger.open(run.ledger) as ledger:  # the same charge of clients that were not drawn
+        schedule, known = schedule_for(plan), ledger.devices()
+        assert schedule is not None
+        whole = schedule.over(schedule.round_event(), schedule.participations)
+        idle = [f"other-{n}" for n in range(plan.task.clients - len(known))]
+        ledger.charge_many(idle, "run", 0, whole, Budget(9.0, 1e-5))
+    assert shown_of(run) == before
+    run.metrics.write_text(lines)
+
+
+def shown_of(run: Run) -> list[Any]:
+    """Return everything that is shown of a run, without the keyed head of its ledger."""
+    data = collect(run)
+    data["spent"]["ledger"].pop("head")
+    data["checklist"] = [row for row in data["checklist"] if row["field"] != "Ledger head"]
+    point, listed = Point((), run.plan().seed, run.plan()), describe(run.folder)
+    pages = (render_html(data), render_md(data))
+    return [data, *pages, compare(data, data), figures_of(run, point).values, listed]
 
 
 def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(

@@ -26,6 +26,7 @@ from reticent.server.journal import Journal
 from reticent.server.preparation import Prepared
 from reticent.simulations.admission import check_codecs
 from reticent.simulations.grid import InProcessGrid
+from reticent.simulations.runs import describe
 from reticent.simulations.simulate import simulate
 
 SMALL = [
@@ -244,6 +245,24 @@ def test_devices_stop_at_their_budget_and_the_run_ends_with_the_reason(tmp_path:
     data = collect(Run(tmp_path / "run"))
     assert (data["run"]["rounds"], data["spent"]["refusals"]) == (rounds, 6)
     assert data["spent"]["maximum"] <= 7.0
+    require_one_epsilon(Run(tmp_path / "run"))  # what the ledger refused was not spent
+
+
+def require_one_epsilon(run: Run) -> None:
+    """The summary, ``reticent runs`` and the report say the same of who spent most."""
+    data, found = collect(run), run.read_summary()["privacy"]
+    against = {row["name"]: row["epsilon"] for row in data["adversaries"]}
+    assert found["epsilon"] == against["Readers of the models"] == data["spent"]["maximum"]
+    assert found["server_epsilon"] == against["The server"]
+    shown = describe(run.folder)
+    assert (shown["epsilon"], shown["server_epsilon"]) == (
+        found["epsilon"],
+        found["server_epsilon"],
+    )
+
+
+def test_the_epsilon_of_a_whole_run_is_that_of_its_report(finished: Run) -> None:
+    require_one_epsilon(finished)
 
 
 def test_the_public_baseline_is_not_touched_by_the_rounds(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import build
+from report_runs import PLAN, build
 
 from reticent.core.errors import DependencyError
+from reticent.core.plan import parse_plan
 from reticent.core.run import Run
 from reticent.simulations.sinks import Feed, values_of
-from reticent.simulations.sinks.sink import final_values, parameters_of
+from reticent.simulations.sinks.sink import date_of, final_values, parameters_of
 
 SUMMARY = {
     "accuracy": {"fp32": 0.8, "public_only": math.nan},
@@ -42,6 +43,35 @@ def test_only_released_and_public_values_go_in(run: Run) -> None:
     assert values["bytes_up"] == 12_000  # 11,102 under aggregator trust: two figures, rounded up
     assert "seconds" not in values  # how long clients took is not noised
     assert set(values_of(rounds(run)[0], run.plan())) == {"bytes_up", "bytes_down", "replies"}
+
+
+SECRET = (
+    "privacy.unit=client",
+    "privacy.secret_cohort=true",
+    "federation.sampling=poisson",
+    "privacy.budget=90.0",
+)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Run:
+    """A run whose cohorts are secret; epsilon is known of every round, as a server writes it."""
+    made = build(tmp_path / "run", *SECRET)
+    lines = [json.loads(line) for line in made.metrics.read_text().splitlines()]
+    known = [line | {"seconds": 0.5, "epsilon": 1.0 + line["round"]} for line in lines]
+    made.metrics.write_text("".join(json.dumps(line) + "\n" for line in known))
+    return made
+
+
+def test_nothing_that_follows_from_a_secret_draw_goes_in(secret: Run) -> None:
+    plan, first = secret.plan(), rounds(secret)[1]
+    drawn = {"replies": 2, "asked": 2, "bytes_up": 7, "bytes_down": 9, "bytes_constants": 1}
+    values = values_of(first, plan)
+    assert values == values_of({**first, **drawn, "seconds": 0.1, "dropped": {}}, plan)
+    assert set(values) == {"accuracy", "epsilon"}
+    seen = parse_plan(PLAN, [*SECRET, "privacy.secret_cohort=false"])
+    assert "replies" in values_of(first, seen)  # where the draw is no secret it is shown
+    assert (date_of(plan, 3), date_of(seen, 3)) == (3.0, None)
 
 
 def test_what_was_not_measured_or_is_infinite_is_left_out() -> None:
@@ -132,6 +162,25 @@ def test_tensorboard_has_every_round_once(run: Run, tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("bytes_down")] == [1, 2, 3, 4]
     assert [e.step for e in events.Scalars("accuracy")] == [2, 4]
     assert events.Scalars("accuracy")[1].value == pytest.approx(0.8)
+    assert events.Scalars("accuracy")[1].wall_time > 1e9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_goes_on_without_bytes_where_the_draw_is_secret(
+    secret: Run, tmp_path: Path
+) -> None:
+    module = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra tensorboard is not installed",
+    )
+    stopped_then_resumed(secret, tensorboard=tmp_path / "boards")
+    events = module.EventAccumulator(str(tmp_path / "boards" / "run"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"accuracy", "epsilon"}
+    # A date would tell how long the clients of the round took, and so how many they were.
+    assert [(e.step, e.wall_time) for e in events.Scalars("epsilon")] == [
+        (n, float(n)) for n in (1, 2, 3, 4)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -153,3 +202,19 @@ def test_mlflow_goes_on_with_one_run(run: Run, tmp_path: Path, kind: str) -> Non
     assert kept.data.params["task.name"] == "digits"
     assert kept.data.metrics["final_accuracy_fp32"] == 0.8
     assert kept.data.tags["reticent.plan"] == run.plan().digest
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_goes_on_without_bytes_where_the_draw_is_secret(secret: Run, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    uri, disabled = f"sqlite:///{tmp_path}/ml.db", logging.root.manager.disable
+    try:
+        stopped_then_resumed(secret, mlflow=uri)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        (experiment,) = [e for e in client.search_experiments() if e.name == "reticent"]
+        (kept,) = client.search_runs([experiment.experiment_id])
+        history = client.get_metric_history(kept.info.run_id, "epsilon")
+    finally:
+        logging.disable(disabled)
+    assert [(m.step, m.timestamp) for m in history] == [(n, 1000 * n) for n in (1, 2, 3, 4)]
+    assert not {"bytes_up", "bytes_down", "replies"} & kept.data.metrics.keys()

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
-from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.cli.main import cli
+from reticent.core.errors import LedgerError, NetworkError, PlanError, RunError
+from reticent.core.plan import Plan
 from reticent.core.run import Run, create_run, locked
 from reticent.core.signing import read_public_key
+from reticent.privacy.events import PoissonGaussian
+from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.report import verify_report
-from reticent.simulations.runs import record_failure
+from reticent.simulations.runs import describe, find_runs, record_failure
 from reticent.simulations.simulate import simulate
 from reticent.simulations.sweep import (
     collect_results,
@@ -32,8 +37,8 @@ from reticent.simulations.sweep import (
 )
 from reticent.simulations.sweep.manifest import Manifest, manifest_of, write_manifest
 from reticent.simulations.sweep.points import Base, checked, points_of
-from reticent.simulations.sweep.results import to_json
-from reticent.simulations.sweep.running import Show, _clear
+from reticent.simulations.sweep.results import figures_of, to_json
+from reticent.simulations.sweep.running import Show, _begin_anew
 from reticent.simulations.sweep.statistics import estimate
 
 SETTINGS = (
@@ -171,6 +176,20 @@ def test_the_page_is_self_contained_and_has_the_plots(done: Path) -> None:
         assert (done / f"{name}.svg").read_text().startswith("<svg")
 
 
+def test_nothing_that_a_sweep_shows_tells_how_many_a_secret_draw_gave(tmp_path: Path) -> None:
+    secret = ("privacy.unit=client", "privacy.secret_cohort=true", "federation.sampling=poisson")
+    base, grid = Base("", (*SETTINGS, "federation.clients_per_round=5", *secret)), ("4", "8")
+    sweep = open_sweep(tmp_path / "s", manifest_of(base, {"privacy.epsilon": grid}, 1))
+    assert run_sweep(sweep, Show()) == {}
+    results = collect_results(sweep)
+    write_results(results)
+    for row in to_json(results)["rows"]:
+        assert {row[key] for key in ("up", "down", "total", "seconds")} == {None}
+        assert row["int8"] and row["epsilon"]["Readers of the models"] > 0
+    page = (tmp_path / "s" / "index.html").read_text()
+    assert page.count("<svg") == 1 and "clients are drawn in secret" in page
+
+
 def test_finished_points_are_not_repeated(done: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.glob("*/summary.json")}
     sweep = open_sweep(done, read_manifest(done))
@@ -225,6 +244,37 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
     assert not (tmp_path / "s" / "failures.json").exists()
 
 
+def test_a_point_that_budgets_ended_has_failed_and_is_tried_again(tmp_path: Path) -> None:
+    noisy = ("federation.rounds=4", "federation.retries=0", "privacy.noise_multiplier=0.6")
+    base = Base("", (*SETTINGS, *noisy))
+    folder = tmp_path / "s"
+    sweep = open_sweep(folder, manifest_of(base, {"privacy.budget": ("5.5", "20")}, 1))
+    ended, whole = sweep.manifest.points
+    failures = run_sweep(sweep, Show())
+    assert set(failures) == {ended.folder} and "round 3" in failures[ended.folder]
+    results = collect_results(sweep, failures)
+    assert [row.seeds for row in results.rows] == [(), (0,)]  # 2 of 4 rounds are no result
+    assert results.best is results.rows[1] and results.finished == 1
+    states = {path.name: describe(path) for path in find_runs(folder)}
+    assert (states[ended.folder]["state"], states[whole.folder]["state"]) == ("ended", "finished")
+    assert states[ended.folder]["problem"] == failures[ended.folder]
+    listed = CliRunner().invoke(cli, ["runs", str(folder)])
+    assert "ended at 2/4" in listed.output
+    again = CliRunner().invoke(cli, ["sweep", "--run", str(folder), "--resume"])
+    assert isinstance(again.exception, RunError) and again.exception.exit_code == 8
+    assert failures[ended.folder] in str(again.exception)
+    assert f"[1/2] {ended.label}" in again.output and "[2/2]" not in again.output
+    assert json.loads((folder / "failures.json").read_text()) == failures
+    assert "report of the rounds before" in (folder / "index.html").read_text()
+    for point in (ended, whole):  # what was spent is reported all the same
+        run = sweep.run_of(point)
+        report = json.loads((run.folder / "report.json").read_text())
+        reported = {row["name"]: row["epsilon"] for row in report["adversaries"]}
+        assert figures_of(run, point).epsilons == pytest.approx(reported, rel=1e-12)
+        assert describe(run.folder)["epsilon"] == reported["Readers of the models"]
+        verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
+
+
 def test_a_killed_sweep_goes_on_to_the_same_models(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     entry = str(Path(sys.executable).parent / "reticent")
@@ -252,16 +302,57 @@ def test_a_killed_sweep_goes_on_to_the_same_models(done: Path, tmp_path: Path) -
 def test_a_run_without_its_journal_is_begun_anew_only_if_it_charged_nobody(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", BASE.plan())
     record_failure(run, "a reason")
-    _clear(run)
+    _begin_anew(run)
     assert not run.folder.exists()
-    for name in ("ledger/ledger.db", "notes.txt", "checkpoints/round-000001.safetensors"):
+    for name in ("notes.txt", "checkpoints/round-000001.safetensors"):
         run = create_run(tmp_path / name.split("/")[0], BASE.plan())
         path = run.folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("kept")
         with pytest.raises(RunError, match=r"has no journal.db"):
-            _clear(run)
+            _begin_anew(run)
         assert path.read_text() == "kept"
+
+
+def test_a_ledger_with_entries_and_without_its_journal_is_refused(tmp_path: Path) -> None:
+    """A run that began anew beside it would charge the same devices a second time."""
+    run = create_run(tmp_path / "run", BASE.plan())
+    with Ledger.open(run.ledger) as ledger:
+        ledger.charge("client-0", "run", 1, PoissonGaussian(0.1, 1.0, 1), Budget(9.0, 1e-5))
+        before = ledger.head()
+    with pytest.raises(RunError, match=r"has no journal.db"):
+        _begin_anew(run)
+    with Ledger.open(run.ledger) as ledger:
+        assert ledger.head() == before
+    (run.ledger / "ledger.db").unlink()
+    with pytest.raises(LedgerError, match=r"history in ledger.db is gone"):
+        _begin_anew(run)
+
+
+def killed_on_the_journal(plan: Plan, folder: Path) -> None:
+    """Simulate in a process of its own, which dies before it has a journal."""
+    die = "journal.Journal.__init__ = lambda *_: os._exit(9)"
+    code = (
+        f"import os, sys; from pathlib import Path; from reticent.server import journal; {die}\n"
+        "from reticent.core.plan import Plan\n"
+        "from reticent.simulations.simulate import simulate\n"
+        "simulate(Plan.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, plan.canonical(), str(folder)])
+    assert ended.returncode == 9
+
+
+def test_a_point_that_was_killed_before_it_had_a_journal_goes_on(
+    done: Path, tmp_path: Path
+) -> None:
+    sweep = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=1))
+    (point,) = sweep.manifest.points
+    run = sweep.run_of(point)
+    killed_on_the_journal(point.plan, run.folder)
+    assert (run.ledger / "ledger.db").is_file() and not run.journal.is_file()
+    assert run_sweep(sweep, Show()) == {}
+    whole = Run(done / point.folder).read_summary()
+    assert run.read_summary()["model"] == whole["model"]
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -160,9 +160,9 @@ class _Show:
 
 
 def _closing(results: Results, page: Path) -> str:
-    from reticent.simulations.sweep.writing import LEGEND, cells, headers, tuning_lines
+    from reticent.simulations.sweep.writing import cells, headers, legend, tuning_lines
 
     rows = [cells(results, row) for row in results.rows]
-    lines = ["", table(headers(results), rows), "", LEGEND]
+    lines = ["", table(headers(results), rows), "", legend(results)]
     lines += [f"\n{line}" for line in tuning_lines(results) if line]
     return "\n".join([*lines, "", f"page  {page}"])

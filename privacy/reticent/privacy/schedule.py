@@ -157,6 +157,15 @@ def cohort_rate(plan: Plan) -> float:
     return min(1.0, federation.clients_per_round / eligible)
 
 
+def draws_in_secret(plan: Plan) -> bool:
+    """Return whether a plan's schedule is :attr:`Schedule.secret`, without calibrating it.
+
+    Whoever learns how many were drawn learns of each client's coin: nothing that follows from the
+    size of a cohort may then be shown to those against whom the sampling is counted.
+    """
+    return plan.private is not None and plan.private.secret_cohort and cohort_rate(plan) < 1
+
+
 def schedule_for(plan: Plan) -> Schedule | None:
     """Return the plan's schedule, with sigma calibrated when epsilon is given; None when off.
 

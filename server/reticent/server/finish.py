@@ -26,7 +26,8 @@ from reticent.core.plan import Plan, Quantize
 from reticent.core.run import write_atomic
 from reticent.core.signing import make_signing_key, private_key_file, read_private_key
 from reticent.core.update import vector_digest
-from reticent.privacy.accounting import epsilon
+from reticent.privacy.report.adversaries import READERS, SERVER
+from reticent.privacy.report.against import epsilons_spent
 
 from .fleet import fleet_summary
 from .float_only import float_summary
@@ -193,27 +194,27 @@ def latencies(job: Job, final: nn.Module, deployed: Deployed) -> dict[str, Laten
 
 
 def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
-    """Return epsilon of the client that was asked most often, against both adversaries.
+    """Return epsilon of the client that spent most, against both adversaries, as the report has it.
 
-    An update that came too late to be used was charged all the same, and the server saw it.
+    Where the devices' ledgers are elsewhere, that is the client that was asked most often: an
+    update that came too late to be used was charged all the same, and the server saw it.
     """
-    rounds = max(job.journal.charged().values(), default=0)
     if job.schedule is None or job.plan.private is None:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule
-    seen = s.counted(rounds)
-    readers = epsilon([s.over(s.round_event(), seen)], s.delta) if seen else 0.0
-    server = epsilon([s.over(s.server_event(), rounds)], s.delta) if rounds else 0.0
+    used = max(job.journal.participations().values(), default=0)
+    asked = max(job.journal.charged().values(), default=0)
+    spent = epsilons_spent(job.run, job.plan, s, used, asked)
     return {
         "trust": s.trust,
         "unit": s.unit,
         "relation": s.relation,
         "delta": s.delta,
         "noise_multiplier": s.noise_multiplier,
-        "epsilon": _number(readers),
-        "server_epsilon": _number(server),
-        "largest_participation": max(job.journal.participations().values(), default=0),
-        "largest_asked": rounds,
+        "epsilon": _number(spent[READERS]),
+        "server_epsilon": _number(spent[SERVER]),
+        "largest_participation": used,
+        "largest_asked": asked,
         **_client_level(job, state),
     }
 

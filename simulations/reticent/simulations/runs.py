@@ -15,6 +15,7 @@ from reticent.core.errors import ReticentError, RunError
 from reticent.core.plan import Plan
 from reticent.core.run import Run, write_atomic
 from reticent.privacy.report.collect import size_rule
+from reticent.privacy.schedule import draws_in_secret
 
 FAILURE = "failure.json"
 _MARKS = ("plan.sha256", "journal.db")
@@ -60,8 +61,9 @@ def _found(folder: Path) -> Iterator[Path]:
 def describe(folder: Path) -> dict[str, Any]:
     """Return what a run directory holds; of a damaged one, as much as can be read, and why.
 
-    ``state`` is ``finished``, ``running``, ``failed``, ``stopped`` or ``damaged``; a figure that is
-    not known is None, an infinite epsilon ``"infinity"``. Epsilon is that of the client that spent
+    ``state`` is ``finished``, ``ended`` (by budgets, before the last round), ``running``,
+    ``failed``, ``stopped`` or ``damaged``; a figure that is not known is None, an infinite epsilon
+    ``"infinity"``. Epsilon is that of the client that spent
     most; before the end, what the schedule had allowed after the last tested round.
     """
     run = Run(folder)
@@ -123,8 +125,14 @@ def _of_metrics(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]
         "accuracy": tested[-1]["accuracy"] if tested else None,
         "epsilon": "infinity" if off and metrics else known[-1] if known else None,
         "bytes": traffic(metrics, plan)["total"],
-        "seconds": round(sum(row["seconds"] for row in metrics), 3),
+        "seconds": duration(metrics, plan),
     }
+
+
+def duration(metrics: Sequence[dict[str, Any]], plan: Plan) -> float | None:
+    """Return seconds of all rounds; None where they would tell how many a secret draw gave."""
+    total = sum(row["seconds"] for row in metrics)
+    return None if draws_in_secret(plan) else round(total, 3)
 
 
 def traffic(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, float | None]:
@@ -132,8 +140,11 @@ def traffic(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, float | 
 
     ``up`` and ``down`` are means of one client and round (None before the first), ``total`` is of
     the whole run, public constants included. Under aggregator trust sizes of updates are rounded
-    up to two figures: the promise does not cover them.
+    up to two figures: the promise does not cover them. All are None where they would tell how many
+    clients a secret draw gave.
     """
+    if draws_in_secret(plan):
+        return dict.fromkeys(("up", "down", "total"))
     shown = size_rule("off" if plan.private is None else plan.private.trust)
     sums = {
         key: sum(row[key] for row in metrics)
@@ -152,8 +163,10 @@ def _of_summary(run: Run, plan: Plan) -> dict[str, Any]:
     if summary["plan"] != plan.digest:
         raise RunError(f"{run.summary}: belongs to another plan")
     accuracies, privacy = summary["accuracy"], summary["privacy"]
+    ended = summary.get("stopped") is not None
     return {
-        "state": "finished",
+        "state": "ended" if ended else "finished",
+        "problem": _failure(run) if ended else None,
         "accuracy": accuracies["int8"] if "int8" in accuracies else accuracies["fp32"],
         "epsilon": privacy["epsilon"],
         "server_epsilon": privacy["server_epsilon"],

@@ -198,7 +198,9 @@ def _no_mechanism() -> dict[str, str]:
 def _clients(data: dict[str, Any], private: bool) -> dict[str, str]:
     spent = data["spent"]
     quantiles = ", ".join(f"{q}: {epsilon_text(v)}" for q, v in spent["quantiles"].items())
-    stopped = f"{count_text(spent['refusals'], 'refusal')} at the hard stop"
+    refusals = spent["refusals"]
+    told = "refusals not shown" if refusals is None else count_text(refusals, "refusal")
+    stopped = f"{told} at the hard stop"
     return {
         "Per-client spending": (
             f"maximum {epsilon_text(spent['maximum'])}; quantiles {quantiles or 'none'}; {stopped}"
@@ -238,7 +240,7 @@ def _records(data: dict[str, Any]) -> dict[str, str]:
         "Charge for tuning": tuning_text(data.get("tuning")),
         "Charge for the teacher": weights_text(data.get("weights")),
         "Audit (empirical lower bound on ε)": audit_text(data["audit"]),
-        "Ledger head": f"{ledger['head']} (entry {ledger['sequence']})" if ledger else elsewhere,
+        "Ledger head": _head(ledger) if ledger else elsewhere,
         "Ledger integrity": (
             "verified when this report was written: every entry's MAC, in order"
             if ledger
@@ -249,6 +251,11 @@ def _records(data: dict[str, Any]) -> dict[str, str]:
             "writer)"
         ),
     }
+
+
+def _head(ledger: dict[str, Any]) -> str:
+    number = ledger["sequence"]
+    return ledger["head"] if number is None else f"{ledger['head']} (entry {number})"
 
 
 def _randomness(run: dict[str, Any]) -> str:

@@ -15,14 +15,15 @@ from reticent.core.run import Run
 from ..accounting import epsilon
 from ..randomness import SeededRandomness, SystemRandomness
 from ..schedule import Schedule
-from .adversaries import adversary_rows
+from .against import rows_against
 from .audited import read_audit
 from .checklist import checklist
+from .drawn import OF_ROUND, without_draws
 from .figures import accounting, planned_curve
 from .plain import not_covered, plain
 from .releases import releases
 from .schema import SCHEMA, SCHEMA_ID, load_schema, problems
-from .spending import QUANTILES, Spending, read_spending, used_schedule
+from .spending import QUANTILES, Spending, counted_rounds, read_spending, used_schedule
 from .tuning import read_tuning
 from .weights import brought, weights_released
 from .words import as_float, portable
@@ -59,7 +60,8 @@ def collect(run: Run) -> dict[str, Any]:
     stopped = _stopped(run, summary)
     asked = [*metrics, *stopped]  # also in a round that could not be held
     schedule = used_schedule(plan, summary)
-    rounds = _rounds(run, summary) if schedule else 0
+    used, most = (summary["privacy"].get(key, 0) for key in (_MOST, _ASKED))
+    rounds = counted_rounds(run, used, most) if schedule else 0
     spending = read_spending(run, plan, schedule, rounds)
     private, promise = plan.private, _promise(plan, schedule)
     shown = size_rule(promise["trust"])
@@ -69,9 +71,7 @@ def collect(run: Run) -> dict[str, Any]:
         "writer": writer(),
         "run": _run(run, plan, summary),
         "promise": promise,
-        "adversaries": adversary_rows(
-            schedule, spending.worst, private.delta if private else 0.0, plan.updates.pad
-        ),
+        "adversaries": rows_against(plan, schedule, spending),
         "spent": _spent(plan, spending, asked, schedule),
         "accounting": accounting(
             schedule, spending.worst, private.examples_per_user if private else None
@@ -88,7 +88,7 @@ def collect(run: Run) -> dict[str, Any]:
     tuning = read_tuning(run, plan)
     if tuning is not None:
         data["tuning"] = tuning
-    data = _jsonable(data)
+    data = without_draws(_jsonable(data))
     _require_whole(run, data)
     artifact = summary.get("bytes", {}).get("int8")
     data["releases"] = [
@@ -139,7 +139,7 @@ def _metrics(run: Run, rounds: int) -> list[dict[str, Any]]:
     for number, line in enumerate(run.read_metrics(), 1):
         whole = {"asked": line.get("replies"), "clip": None, "within_clip": None} | line
         row = {key: whole[key] for key in shown if key in whole}
-        wrong = problems([row], "rounds")
+        wrong = _wrong(row)
         if wrong:
             raise RunError(f"{run.metrics}: line {number}: damaged: {'; '.join(wrong[:3])}")
         lines.append(row)
@@ -151,6 +151,12 @@ def _metrics(run: Run, rounds: int) -> list[dict[str, Any]]:
     return lines
 
 
+def _wrong(row: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a recorded round; only a report may leave out its counts."""
+    absent = [f"{key}: null" for key in (*OF_ROUND, "dropped") if row.get(key, 0) is None]
+    return [*problems([row], "rounds"), *absent]
+
+
 def _stopped(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the round that could not be held because budgets were spent, as a round, if any."""
     if summary.get("stopped") is None:
@@ -158,7 +164,7 @@ def _stopped(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     known = summary["stopped"] if isinstance(summary["stopped"], dict) else {}
     never = ("accuracy", "epsilon", "clip", "within_clip")
     rows: list[dict[str, Any]] = [{**known, **dict.fromkeys(never)}]
-    wrong = problems(rows, "rounds")
+    wrong = _wrong(rows[0])
     if wrong or rows[0]["round"] != summary["rounds"] + 1:
         raise RunError(f"{run.summary}: stopped: damaged: {'; '.join(wrong[:3]) or 'its round'}")
     return rows
@@ -196,16 +202,6 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         # Only with client-level privacy does the server draw noise of its own.
         "server_randomness": summary["privacy"].get("server_randomness"),
     }
-
-
-def _rounds(run: Run, summary: dict[str, Any]) -> int:
-    """Return the server's count of rounds for its most frequent client.
-
-    Beside a ledger it is what the ledger must at least hold; without one it stands for the devices'
-    own ledgers, and counts every round that was asked: an update may have come too late to be used.
-    """
-    used = summary["privacy"].get(_MOST, 0)
-    return used if run.ledger.is_dir() else max(used, summary["privacy"].get(_ASKED, 0))
 
 
 def _promise(plan: Plan, schedule: Schedule | None) -> dict[str, Any]:
@@ -259,9 +255,8 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Return clients by what they spent, those that were never asked included, the most first.
 
-    Who was never asked spent nothing in the rounds, unless who is asked is a secret coin of every
-    round: then all clients spend the same. What weights spent that were trained before, they spent
-    of everybody.
+    Who was never asked spent nothing in the rounds; where who is asked is secret, all are one group
+    already. What weights spent that were trained before, they spent of everybody.
     """
     known = spending.head is not None
     rows = [(group.clients, group.epsilon) for group in spending.groups]
@@ -276,11 +271,9 @@ def _groups(
 
 
 def _of_the_unasked(schedule: Schedule | None) -> float:
-    if schedule is None:
+    if schedule is None or schedule.earlier is None:
         return 0.0
-    if not schedule.secret:
-        return epsilon([] if schedule.earlier is None else [schedule.earlier], schedule.delta)
-    return epsilon([schedule.over(schedule.round_event(), schedule.participations)], schedule.delta)
+    return epsilon([schedule.earlier], schedule.delta)
 
 
 def _planned(run: Run, plan: Plan, schedule: Schedule | None) -> list[dict[str, Any]]:

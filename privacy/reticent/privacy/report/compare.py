@@ -137,9 +137,10 @@ def _model(key: str, field: str) -> _Of:
     return lambda data: next((row[field] for row in data["models"] if row["key"] == key), None)
 
 
-def _bytes(data: dict[str, Any]) -> int:
-    traffic = data["traffic"]
-    return traffic["total_up"] + traffic["total_down"] + traffic["total_constants"]
+def _bytes(data: dict[str, Any]) -> int | None:
+    """Return the bytes of a whole run; None where they follow from a secret draw."""
+    totals = [data["traffic"][f"total_{which}"] for which in ("up", "down", "constants")]
+    return None if None in totals else sum(totals)
 
 
 def _quantile(value: Any) -> str:

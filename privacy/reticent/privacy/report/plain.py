@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .drawn import drawn_in_secret
 from .weights import UNCHECKED
 from .words import as_float, certainty_text, chance_text, count_text, epsilon_text, odds_text
 
@@ -41,15 +42,16 @@ _SHOWN = (
     "so the promise to readers does not cover it; sizes are shown here rounded up to two figures, "
     "and the number against someone on the network stands for those who see lengths"
 )
+_ROUNDED = " (under aggregator trust shown here rounded up to two figures)"
 _EXPOSED = (
     "Every update",
-    "sent without noise: the server sees what each client computed, and how large it is encoded "
-    "(under aggregator trust shown here rounded up to two figures)",
+    "sent without noise: the server sees what each client computed, and how large it is encoded",
 )
 _DRAWN = (
     "How many clients were drawn",
-    "replies, bytes, times and clients in this report follow from the secret draws: the number "
-    "against readers of the models is for those who do not see this report",
+    "replies, bytes and times follow from the secret draws, so this report leaves them out; the "
+    "run's own files have them, and the number against readers of the models is for those who do "
+    "not see these",
 )
 _PERSON = "A person with several examples"
 _SIMULATED = (
@@ -64,14 +66,15 @@ def not_covered(data: dict[str, Any]) -> list[dict[str, str]]:
     noised = promise["trust"] != "off" and promise["unit"] == "example"
     rows = [*UNPROTECTED]
     if not noised:
-        rows.append(_EXPOSED)
+        shown = "" if drawn_in_secret(promise) else _ROUNDED
+        rows.append((_EXPOSED[0], _EXPOSED[1] + shown))
     elif promise["trust"] == "aggregator":
         rows.append((_SIZE, _size_remark(data["run"])))
     # Under local trust an update is private by itself, and so is its length.
     tuning = data.get("tuning")
     if tuning is not None and tuning["runs"] > 1:
         rows[rows.index(_CHOICE)] = (_CHOICE[0], _chosen(tuning))
-    if promise.get("unit") == "client" and promise["sampling_rate"] < 1:
+    if drawn_in_secret(promise):
         rows.append(_DRAWN)
     if "weights" in data:
         rows.append(UNCHECKED)
@@ -225,6 +228,8 @@ def delta_note(promise: dict[str, Any]) -> str:
 
 
 def _happened(spent: dict[str, Any], stopped: int | None) -> str:
+    if spent["refusals"] is None:
+        return "How often devices refused is left out: it follows from the secret draws of clients."
     if spent["refusals"]:
         end = "" if stopped is None else f" That ended the training before its round {stopped}."
         return (

@@ -13,6 +13,7 @@ from typing import Any
 from reticent.core.protocol import Refusal
 
 from ..release import PUBLIC_KINDS
+from .drawn import drawn_in_secret
 
 _NO_REPLY = "the client gave no reply"
 _ORDERS = "on what the server had sent, not on the device's data"
@@ -51,14 +52,16 @@ def releases(
 ) -> list[dict[str, Any]]:
     """Return ``{"value", "leaves", "count", "bytes", "mechanism", "depends"}`` rows.
 
-    ``count`` and ``bytes`` (of the whole run) are None where they were not recorded.
+    ``count`` and ``bytes`` (of the whole run) are None where they were not recorded, or follow from
+    a secret draw of clients.
     """
     dropped: Counter[str] = Counter()
-    for row in rounds:
+    secret = drawn_in_secret(promise)
+    for row in () if secret else rounds:
         dropped.update(row["dropped"])
     return [
         *_updates(promise, traffic, dropped),
-        *_refusals(dropped),
+        *([_not_told()] if secret else _refusals(dropped)),
         *_public_values(run),
         _row("Metrics (losses, accuracies, gradient norms, counts of examples)", "a device", 0, 0)
         | {"mechanism": "none: they are never sent", "depends": "nothing left"},
@@ -141,6 +144,14 @@ def _refusals(dropped: Counter[str]) -> Iterable[dict[str, Any]]:
     return rows
 
 
+def _not_told() -> dict[str, Any]:
+    """Return one row for all that is no update: which kinds there were depends on who was drawn."""
+    return _row("Refusals, error codes and replies that were not used", "a device", None, None) | {
+        "mechanism": "fixed codes and texts, not noised; an update that was not used is bounded",
+        "depends": "on the state of the devices that were drawn, and an update on private examples",
+    }
+
+
 def _public_values(run: dict[str, Any]) -> list[dict[str, Any]]:
     count = 0 if run["simulated"] else None
     how = "none needed: public by declaration"
@@ -172,6 +183,19 @@ def _order_depends(promise: dict[str, Any]) -> str:
     return _NOTHING
 
 
+def _of_report(promise: dict[str, Any]) -> dict[str, str]:
+    if drawn_in_secret(promise):
+        return {
+            "mechanism": "nothing in it follows from the secret draws but through the models; the "
+            "ledger's head is keyed",
+            "depends": "on the plan, and on private examples through the mechanism",
+        }
+    return {
+        "mechanism": "none: spending, counts and ledger heads are exact",
+        "depends": "on who took part and how often, never on an example",
+    }
+
+
 def _published(
     promise: dict[str, Any], rounds: list[dict[str, Any]], artifact_bytes: int | None
 ) -> list[dict[str, Any]]:
@@ -187,11 +211,7 @@ def _published(
             "mechanism": "post-processing of the models; the test set is not noised",
             "depends": f"{through}, and on the test set, which belongs to no client",
         },
-        _row("This report", "the run", 1, None)
-        | {
-            "mechanism": "none: spending, counts and ledger heads are exact",
-            "depends": "on who took part and how often, never on an example",
-        },
+        _row("This report", "the run", 1, None) | _of_report(promise),
     ]
     if promise.get("clip_quantile") is not None:
         rows.append(

@@ -15,6 +15,7 @@ from . import words
 from .charts import capped, charts
 from .checklist import audit_text, gdp_text, randomness_text
 from .collect import collect
+from .drawn import LEFT_OUT, drawn_in_secret
 from .plain import delta_note
 from .signing import sign
 from .tuning import tuning_note
@@ -127,6 +128,7 @@ def _report(template: str, data: dict[str, Any], escaped: bool) -> str:
         "measured": thinned(measured),
         "thinned": len(measured) > MOST_ROWS,
         "private": private,
+        "left_out": LEFT_OUT if drawn_in_secret(data["promise"]) else "",
     }
     return filled(template, {**data, **extra}, escaped)
 

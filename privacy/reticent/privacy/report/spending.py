@@ -34,8 +34,8 @@ class Spending:
 
     Attributes:
         groups: The largest epsilon first; empty when nobody was charged.
-        head: Verified head of the ledger; None when there is no ledger here, and then ``groups``
-            holds one client, the one that took part most often.
+        head: Head of the ledger, verified unless that was left out; None when there is no ledger
+            here, and then ``groups`` holds one client, the one that took part most often.
     """
 
     groups: tuple[Group, ...]
@@ -85,8 +85,21 @@ def used_schedule(plan: Plan, summary: dict[str, Any]) -> Schedule | None:
     return schedule_for(plan.model_copy(update={"privacy": private}))
 
 
-def read_spending(run: Run, plan: Plan, schedule: Schedule | None, rounds: int) -> Spending:
+def counted_rounds(run: Run, used: int, asked: int) -> int:
+    """Return the server's count of rounds for its most frequent client.
+
+    Beside a ledger it is what the ledger must at least hold; without one it stands for the devices'
+    own ledgers, and counts every round that was asked: an update may have come too late to be used.
+    """
+    return used if run.ledger.is_dir() else max(used, asked)
+
+
+def read_spending(
+    run: Run, plan: Plan, schedule: Schedule | None, rounds: int, verify: bool = True
+) -> Spending:
     """Return what was spent; ``rounds`` is the server's count for its most frequent client.
+
+    Without ``verify`` the ledger's chain is not walked.
 
     Raises:
         LedgerError: If the ledger is damaged, or counts less than the server saw.
@@ -97,7 +110,7 @@ def read_spending(run: Run, plan: Plan, schedule: Schedule | None, rounds: int) 
         raise LedgerError(f"{run.ledger}: holds no ledger.db: restore it; nothing can be reported")
     delta = plan.private.delta if plan.private else 1e-5
     with Ledger.open(run.ledger, verify=False) as ledger:
-        head = ledger.verify()
+        head = ledger.verify() if verify else ledger.head()
         rows = ledger.summary(delta)
     groups = tuple(Group(len(row.devices), tuple(row.events), row.epsilon) for row in rows)
     spending = Spending(groups, head)
@@ -105,7 +118,17 @@ def read_spending(run: Run, plan: Plan, schedule: Schedule | None, rounds: int) 
         before = () if schedule.earlier is None or not rounds else (schedule.earlier,)
         steps = _steps([schedule.round_event()]) * rounds + _steps(before)
         _require_enough(run, spending, steps)
-    return spending
+    return _of_all(spending, plan, schedule)
+
+
+def _of_all(spending: Spending, plan: Plan, schedule: Schedule | None) -> Spending:
+    """Return what everybody spent, where it is secret who is drawn: drawn or not, the same."""
+    if schedule is None or not schedule.secret:
+        return spending
+    whole: Event = schedule.over(schedule.round_event(), schedule.participations)
+    events = spending.worst or (whole,)
+    group = Group(plan.task.clients, events, epsilon(events, schedule.delta))
+    return Spending((group,), spending.head)
 
 
 def _counted(schedule: Schedule | None, rounds: int) -> Spending:

@@ -13,11 +13,10 @@ from typing import Any
 from reticent.core.plan import Plan
 from reticent.core.run import Run, write_atomic
 
-from .sink import parameters_of
+from .sink import EVERY_ROUND, date_of, parameters_of
 
 EXPERIMENT = "reticent"
 IDS = "mlflow.json"
-_EVERY_ROUND = "bytes_down"
 _BATCH = 100  # parameters in one request: the most that servers take
 
 
@@ -34,10 +33,10 @@ class MLflow:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._entities: Any = import_module("mlflow.entities")
         self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=uri)
-        self._ended = False
+        self._ended, self._plan = False, plan
         self._id = self._continued(run, uri) or self._begun(plan, run, uri)
-        steps = (m.step for m in self._client.get_metric_history(self._id, _EVERY_ROUND))
-        self._last = max(steps, default=0)
+        histories = (self._client.get_metric_history(self._id, key) for key in EVERY_ROUND)
+        self._last = max((kept.step for history in histories for kept in history), default=0)
 
     def _continued(self, run: Run, uri: str) -> str | None:
         known = _ids(run).get(uri)
@@ -79,8 +78,9 @@ class MLflow:
             self._client.set_terminated(self._id, "KILLED")
 
     def _send(self, values: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        metrics = [self._entities.Metric(k, v, now, step) for k, v in values.items()]
+        date = date_of(self._plan, step)
+        date = int(1000 * (time.time() if date is None else date))
+        metrics = [self._entities.Metric(k, v, date, step) for k, v in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
 

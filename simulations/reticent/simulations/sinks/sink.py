@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from reticent.core.errors import DependencyError
 from reticent.core.plan import Plan
 from reticent.privacy.report.collect import size_rule
+from reticent.privacy.schedule import draws_in_secret
 
 
 class Sink(Protocol):
@@ -41,22 +42,36 @@ def require(kind: str) -> None:
         raise DependencyError(f"--{kind} needs the extra: pip install 'reticent[{kind}]'")
 
 
+EVERY_ROUND = ("bytes_down", "epsilon")
+"""Of every round that is kept one of these is: bytes, or epsilon where these are left out."""
+
+
 def values_of(metrics: Mapping[str, Any], plan: Plan) -> dict[str, float]:
     """Return what may be kept of a committed round: released and public figures only.
 
     Accuracy on the public test set, epsilon, encoded bytes and the number of replies. Times are
     left out, because a reply takes longer when a client's batches are larger. Under aggregator
-    trust the size of updates is rounded up to two figures, as in the report.
+    trust the size of updates is rounded up to two figures, as in the report. Where it is secret who
+    is drawn, bytes and replies are left out: they tell how many were.
     """
     shown = size_rule("off" if plan.private is None else plan.private.trust)
-    values = {
-        "accuracy": metrics["accuracy"],
-        "epsilon": metrics["epsilon"],
-        "bytes_up": shown(metrics["bytes_up"]),
-        "bytes_down": metrics["bytes_down"] + metrics["bytes_constants"],
-        "replies": metrics["replies"],
-    }
+    values = {"accuracy": metrics["accuracy"], "epsilon": metrics["epsilon"]}
+    if not draws_in_secret(plan):
+        values |= {
+            "bytes_up": shown(metrics["bytes_up"]),
+            "bytes_down": metrics["bytes_down"] + metrics["bytes_constants"],
+            "replies": metrics["replies"],
+        }
     return {key: float(value) for key, value in values.items() if value is not None}
+
+
+def date_of(plan: Plan, number: int) -> float | None:
+    """Return the date, in seconds, to keep with the figures of a round; None for that of now.
+
+    A round takes longer when more clients are drawn. Where that is secret, it has no date but its
+    number.
+    """
+    return float(number) if draws_in_secret(plan) else None
 
 
 def final_values(summary: Mapping[str, Any]) -> dict[str, float]:

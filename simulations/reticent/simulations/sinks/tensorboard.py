@@ -10,9 +10,7 @@ from typing import Any
 
 from reticent.core.plan import Plan
 
-from .sink import parameters_of
-
-_EVERY_ROUND = "bytes_down"
+from .sink import EVERY_ROUND, date_of, parameters_of
 
 
 class TensorBoard:
@@ -20,7 +18,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, plan: Plan, name: str) -> None:
         """Open ``folder/name`` and find where it ends."""
-        self._folder = folder / name
+        self._folder, self._plan = folder / name, plan
         self._last = self._kept()
         self._writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(
             str(self._folder)
@@ -34,9 +32,8 @@ class TensorBoard:
         module = import_module("tensorboard.backend.event_processing.event_accumulator")
         events = module.EventAccumulator(str(self._folder), size_guidance={"scalars": 0})
         events.Reload()
-        if _EVERY_ROUND not in events.Tags()["scalars"]:
-            return 0
-        return max(event.step for event in events.Scalars(_EVERY_ROUND))
+        known = [key for key in EVERY_ROUND if key in events.Tags()["scalars"]]
+        return max((event.step for key in known for event in events.Scalars(key)), default=0)
 
     def last(self) -> int:
         """Return the last round that is kept there."""
@@ -45,13 +42,14 @@ class TensorBoard:
     def log(self, number: int, values: Mapping[str, float]) -> None:
         """Keep the figures of a round, on disk before the next."""
         for key, value in values.items():
-            self._writer.add_scalar(key, value, number)
+            self._writer.add_scalar(key, value, number, walltime=date_of(self._plan, number))
         self._writer.flush()
         self._last = number
 
     def end(self, values: Mapping[str, float]) -> None:
         """Keep the figures of the finished run as a text: they belong to no round."""
-        self._writer.add_text("summary", _table({k: json.dumps(v) for k, v in values.items()}))
+        text = _table({k: json.dumps(v) for k, v in values.items()})
+        self._writer.add_text("summary", text, walltime=date_of(self._plan, self._last))
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reticent.core.run import Run
-from reticent.privacy.report.adversaries import adversary_rows
+from reticent.privacy.report.against import epsilons_spent
 from reticent.privacy.report.spending import used_schedule
 from reticent.privacy.report.tuning import figures, sweep_digest
-from reticent.privacy.report.words import as_float, portable
+from reticent.privacy.report.words import portable
 
-from ..runs import traffic
+from ..runs import duration, traffic
 from .points import Point, Settings
 from .running import Sweep, finished
 from .statistics import Estimate, estimate
@@ -28,7 +28,7 @@ class Figures:
 
     Attributes:
         point: Its point.
-        epsilons: Epsilon against each adversary by name, of the client that took part most often.
+        epsilons: Epsilon against each adversary by name, of the client that spent most.
         values: Accuracies (``fp32``, ``int8``, ``public_only``), bytes of one client and round
             (``up``, ``down``) and of the whole run (``total``), and ``seconds`` of its rounds;
             None where the run has no such figure.
@@ -109,6 +109,7 @@ def collect_results(sweep: Sweep, failures: dict[str, str] | None = None) -> Res
 
     Raises:
         RunError: If a finished run is damaged.
+        LedgerError: If its ledger is.
     """
     groups: dict[Settings, list[Point]] = defaultdict(list)
     for point in sweep.manifest.points:
@@ -135,22 +136,19 @@ def figures_of(run: Run, point: Point) -> Figures:
 
     Raises:
         RunError: If its files are damaged.
+        LedgerError: If its ledger is.
     """
     summary, metrics, plan = run.read_summary(), run.read_metrics(), point.plan
     schedule, privacy = used_schedule(plan, summary), summary["privacy"]
-    events = []
-    if schedule is not None and (rounds := schedule.counted(privacy["largest_asked"])):
-        events = [schedule.over(schedule.round_event(), rounds)]
-    delta = plan.private.delta if plan.private else 0.0
-    views = adversary_rows(schedule, events, delta, plan.updates.pad)
+    counts = (privacy.get(f"largest_{key}", 0) for key in ("participation", "asked"))
     accuracy = summary["accuracy"]
     return Figures(
         point,
-        {view["name"]: as_float(view["epsilon"]) for view in views},
+        epsilons_spent(run, plan, schedule, *counts),
         {
             **{key: _known(accuracy.get(key)) for key in ("fp32", "int8", "public_only")},
             **traffic(metrics, plan),
-            "seconds": sum(row["seconds"] for row in metrics),
+            "seconds": duration(metrics, plan),
         },
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from reticent.core.errors import ReticentError, RunError
 from reticent.core.run import Run, locked, write_atomic
+from reticent.privacy.ledger import Ledger
 from reticent.privacy.report import SIGNATURE, write_reports
 from reticent.privacy.report.tuning import Candidate, write_tuning
 from reticent.server.preparation import Prepared
@@ -95,10 +96,11 @@ def _others(folder: Path) -> list[Path]:
 def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     """Run what is not finished, and return the reason for each point that failed, by folder.
 
-    A point that fails is recorded and the others go on; the next call tries it again. When the
-    process is stopped, whatever was committed is kept and the next call continues after it. Models
-    that points share are trained on public data once. When this returns, the report of every
-    finished run says what choosing among *all* points of its task costs.
+    A point that fails, one that budgets ended among them, is recorded and the others go on; the
+    next call tries it again. When the process is stopped, whatever was committed is kept and the
+    next call continues after it. Models that points share are trained on public data once. When
+    this returns, the report of every run with a summary says what choosing among *all* points of
+    its task costs.
 
     Raises:
         RunError: If another process is running the sweep, or the folder cannot be written.
@@ -124,7 +126,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
             show.ended(point, outcome, time.monotonic() - began)
         _write_failures(sweep.folder, failures)
         for point in sweep.manifest.points:
-            if finished(sweep.run_of(point), point):
+            if _summary(sweep.run_of(point), point) is not None:  # also of what budgets ended
                 _report(sweep.run_of(point), sweep.rivals(point))
     return failures
 
@@ -136,19 +138,28 @@ def reason_of(error: Exception) -> str:
 
 
 def finished(run: Run, point: Point) -> bool:
-    """Return whether the run of a point has its summary."""
+    """Return whether the run of a point held all its rounds: one that budgets ended has failed."""
+    summary = _summary(run, point)
+    return summary is not None and summary.get("stopped") is None
+
+
+def _summary(run: Run, point: Point) -> dict[str, Any] | None:
+    """Return the summary of a point's run; None if it has none, or it cannot be the point's."""
     if not run.summary.is_file():
-        return False
+        return None
     try:
-        return run.read_summary().get("plan") == point.plan.digest
+        summary = run.read_summary()
     except RunError:
-        return False
+        return None
+    return summary if summary.get("plan") == point.plan.digest else None
 
 
 def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str, Any]:
     run = sweep.run_of(point)
     if run.folder.is_dir() and not run.journal.is_file():
-        _clear(run)
+        _begin_anew(run)
+    # A report of rounds before, of a run that budgets had ended, is no report of those that follow.
+    (run.folder / SIGNATURE).unlink(missing_ok=True)
     resume = run.folder.is_dir()
     simulate(
         point.plan, run.folder, resume=resume, say=show.say, progress=show.round, prepared=prepared
@@ -158,23 +169,38 @@ def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str
     return run.read_summary()
 
 
-def _clear(run: Run) -> None:
-    """Remove a run that was stopped before anything was trained or charged.
+def _begin_anew(run: Run) -> None:
+    """Make a run without a journal fit to begin: one that was stopped before it charged anybody.
+
+    Its folder is removed, unless it holds a ledger, which a run makes before its journal: with
+    nothing in that ledger the run goes on, and keeps it.
 
     Raises:
         RunError: If the folder holds more than that.
+        LedgerError: If the ledger is damaged, or its history is gone.
     """
-    files = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")}
-    if files - _BEGUN:
+    files = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")} - _BEGUN
+    if not files:
+        shutil.rmtree(run.folder)
+    elif not all(_of_ledger(name, run) for name in files) or _has_charged(run):
         raise RunError(
             f"{run.folder}: has no {run.journal.name}, and holds more than a run that has just "
             "begun: what it was charged would be forgotten; put the file back, or move the folder"
         )
-    shutil.rmtree(run.folder)
+
+
+def _of_ledger(name: str, run: Run) -> bool:
+    return name.partition("/")[0] == run.ledger.name
+
+
+def _has_charged(run: Run) -> bool:
+    # Opening it ends what a kill cut short of its making, and refuses a ledger that lost entries.
+    with Ledger.open(run.ledger) as ledger:
+        return ledger.head().sequence > 0
 
 
 def _report(run: Run, rivals: Sequence[Candidate]) -> None:
-    """Write the report of a finished run, unless it says all this already."""
+    """Write the report of a run that has a summary, unless it says all this already."""
     changed = write_tuning(run, rivals)
     if changed or not (run.folder / SIGNATURE).is_file():
         write_reports(run)

@@ -15,6 +15,7 @@ from reticent.core.run import write_atomic
 from reticent.privacy.report.render import filled
 from reticent.privacy.report.tuning import tuning_note
 from reticent.privacy.report.words import bytes_text, epsilon_text
+from reticent.privacy.schedule import draws_in_secret
 
 from .plots import plots, standalone
 from .results import MEASURED, Results, Row, to_json
@@ -97,9 +98,18 @@ def _mean(value: Estimate | None, text: Callable[[float], str]) -> str:
 LEGEND = (
     "Mean ± sample standard deviation over n seeds, in brackets the 95 % confidence interval of "
     "the mean (Student's t, n − 1 degrees of freedom; about seeds, not other data; cut at 0 and "
-    "100 %). ε is the largest of any seed, of the client that took part most often, each run by "
-    "itself. Bytes are of one client and round, as encoded. Seconds are of all rounds of a run."
+    "100 %). ε is the largest of any seed, of the client that spent most, each run by itself. "
+    "Bytes are of one client and round, as encoded. Seconds are of all rounds of a run."
 )
+LEFT_OUT = (
+    " Bytes and seconds are not shown where clients are drawn in secret: they tell how many were."
+)
+
+
+def legend(results: Results) -> str:
+    """Return what the figures of the table are."""
+    plans = (point.plan for point in results.sweep.manifest.points)
+    return LEGEND + (LEFT_OUT if any(map(draws_in_secret, plans)) else "")
 
 
 def tuning_lines(results: Results) -> list[str]:
@@ -118,7 +128,7 @@ def markdown(results: Results) -> str:
         f"|{'---|' * settings}{'---:|' * (len(columns) - settings)}",
         *(f"| {' | '.join(cells(results, row))} |" for row in results.rows),
         "",
-        LEGEND,
+        legend(results),
         "",
         *(line + "\n" for line in tuning_lines(results)),
     ]
@@ -178,7 +188,7 @@ def page(results: Results, drawn: dict[str, dict[str, Any]]) -> str:
         ],
         "best": best
         and {"label": best.label, "accuracy": best.accuracy, "epsilons": best.epsilons},
-        "legend": LEGEND,
+        "legend": legend(results),
         "tuning": list(zip(results.tuning, tuning_lines(results), strict=True)),
         "plots": drawn,
         "links": links,

@@ -265,6 +265,46 @@ def test_what_is_not_an_artifact_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "letter").read_text() == "dear"
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "my web extension"}', "not JSON", "", None])
+def test_a_folder_with_somebody_elses_manifest_is_not_replaced(
+    tmp_path: Path, manifest: str | None
+) -> None:
+    folder = tmp_path / "extension"
+    (folder / ".git").mkdir(parents=True)
+    (folder / "thesis.tex").write_text("precious")
+    if manifest is None:
+        os.mkfifo(folder / "manifest.json")
+    else:
+        (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(ArtifactError, match="is not an artifact, so it is not replaced"):
+        write(folder, replace=True)
+    assert (folder / "thesis.tex").read_text() == "precious" and (folder / ".git").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "folder with an artifact's name"])
+def test_an_artifact_with_anything_else_in_its_folder_is_not_replaced(
+    copy: Path, kind: str
+) -> None:
+    path = copy / ("MODEL_CARD.md" if kind.endswith("name") else "notes")
+    if kind.endswith("name"):
+        path.unlink()
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "link":
+        path.symlink_to(copy / "model.json")
+    else:
+        path.mkdir()
+    with pytest.raises(ArtifactError, match=f"holds {path.name}, which is not part of an artifact"):
+        write(copy, replace=True)
+    assert path.exists()
+
+
+def test_an_artifact_that_lacks_a_file_may_be_replaced(copy: Path) -> None:
+    (copy / "model.json").unlink()
+    write(copy, replace=True)
+    assert load_artifact(copy, PUBLIC)
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="cannot be written"):

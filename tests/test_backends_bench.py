@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from reticent.compression.backends import apart
 from reticent.compression.backends.apart import Subject, measure_apart
 from reticent.compression.backends.float_chain import float_model
 from reticent.compression.backends.profiles import NO_LIMITS, PROFILES, Profile, parse_profile
@@ -96,6 +97,34 @@ def test_what_fails_without_limits_is_an_error_that_names_the_model() -> None:
         measure_apart([broken], EXAMPLE, 10, NO_LIMITS)
 
 
+def test_what_fails_for_another_reason_than_memory_is_an_error_within_a_profile_too() -> None:
+    graph = wide("any", 3).files["model.json"]
+    broken = Subject("broken", "qnnpack", {"model.json": graph, "model.safetensors": b"x"})
+    with pytest.raises(ArtifactError, match=r"broken: cannot be measured: ArtifactError: model\."):
+        measure_apart([broken, wide("small", 10)], EXAMPLE, 10, PROFILES["pi4"])
+
+
+def test_a_process_that_hangs_without_memory_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "_PATIENCE", 0.1)
+    (slow,) = measure_apart([wide("slow", 10)], EXAMPLE, 10, PROFILES["pi4"])
+    assert slow.misfit == "the process ended with status -9: it said nothing"
+    (unlimited,) = measure_apart([wide("slow", 10)], EXAMPLE, 10, NO_LIMITS)
+    assert not unlimited.misfit
+
+
+def test_limits_that_cannot_be_set_are_not_taken_for_a_large_model() -> None:
+    code = (
+        "import resource, sys\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from test_backends_bench import *\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (3 * 10**9, 3 * 10**9))\n"
+        "try: measure_apart([wide('small', 10)], EXAMPLE, 10, parse_profile('memory=4GB'))\n"
+        "except ArtifactError as error: print(error)\n"
+    )
+    said = in_a_process(code)
+    assert said.startswith("small: profile memory=4GB cannot be imposed on a process: ValueError")
+
+
 def test_limits_hold_in_the_process() -> None:
     code = (
         "import os, resource\n"
@@ -147,7 +176,16 @@ def test_profiles_have_names() -> None:
     "text",
     [
         *("", "pi5", "memory", "memory=", "memory=1", "memory=0MB", "memory=1.5GB", "memory=1mb"),
-        *("cpus=0", "cpus=-1", "cpus=²", "cpus=1,cpus=2", "memory=1GB,", "disk=1GB"),
+        *("memory=99999999999999GB", "memory=1048577GiB", f"memory={'9' * 5000}kB"),
+        *(
+            f"cpus={'9' * 5000}",
+            "cpus=0",
+            "cpus=-1",
+            "cpus=²",
+            "cpus=1,cpus=2",
+            "memory=1GB,",
+            "disk=1GB",
+        ),
     ],
 )
 def test_other_texts_are_refused_with_what_is_allowed(text: str) -> None:

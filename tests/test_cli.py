@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from reticent.cli import main as command
 from reticent.cli.output import epsilon_text, table
+from reticent.core.errors import ArtifactError
 from reticent.core.plan import load_plan
+from reticent.core.run import Run
 
 SETTINGS = (
     "task.name=digits",
@@ -324,6 +328,33 @@ def test_export_refuses_too_little_agreement(
     error = fails(capsys, 7, "export", run, "--out", out)
     assert "90.00%" in error and "at least 99.00%" in error and not out.exists()
     assert call("export", run, "--out", out, "--min-agreement", "0.9") == 0
+
+
+def test_no_agreement_satisfies_nan(
+    run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reticent.compression.convert import Agreement
+    from reticent.server import finish
+    from reticent.server.export import export_run
+
+    out = tmp_path / "copy"
+    for found, least in ((0.1, math.nan), (math.nan, 0.99)):
+        monkeypatch.setattr(finish, "agreement_on_test", lambda *_, a=found: Agreement(a, 1.0))
+        with pytest.raises(ArtifactError, match="must be at least"):
+            export_run(Run(run), out, "qnnpack", least)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export a --min-agreement nan",
+        "server deliver a --timeout NaN",
+    ],
+)
+def test_options_of_a_range_refuse_nan(line: str) -> None:
+    done = CliRunner().invoke(command.cli, line.split())
+    assert done.exit_code == 2 and "must be a number in the range" in done.output
 
 
 def test_export_for_another_backend_lies_beside_the_artifact(run: Path, capsys: Capture) -> None:

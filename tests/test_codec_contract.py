@@ -288,3 +288,29 @@ def test_a_payload_of_other_stages_or_another_length_is_refused(names) -> None:
         other.decode(payload, (1000,) * 1)
     with pytest.raises(PayloadError, match="must hold 1001"):
         longer.decode(payload, (*BLOCKS, 1))
+
+
+@every_chain
+@pytest.mark.parametrize("blocks", [(1000,), BLOCKS])
+def test_noise_does_not_grow_beyond_the_public_factor(
+    names: tuple[str, ...], blocks: Blocks
+) -> None:
+    codec, x = codec_of(names, blocks), gaussian()
+    factor = codec.expansion(len(x))
+    length = np.linalg.norm(round_trip(codec, x, blocks).astype(np.float64))
+    assert factor >= 1 and length <= 2 * factor * np.linalg.norm(x)
+
+
+def test_the_factor_of_kept_coordinates_is_reached_by_one_of_them() -> None:
+    codec, x = codec_of(("randk:0.01",), (1000,)), np.zeros(1000, np.float32)
+    kept = np.flatnonzero(round_trip(codec, gaussian(), (1000,)))[0]
+    x[kept] = 3.0
+    assert codec.expansion(1000) == 100
+    assert np.linalg.norm(round_trip(codec, x, (1000,))) == pytest.approx(300)
+
+
+@pytest.mark.parametrize("name", ["int1", "dither1:blocks"])
+def test_one_bit_makes_noise_more_than_twice_as_long(name: str) -> None:
+    x = gaussian(100_000)
+    length = np.linalg.norm(round_trip(codec_of((name,), (100_000,)), x, (100_000,)))
+    assert length > 2 * np.linalg.norm(x)

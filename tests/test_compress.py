@@ -30,7 +30,13 @@ from reticent.simulations.compress.moves import TECHNIQUES, Candidate, changed
 from reticent.simulations.compress.public_half import PublicHalf
 from reticent.simulations.compress.rehearsal import rehearse
 from reticent.simulations.compress.search import Outcome, beats, climb, excess, front, ties
-from reticent.simulations.compress.writing import markdown, nearest, plot, to_json
+from reticent.simulations.compress.writing import (
+    markdown,
+    nearest,
+    plot,
+    require_writable,
+    to_json,
+)
 
 SMALL = (
     "task.name=digits",
@@ -415,3 +421,23 @@ def test_a_folder_that_cannot_take_the_outcome_is_refused_before_the_search(tmp_
         result = CliRunner().invoke(cli, ["compress", "--target", "size=9kB", f"--out={out}"])
         assert isinstance(result.exception, PlanError) and reason in str(result.exception)
     assert (tmp_path / "plan.toml").read_text() == "# somebody's\n"
+
+
+@pytest.mark.parametrize("name", ["pareto.json", "pareto.md", "pareto.svg", "plan.toml"])
+def test_files_that_no_search_wrote_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "pareto.json").write_text('{"front": [1, 2]}')
+    (tmp_path / name).write_text('{"precious": true}')
+    with pytest.raises(PlanError, match=r"--out .* of another kind, which would be replaced"):
+        require_writable(tmp_path)
+    (tmp_path / "pareto.json").unlink()
+    if name != "pareto.json":
+        with pytest.raises(PlanError, match=f"holds a {name} of another kind"):
+            require_writable(tmp_path)
+        assert (tmp_path / name).read_text() == '{"precious": true}'
+
+
+def test_the_outcome_of_an_earlier_search_may_be_replaced(tmp_path: Path) -> None:
+    data = to_json(Outcome(TARGET, [trial(5, 0.5)]))
+    (tmp_path / "pareto.json").write_text(json.dumps(data))
+    (tmp_path / "plan.toml").write_text("")
+    require_writable(tmp_path)

@@ -74,6 +74,7 @@ def test_the_command_ends_well_without_an_artifact(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["simulate", "--run", str(tmp_path / "run"), *sets])
     assert result.exit_code == 0, result.output
     assert "no int8 artifact: layer 0 (OneHot) has no integer form" in result.output
+    assert 'student.quantize.kind="dynamic" quantizes this student' in result.output
     assert "artifact  none" in result.output
     assert "int8    " not in result.output
     assert (tmp_path / "run" / "report.html").is_file()

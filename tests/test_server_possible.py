@@ -57,6 +57,7 @@ def test_models_that_begin_at_random_are_taken() -> None:
     require_new_models(PLAN, own())
     for kind in ("tiny", "tiny-gn", "wide", "wide-gn"):
         require_possible(*digits(f"student.model={kind}"))
+        require_possible(*digits(f"student.model={kind}", "student.quantize.bits=1"))
 
 
 @pytest.mark.parametrize("model", ["lstm", "gru", "attention"])
@@ -68,6 +69,28 @@ def test_sequence_models_that_begin_at_random_are_taken(model: str) -> None:
 def digits(*overrides: str) -> tuple[Any, Any]:
     plan = parse_plan("", [*DIGITS, *overrides])
     return plan, load_task(plan.task, plan.seed)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("attention", r"student \w+: only nn\.Sequential students can be converted to int8"),
+        ("gru", r'layer 0 \(OneHot\) has no .* student\.quantize\.kind="dynamic" quantizes this'),
+        ("lstm", r'layer 0 \(OneHot\) has no .* student\.quantize\.kind="dynamic" quantizes this'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qat", "static"])
+def test_few_bits_are_refused_for_a_student_without_an_integer_form(
+    model: str, reason: str, kind: str
+) -> None:
+    text = ["task.name=text", "task.clients=4", "federation.clients_per_round=4"]
+    given = [*text, f"student.model={model}", f"student.quantize.kind={kind}"]
+    for bits in (1, 4):
+        plan = parse_plan("", [*given, f"student.quantize.bits={bits}"])
+        with pytest.raises(PlanError, match=rf"quantize\.bits={bits}: must be 8 .*{reason}"):
+            require_possible(plan, load_task(plan.task, 0))
+    plan = parse_plan("", given)
+    require_possible(plan, load_task(plan.task, 0))
 
 
 def test_a_teacher_that_was_trained_before_is_refused_unless_declared_public() -> None:

@@ -250,6 +250,26 @@ def test_the_bound_is_what_decides() -> None:
     )
 
 
+def test_the_bound_is_of_updates_before_a_codec_that_makes_them_longer() -> None:
+    codec = ("randk:0.25",)
+    settings = ('updates.codec=["randk:0.25"]', 'privacy.trust="local"')
+    plan = plan_of(4, 4, 1, "federation.min_replies=3", *settings)
+    bound = Federation(plan, honest).rounds.bound
+    unit = np.full(LAYOUT.size, LAYOUT.size**-0.5, dtype=np.float32)
+
+    def outcome(norm: float) -> Tally:
+        vector = (norm * unit).astype(np.float32)
+        payload = build_codec(codec).encode(vector, LAYOUT.blocks, numpy_generator(0))
+        return Federation(plan, lambda message: [reply(message, payload)]).run()
+
+    assert build_codec(codec).expansion(LAYOUT.size) == 4
+    # Of equal values a quarter, times four, is twice as long: far within what one value can be.
+    assert outcome(0.999 * bound).sum.count == 4
+    assert outcome(1.999 * bound).sum.count == 4
+    with pytest.raises(NetworkError, match="larger than the plan's bound"):
+        outcome(2.001 * bound)
+
+
 def test_a_repeated_reply_counts_once() -> None:
     def twice(message: Message) -> list[Message]:
         return [*honest(message), *honest(message), reply(message, encoded(-vector_of(9)))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -172,8 +173,15 @@ def test_an_absent_and_a_large_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_idx(tmp_path / "none")
     (tmp_path / "large").write_bytes(bytes(101))
-    with pytest.raises(DataError, match="larger than 100 bytes"):
+    with pytest.raises(DataError, match="has 101 bytes: at most 100 allowed"):
         read_idx(tmp_path / "large", max_bytes=100)
+
+
+def test_pipes_and_devices_are_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(DataError, match=r"must be a plain file|Is a directory"):
+            read_idx(path)
 
 
 @pytest.mark.parametrize("array", [np.zeros(2, complex), np.zeros(0, "u1"), np.zeros((), "u1")])

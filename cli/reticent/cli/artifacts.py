@@ -12,6 +12,7 @@ from reticent.compression.backends import BACKEND_NAMES, BackendName
 from reticent.core.errors import ArtifactError
 from reticent.core.run import Run
 
+from .numbers import Within
 from .output import emit, human_bytes, table
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="JSON for mac
 )
 @click.option(
     "--min-agreement",
-    type=click.FloatRange(0, 1),
+    type=Within(0, 1),
     default=0.99,
     show_default=True,
     help="Refuse a model that predicts otherwise than the fake-quantized student more often.",

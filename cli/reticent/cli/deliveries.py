@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .numbers import Within
 from .output import human_bytes
 from .server_runs import server
 from .servers import directory_option
@@ -25,9 +26,7 @@ _KB = 1024
 @directory_option
 @click.option("--device", "names", multiple=True, metavar="NAME", help="One device; or several.")
 @click.option("--version", type=click.IntRange(min=1), help="Give the model this number.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=1), default=600.0, show_default=True, help="Seconds."
-)
+@click.option("--timeout", type=Within(min=1), default=600.0, show_default=True, help="Seconds.")
 @click.option(
     "--chunk-kb",
     type=click.IntRange(1, 1024),

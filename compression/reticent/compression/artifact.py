@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from torch import nn
 
 from reticent.core.errors import ArtifactError, DataError, ReticentError
+from reticent.core.plain_files import read_plain
 from reticent.core.signing import SIGNATURE_BYTES, is_signed
 
 from .backends.base import Deployed, deploy, load
@@ -100,7 +100,7 @@ def write_artifact(
     is then found beside it under a hidden name.
 
     Args:
-        folder: Where to write; must not exist, or be an artifact if ``replace``.
+        folder: Where to write; must not exist, or be an artifact and nothing else if ``replace``.
         spec: The int8 model.
         task: What the model is for.
         plan_digest: SHA-256 of the plan as hex.
@@ -184,8 +184,8 @@ def load_artifact(folder: Path, public_key: Ed25519PublicKey) -> Artifact:
 
 
 def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dict[str, bytes]]:
-    signature = _read_plain(folder / SIGNATURE, SIGNATURE_BYTES)
-    text = _read_plain(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    signature = read_plain(folder / SIGNATURE, SIGNATURE_BYTES, ArtifactError, links=False)
+    text = read_plain(folder / MANIFEST, MAX_MANIFEST_BYTES, ArtifactError, links=False)
     if not is_signed(public_key, signature, text):
         raise ArtifactError(
             f"{folder}: the signature does not fit: the manifest was changed, or it was signed "
@@ -195,7 +195,7 @@ def _verified(folder: Path, public_key: Ed25519PublicKey) -> tuple[Manifest, dic
     _check_names(folder, manifest)
     contents: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
-        data = _read_plain(folder / name, entry.bytes)
+        data = read_plain(folder / name, entry.bytes, ArtifactError, links=False)
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtifactError(f"{folder / name}: is not the file that was signed")
         contents[name] = data
@@ -207,26 +207,6 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for name in sorted(present ^ {*manifest.files, MANIFEST, SIGNATURE}):
         problem = "is not part of an artifact" if name in present else "is missing"
         raise ArtifactError(f"{folder / name}: {problem}")
-
-
-def _read_plain(path: Path, limit: int) -> bytes:
-    """Return a regular file's bytes; links, devices and larger files are refused unread."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        with open(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ArtifactError(f"{path}: must be a plain file")
-            if status.st_size > limit:
-                raise ArtifactError(f"{path}: has {status.st_size} bytes: at most {limit} allowed")
-            # One byte more than allowed shows a file that grows while it is read.
-            data = file.read(limit + 1)
-    except OSError as error:
-        reason = "must be a plain file" if path.is_symlink() else error.strerror
-        raise ArtifactError(f"{path}: cannot be read: {reason}") from error
-    if len(data) > limit:
-        raise ArtifactError(f"{path}: at most {limit} bytes allowed")
-    return data
 
 
 def _unpack(name: str, contents: Mapping[str, bytes]) -> dict[str, torch.Tensor]:

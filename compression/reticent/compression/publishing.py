@@ -10,13 +10,17 @@ from pathlib import Path
 
 from reticent.core.durable import sync_folder
 from reticent.core.errors import ArtifactError
+from reticent.core.plain_files import read_plain
 from reticent.core.signing import write_new
 
-from .manifest import MANIFEST
+from .manifest import MANIFEST, MAX_MANIFEST_BYTES, SIGNATURE, parse_manifest
 
 
 def check_target(folder: Path, replace: bool) -> None:
     """Refuse a folder that is taken, or that is no artifact to be replaced.
+
+    What is replaced is deleted, so it must be an artifact and nothing else: a manifest that says
+    so, and no entry that such a manifest does not name. Other programs have a manifest.json too.
 
     Raises:
         ArtifactError: If it is.
@@ -27,6 +31,23 @@ def check_target(folder: Path, replace: bool) -> None:
         raise ArtifactError(f"{folder}: already exists; ask for it to be replaced, or move it")
     if folder.is_symlink() or not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder}: is not an artifact, so it is not replaced")
+    _require_nothing_else(folder)
+
+
+def _require_nothing_else(folder: Path) -> None:
+    try:
+        text = read_plain(folder / MANIFEST, MAX_MANIFEST_BYTES, ArtifactError, links=False)
+        named = {*parse_manifest(text).files, MANIFEST, SIGNATURE}
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{folder}: is not an artifact, so it is not replaced: {error}"
+        ) from error
+    for path in sorted(folder.iterdir()):
+        if path.name not in named or path.is_symlink() or not path.is_file():
+            raise ArtifactError(
+                f"{folder}: holds {path.name}, which is not part of an artifact, so it is not "
+                "replaced; choose another folder"
+            )
 
 
 def publish(folder: Path, contents: Mapping[str, bytes], replace: bool) -> None:

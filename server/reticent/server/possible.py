@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from reticent.compression.adapt import merged
 from reticent.compression.deployable import require_dynamic_form
 from reticent.compression.fold import folded
+from reticent.compression.forms import require_integer_form
 from reticent.compression.prune import require_weights_left
 from reticent.core.errors import DataError, PlanError
 from reticent.core.plan import Plan
@@ -24,13 +26,15 @@ def require_possible(plan: Plan, task: Task) -> None:
     """Check the plan's student and teacher as far as that goes without data and training.
 
     Raises:
-        PlanError: If the student cannot be quantized dynamically as the plan says, a change of its
-            layers cannot be made, pruning must empty one of them, or a round's updates do not fit
-            into memory where they are needed all at once (all parameters are taken to travel), or
-            it declares other weights than the task's models begin with.
+        PlanError: If the student cannot be quantized dynamically, or to fewer than 8 bits, as the
+            plan says, a change of its layers cannot be made, pruning must empty one of them, or a
+            round's updates do not fit into memory where they are needed all at once (all parameters
+            are taken to travel), or it declares other weights than the task's models begin with.
         DataError: If a model that the task makes was trained before and nothing is declared.
     """
     require_dynamic_form(folded(new_student(plan, task).eval()), plan.student.quantize)
+    if plan.student.quantize.bits < 8:
+        require_integer_form(merged(sketch(plan, task)), plan.student.quantize)
     prune = plan.student.prune
     if prune.kind != "none":
         require_weights_left(sketch(plan, task), prune.sparsity)

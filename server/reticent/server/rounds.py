@@ -61,13 +61,17 @@ class RoundPlan:
 
     @property
     def bound(self) -> float:
-        """Largest L2 norm of an update that is accepted; with unit ``client`` all are bounded.
+        """Largest L2 norm of an update before encoding; with unit ``client`` all are bounded.
 
         Without privacy it depends on the model (:func:`farthest`), and is infinite here.
 
         So far above what an honest client can send (100 times the expected batch, all gradients
         aligned, plus four times the noise, in each term of a step) that applying it does not depend
-        on honest data.
+        on honest data. What arrives was decoded, so it may be longer by the codec's public factor
+        (:meth:`reticent.compression.codec.Codec.expansion`), and the norm of an accepted update is
+        at most that factor times this. One bad client of n thereby moves a round by at most an n-th
+        of the product: a codec that keeps a thousandth of the coordinates gives it a thousand times
+        the room, and no more.
         """
         if self.schedule is None or self.schedule.unit == "client":
             return math.inf
@@ -77,7 +81,9 @@ class RoundPlan:
 
 
 def farthest(model: Vector, optimizer: Optimizer) -> float:
-    """Return the largest L2 norm of an update that is accepted where nothing bounds gradients.
+    """Return the largest L2 norm of an update before encoding where nothing bounds gradients.
+
+    As with :attr:`RoundPlan.bound`, the codec's public factor comes on top.
 
     Alone, and as a plain step of the server, it moves the model by :data:`_FARTHEST` times its
     norm, where a model near zero counts as if every coordinate were one. A client whose training

@@ -372,6 +372,8 @@ class PrivateAveraging(Strategy):
         bound = constants.bound
         if constants.schedule is None:
             bound = farthest(constants.shared(self.state.weights), self._plan.federation.server)
+        # The bound is of what clients encode; what is compared with it was decoded.
+        bound *= self._codec.expansion(constants.layout.size)
         clip = None if mechanism is None else self._clip
         bit = mechanism is not None and mechanism.count_noise is not None
         keep = needs_all(self._plan.federation.robust)

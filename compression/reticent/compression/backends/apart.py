@@ -3,6 +3,10 @@
 A process per model is what makes memory comparable: nothing that another model or this command has
 imported is counted. Turns of a few predictions each spread whatever else the machine does over all
 models; only one of the processes works at a time.
+
+A process that runs out of memory ends in many ways: by an exception, by a signal, by a library that
+gives up, or never. So no message decides whether a model fits: it does not if it fails within the
+profile's memory and answers without that limit.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +33,10 @@ from .base import Deployed
 from .profiles import Profile
 
 _TURN = 20
+_PATIENCE = 120.0
+"""Seconds until the first answer of a process whose memory is limited: some hang without memory."""
+_LAST_WORDS = 10.0
+"""Seconds between a process's last answer and its end."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ def measure_apart(
     """Measure each subject on ``example``, float32 ``(1, *input_shape)``, ``repeats`` times.
 
     Raises:
-        ArtifactError: If a model cannot be measured although its memory is not limited.
+        ArtifactError: If a model cannot be measured although its memory is not limited, or the
+            limits cannot be set.
     """
     with tempfile.TemporaryDirectory(prefix="reticent-bench-") as root, contextlib.ExitStack() as s:
         workers = []
@@ -91,7 +101,23 @@ def measure_apart(
         while any(w.asked < repeats for w in workers):
             for worker in workers:
                 worker.turn(min(_TURN, repeats - worker.asked))
-        return [w.measured() for w in workers]
+        found = [w.measured() for w in workers]
+    for subject in (s for s, m in zip(subjects, found, strict=True) if m.misfit):
+        _require_runs(subject, example, replace(profile, memory_bytes=None))
+    return found
+
+
+def _require_runs(subject: Subject, example: np.ndarray, profile: Profile) -> None:
+    """Let a model answer its first predictions once without a limit on memory.
+
+    Raises:
+        ArtifactError: If it cannot: it was not for want of memory that it failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="reticent-bench-") as root:
+        folder = Path(root) / "0"
+        _write(folder, subject, example, profile)
+        with _Worker(subject, folder, profile) as worker:
+            worker.wait()
 
 
 def _write(folder: Path, subject: Subject, example: np.ndarray, profile: Profile) -> None:
@@ -139,7 +165,19 @@ class _Worker:
 
     def wait(self) -> None:
         """Return when the model has answered its first predictions, or has failed."""
-        self.baseline = self._answer().get("baseline", 0)
+        with self._patience():
+            self.baseline = self._answer().get("baseline", 0)
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """End the process if it takes too long for want of memory."""
+        late = threading.Timer(_PATIENCE, self.process.kill)
+        if self.profile.memory_bytes is not None:
+            late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
 
     def turn(self, count: int) -> None:
         self.asked += count
@@ -160,6 +198,11 @@ class _Worker:
     def _answer(self) -> dict[str, Any]:
         line = _pipe(self.process.stdout).readline()
         answer = json.loads(line) if line else {"failed": self._death()}
+        if "unlimited" in answer:
+            raise ArtifactError(
+                f"{self.subject.name}: profile {self.profile.name} cannot be imposed on a process: "
+                f"{answer['unlimited']}"
+            )
         if "failed" in answer:
             self.failure = answer["failed"]
             if self.profile.memory_bytes is None:
@@ -167,7 +210,11 @@ class _Worker:
         return answer
 
     def _death(self) -> str:
-        status = self.process.wait()
+        try:
+            status = self.process.wait(_LAST_WORDS)
+        except subprocess.TimeoutExpired:  # it closed its channel, and hangs where it should end
+            self.process.kill()
+            status = self.process.wait()
         said = self.errors.read_text(errors="replace").strip().splitlines()
         last = said[-1] if said else "it said nothing"
         return f"the process ended with status {status}: {last}"

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from reticent.core.errors import DataError
 
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_AMOUNT = re.compile(rf"([0-9]+)({'|'.join(_UNITS)})")
+# So many digits that none is above what can be parsed at once.
+_AMOUNT = re.compile(rf"([0-9]{{1,18}})({'|'.join(_UNITS)})")
+_COUNT = re.compile(r"[0-9]{1,9}")
+_MOST_MEMORY = 2**50
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,16 @@ def parse_profile(text: str) -> Profile:
 
 def _bytes(value: str, text: str) -> int:
     match = _AMOUNT.fullmatch(value)
-    if match is None or int(match[1]) == 0:
+    if match is None:
         raise _refused(text)
-    return int(match[1]) * _UNITS[match[2]]
+    amount = int(match[1]) * _UNITS[match[2]]
+    if not 0 < amount <= _MOST_MEMORY:
+        raise _refused(text)
+    return amount
 
 
 def _count(value: str, text: str) -> int:
-    if not (value.isascii() and value.isdigit()) or int(value) == 0:
+    if _COUNT.fullmatch(value) is None or int(value) == 0:
         raise _refused(text)
     return int(value)
 
@@ -77,5 +83,6 @@ def _count(value: str, text: str) -> int:
 def _refused(text: str) -> DataError:
     return DataError(
         f'device profile "{text}": must be one of {", ".join(PROFILES)}, or limits such as '
-        f"memory=256MB,cpus=1 (memory in {', '.join(_UNITS)}; cpus a whole number from 1)"
+        f"memory=256MB,cpus=1 (memory in {', '.join(_UNITS)}, above 0 and at most "
+        f"{_MOST_MEMORY // 2**30:,} GiB; cpus a whole number from 1)"
     )

@@ -42,9 +42,17 @@ def main() -> None:
     job = json.loads((folder / "job.json").read_text())
     try:
         _limit(job["memory_bytes"], job["cpus"])
+    except Exception as error:
+        _say(answers, {"unlimited": _reason(error)})
+        return
+    try:
         _serve(_LOADERS[job["kind"]](folder), answers)
     except Exception as error:
-        _say(answers, {"failed": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])})
+        _say(answers, {"failed": _reason(error)})
+
+
+def _reason(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _limit(memory_bytes: int | None, cpus: int | None) -> None:

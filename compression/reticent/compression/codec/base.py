@@ -18,6 +18,9 @@ Dependence = Literal["none", "independent", "dependent"]
 LARGEST = 2.0**127
 """Largest magnitude a lossy quantizer accepts: its error then cannot overflow float32."""
 
+LARGEST_NORMAL = 8.0
+"""Standard deviations that no coordinate of noise is away: the chance is 1e-15 each."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -71,6 +74,10 @@ class Quantizer(Protocol):
 
     def count(self, n: int) -> int:
         """Return how many symbols ``n`` coordinates become; no data decide it."""
+        ...
+
+    def expansion(self, n: int) -> float:
+        """Return a factor by which decoded noise may be longer; see :meth:`Codec.expansion`."""
         ...
 
     def encode(

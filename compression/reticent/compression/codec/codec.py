@@ -72,6 +72,15 @@ class Codec:
         """
         return self.quantizer.contracts
 
+    def expansion(self, n: int) -> float:
+        """Return a public factor: how much longer ``n`` coordinates of noise may be when decoded.
+
+        At least 1, and what decides a bound on decoded updates: of normal values the decoded vector
+        is never longer than twice this factor times the vector, save with a chance below 1e-9. Of
+        ``randk`` it is n / k, whatever the values. An entropy stage changes nothing.
+        """
+        return self.quantizer.expansion(n)
+
     def encode(
         self,
         vector: Vector,

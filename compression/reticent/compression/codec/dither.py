@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
 
-from .base import Blocks, Coded, Dependence, peak_of, to_float32
+from .base import LARGEST_NORMAL, Blocks, Coded, Dependence, peak_of, to_float32
 from .grid import (
     OTHER_SCALES,
     STEP_FROM_DATA,
@@ -65,6 +65,10 @@ class SubtractiveDither:
     def count(self, n: int) -> int:
         """One symbol a coordinate."""
         return n
+
+    def expansion(self, n: int) -> float:
+        """By at most half a step a coordinate."""
+        return 1.0
 
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
@@ -116,6 +120,10 @@ class BlockDither:
     def count(self, n: int) -> int:
         """One symbol a coordinate."""
         return n
+
+    def expansion(self, n: int) -> float:
+        """Of one bit every value is about the largest of its block."""
+        return LARGEST_NORMAL if self.alphabet == 2 else 1.0
 
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None

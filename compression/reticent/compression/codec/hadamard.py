@@ -79,6 +79,10 @@ class Rotated:
         """Return the symbols of ``n`` coordinates and their padding."""
         return self.inner.count(sum(pieces_of(n)))
 
+    def expansion(self, n: int) -> float:
+        """As the inner quantizer; a rotation keeps lengths."""
+        return self.inner.expansion(sum(pieces_of(n)))
+
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:

@@ -50,6 +50,10 @@ class NormalLevels:
         """One symbol a coordinate."""
         return n
 
+    def expansion(self, n: int) -> float:
+        """By about a quarter for one bit; less for more."""
+        return 1.0
+
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:

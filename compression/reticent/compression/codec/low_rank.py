@@ -42,6 +42,10 @@ class LowRank:
         self._check(n)
         return 4 * sum(self._numbers)
 
+    def expansion(self, n: int) -> float:
+        """A projection."""
+        return 1.0
+
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:

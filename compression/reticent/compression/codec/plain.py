@@ -32,6 +32,10 @@ class Identity:
         """Four symbols a coordinate."""
         return 4 * n
 
+    def expansion(self, n: int) -> float:
+        """No more than was there."""
+        return 1.0
+
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:
@@ -66,6 +70,10 @@ class TopK:
     def count(self, n: int) -> int:
         """One symbol for the gap and four for the value of each kept coordinate."""
         return 5 * kept_of(n, self.fraction)
+
+    def expansion(self, n: int) -> float:
+        """No more than was there."""
+        return 1.0
 
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None

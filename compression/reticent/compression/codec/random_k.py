@@ -35,6 +35,10 @@ class RandomK:
         """Four symbols for each kept coordinate: positions follow from the seed."""
         return 4 * kept_of(n, self.fraction)
 
+    def expansion(self, n: int) -> float:
+        """What is kept is multiplied by n / k, and may be all that there is."""
+        return n / max(1, kept_of(n, self.fraction))
+
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:

@@ -15,7 +15,7 @@ import numpy as np
 from reticent.core.errors import PayloadError
 from reticent.core.update import Vector
 
-from .base import Blocks, Coded, Dependence, no_flags, peak_of, to_float32
+from .base import LARGEST_NORMAL, Blocks, Coded, Dependence, no_flags, peak_of, to_float32
 from .grid import (
     OTHER_SCALES,
     STEP_FROM_DATA,
@@ -51,6 +51,10 @@ class StochasticInt:
     def count(self, n: int) -> int:
         """One symbol a coordinate."""
         return n
+
+    def expansion(self, n: int) -> float:
+        """Of one bit every value becomes the largest of its block."""
+        return LARGEST_NORMAL if self.levels == 0 else 1.0
 
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
@@ -101,6 +105,10 @@ class SharedInt:
     def count(self, n: int) -> int:
         """One symbol a coordinate."""
         return n
+
+    def expansion(self, n: int) -> float:
+        """By less than one step a coordinate."""
+        return 1.0
 
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None

@@ -32,6 +32,10 @@ class ScaledSign:
         """One symbol a coordinate."""
         return n
 
+    def expansion(self, n: int) -> float:
+        """A mean magnitude is at most the root of the mean square."""
+        return 1.0
+
     def encode(
         self, vector: Vector, blocks: Blocks, generator: np.random.Generator, step: float | None
     ) -> Coded:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from .. import models
 from ..decoding import parse_npy
 from ..errors import DataError
+from ..plain_files import read_plain
 from .folder import Arrays, data_folder, restore, store
 from .owned import OwnedArrays, OwnedSource
 from .people import People
@@ -82,8 +83,8 @@ def add_har(path: Path) -> tuple[Path, bool]:
 
 
 def _read(path: Path) -> tuple[bytes, Arrays]:
+    content = read_plain(path, _MAX_BYTES, DataError, links=True)
     try:
-        content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             size = sum(part.file_size for part in parts.infolist())
             if size > _MAX_BYTES:

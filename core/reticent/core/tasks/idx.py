@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..plain_files import read_plain
 
 MAX_BYTES = 256 * 2**20
 """Default limit on a file and on what it decompresses to."""
@@ -127,13 +128,7 @@ def read_idx(path: Path, *, sha256: str | None = None, max_bytes: int = MAX_BYTE
     Raises:
         DataError: If the file cannot be read, is too large, malformed or not the expected one.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(data) > max_bytes:
-        raise DataError(f"{path}: is larger than {max_bytes} bytes")
+    data = read_plain(path, max_bytes, DataError, links=True)
     return parse_idx(data, str(path), sha256=sha256, max_bytes=max_bytes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from html import escape
@@ -12,7 +13,9 @@ from typing import Any
 
 import tomli_w
 
+from reticent.core.decoding import parse_json
 from reticent.core.errors import PlanError
+from reticent.core.plain_files import read_plain
 from reticent.core.run import without_none, write_atomic
 from reticent.privacy.report.svg import ticks
 
@@ -20,6 +23,9 @@ from .search import Outcome, front
 from .trials import Trial
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 720, 420, 72, 56, 24
+_FILES = ("pareto.json", "pareto.md", "pareto.svg", "plan.toml")
+_KEYS = {"targets", "met", "best", "trials", "refused"}
+_MOST_BYTES = 2**24
 HEADERS = ("candidate", "sent", "bytes", "latency", "up", "public only", "accuracy", "front")
 
 
@@ -27,16 +33,29 @@ def require_writable(folder: Path) -> None:
     """Make ``folder`` and see that files can be written there, before hours of search.
 
     Raises:
-        PlanError: If not, or if it holds a plan that no search wrote: it would be replaced.
+        PlanError: If not, or if it holds a file that no search wrote and that would be replaced.
     """
-    if (folder / "plan.toml").exists() and not (folder / "pareto.json").exists():
-        raise PlanError(f"--out {folder}: holds a plan.toml of another kind: choose another folder")
+    taken = [name for name in _FILES if os.path.lexists(folder / name)]
+    if taken and not _is_outcome(folder / "pareto.json"):
+        raise PlanError(
+            f"--out {folder}: holds a {taken[0]} of another kind, which would be replaced: choose "
+            "another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise PlanError(f"--out {folder}: cannot be written: {error.strerror}") from error
+
+
+def _is_outcome(path: Path) -> bool:
+    """Return whether a file is the table of a search, by all of its keys."""
+    try:
+        data = parse_json(read_plain(path, _MOST_BYTES, PlanError, links=False))
+    except (PlanError, ValueError):
+        return False
+    return isinstance(data, dict) and data.keys() == _KEYS
 
 
 def write_outcome(outcome: Outcome, folder: Path) -> None:

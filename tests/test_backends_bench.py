@@ -19,8 +19,11 @@ from reticent.compression.backends.apart import Subject, measure_apart
 from reticent.compression.backends.float_chain import float_model
 from reticent.compression.backends.profiles import NO_LIMITS, PROFILES, Profile, parse_profile
 from reticent.compression.convert import calibrate, convert
+from reticent.compression.dynamic import dynamic_spec
 from reticent.compression.integer import Graph, Grid, LinearRecord
+from reticent.core import sequences
 from reticent.core.errors import ArtifactError, DataError
+from reticent.core.plan import Quantize
 from reticent.core.seeds import torch_generator
 
 EXAMPLE = np.zeros((1, 100), np.float32)
@@ -68,6 +71,14 @@ def test_the_float_model_is_the_one_that_was_converted() -> None:
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator)
     graph = convert(model, calibrate(model, x)).graph
+    assert torch.equal(float_model(graph, model.state_dict())(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_the_float_model_of_a_dynamic_graph_is_the_student(kind: str) -> None:
+    model = sequences.student(kind, (40,), 36).eval()
+    x = torch.arange(80.0).view(2, 40) % 36
+    graph = dynamic_spec(model, Quantize(kind="dynamic")).graph
     assert torch.equal(float_model(graph, model.state_dict())(x), model(x))
 
 

@@ -82,6 +82,21 @@ def test_a_dynamic_student_reaches_the_artifact(
     assert json.loads(run.summary.read_text())["agreement"]["fp32"] >= 0.95
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("teacher.count=2",),
+        ("student.distill.mode=self",),
+        ("student.distill.mode=self", "teacher.count=2", "student.model=tiny-gn"),
+    ],
+)
+def test_every_kind_of_teacher_is_measured(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run = simulate(parse_plan("", [*SMALL, *overrides]), tmp_path / "run")
+    rows = {row["model"]: row for row in bench_run(run, 10, NO_LIMITS)}
+    assert rows.keys() == {"teacher", "fp32", "int8"}
+    assert all(row["median_us"] > 0 for row in rows.values())
+
+
 def test_a_student_without_a_dynamic_form_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"layer 0 \(Conv2d\) has no dynamic form"):
         run_of(tmp_path, "kind=dynamic")

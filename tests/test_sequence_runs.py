@@ -69,6 +69,14 @@ def test_a_run_finishes_and_says_why_there_is_no_artifact(kind: str, tmp_path: P
             action()
 
 
+def test_the_float_model_of_a_dynamic_student_is_measured(tmp_path: Path) -> None:
+    plan = parse_plan("", [*TINY, "student.model=gru", "student.quantize.kind=dynamic"])
+    run = simulate(plan, tmp_path / "run")
+    rows = {row["model"]: row for row in bench_run(run, 10, NO_LIMITS)}
+    assert rows.keys() == {"teacher", "fp32", "int8"}
+    assert rows["fp32"]["median_us"] > 0 and rows["fp32"]["bytes"] > rows["int8"]["bytes"]
+
+
 def test_the_command_ends_well_without_an_artifact(tmp_path: Path) -> None:
     sets = [part for s in [*TINY, "student.model=gru"] for part in ("--set", s)]
     result = CliRunner().invoke(cli, ["simulate", "--run", str(tmp_path / "run"), *sets])

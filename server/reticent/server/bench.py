@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,19 +82,10 @@ def _deployed(job: Job, spec: Spec) -> list[Deployed]:
 
 
 def _floats(job: Job, teacher: nn.Module, final: nn.Module, spec: Spec) -> list[Subject]:
-    """Return the float models that another process can build from files.
-
-    That is no teacher of the student's own architecture and no ensemble, and no student that is
-    quantized dynamically.
-    """
-    plan, subjects = job.plan, list[Subject]()
-    if plan.teacher.count == 1 and plan.student.distill.mode != "self":
-        subjects.append(_teacher(job, teacher))
-    if isinstance(spec, IntegerSpec):
-        graph = spec.graph.model_dump_json().encode()
-        files = {"model.json": graph, "weights.safetensors": _weights(final)}
-        subjects.append(Subject("fp32", "fp32", files))
-    return subjects
+    """Return the float models, as files from which another process builds them."""
+    graph = spec.graph.model_dump_json().encode()
+    files = {"model.json": graph, "weights.safetensors": _weights(final)}
+    return [_teacher(job, teacher), Subject("fp32", "fp32", files)]
 
 
 def bench_artifact(folder: Path, key: Path, repeats: int, profile: Profile) -> list[dict[str, Any]]:
@@ -113,11 +105,14 @@ def bench_artifact(folder: Path, key: Path, repeats: int, profile: Profile) -> l
 
 
 def _teacher(job: Job, teacher: nn.Module) -> Subject:
+    plan = job.plan
+    own = plan.student.model if plan.student.distill.mode == "self" else None
     files = {
-        "task.json": job.plan.task.model_dump_json().encode(),
+        "task.json": plan.task.model_dump_json().encode(),
+        "teacher.json": json.dumps({"count": plan.teacher.count, "student": own}).encode(),
         "weights.safetensors": _weights(teacher),
     }
-    return Subject("teacher", "teacher", files, job.plan.seed)
+    return Subject("teacher", "teacher", files, plan.seed)
 
 
 def _weights(model: nn.Module) -> bytes:

@@ -169,11 +169,11 @@ def _integers(folder: Path, backend: Backend) -> Callable[[], Predict]:
 def _fp32(folder: Path) -> Callable[[], Predict]:
     from safetensors.torch import load_file
 
-    from ..integer import parse_graph
+    from ..deployable import parse_form
     from .float_chain import float_model
 
     def model() -> Any:
-        graph = parse_graph((folder / "model.json").read_bytes())
+        graph = parse_form((folder / "model.json").read_bytes())
         return float_model(graph, load_file(folder / "weights.safetensors"))
 
     return _torch(folder, model)
@@ -185,11 +185,19 @@ def _teacher(folder: Path) -> Callable[[], Predict]:
     from reticent.core.plan import TaskSection
     from reticent.core.tasks import load_task
 
+    from ..distill import Ensemble
+
     section = TaskSection.model_validate_json((folder / "task.json").read_bytes())
     task = load_task(section, json.loads((folder / "job.json").read_text())["seed"])
+    made = json.loads((folder / "teacher.json").read_text())
+    own: str | None = made["student"]
+
+    def member() -> Any:
+        return task.teacher() if own is None else task.student(own)
 
     def model() -> Any:
-        teacher = task.teacher().eval()
+        many = made["count"] > 1
+        teacher = (Ensemble([member() for _ in range(made["count"])]) if many else member()).eval()
         teacher.load_state_dict(load_file(folder / "weights.safetensors"))
         return teacher
 

@@ -77,7 +77,7 @@ def test_a_client_level_run_ends_with_artifact_and_summary(finished: Run) -> Non
     assert privacy["server_epsilon"] == "infinity"
     assert (privacy["unit"], privacy["relation"]) == ("client", "add-or-remove-one")
     assert privacy["denominator"] == 40 and privacy["clip"] == 0.2
-    assert privacy["server_randomness"].startswith("seeded (simulation only")
+    assert privacy["server_randomness"].startswith("seeded AES-256-CTR")
     manifest = json.loads((finished.artifact / "manifest.json").read_text())
     assert manifest["privacy"]["epsilon"] == privacy["epsilon"]
 

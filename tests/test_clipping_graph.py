@@ -118,7 +118,7 @@ def test_every_owner_gets_the_sum_of_hooks_and_of_a_loop_over_examples(
     swap = [quantized_weights] if rounded else []
     gradients = recorded(kind, model, layout, microbatch, clipping)
     found = gradients.sums(inputs, labels, counts, cross_entropy, clip, *swap)
-    assert found.shape == (len(counts), layout.size) and found.dtype == np.float64
+    assert found.shape == (len(counts), layout.size) and found.dtype == np.float32
     again = gradients.sums(inputs, labels, counts, cross_entropy, clip, *swap)
     assert (found == again).all()
     hooked = kind not in NOT_FOR_OPACUS and ClippedGradients(twin, layout, 64, clipping, "hooks")

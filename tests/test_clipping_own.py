@@ -153,7 +153,7 @@ def test_every_owner_gets_the_sum_that_it_gets_alone_at_its_weights(
     given_ = (weights, inputs, labels, counts, distilling, clip, stacked_rounding(model, section))
     before = [p.clone() for p in model.parameters()]
     found = gradients.sums(*given_)
-    assert found.shape == (len(counts), layout.size) and found.dtype == np.float64
+    assert found.shape == (len(counts), layout.size) and found.dtype == np.float32
     assert (found == gradients.sums(*given_)).all()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     for row, own, span in zip(found, weights, Owners.of(counts).spans, strict=True):

@@ -165,7 +165,7 @@ def test_every_owner_gets_the_sum_that_opacus_hooks_and_a_loop_over_examples_giv
     swap = [quantized_weights] if rounded else []
     gradients = ClippedGradients(model, layout, microbatch, clipping, shape=MODELS[kind][0])
     found = gradients.sums(inputs, labels, counts, distilling, CLIP, *swap)
-    assert found.shape == (len(counts), layout.size) and found.dtype == np.float64
+    assert found.shape == (len(counts), layout.size) and found.dtype == np.float32
     assert (found == gradients.sums(inputs, labels, counts, distilling, CLIP, *swap)).all()
     # Opacus has no hooks for torch's recurrent layers.
     hooked = kind not in ("lstm", "gru") and ClippedGradients(twin, layout, 64, clipping, "hooks")

@@ -39,8 +39,8 @@ def _read(path: Path, limit: int, error: type[ReticentError], flags: int) -> byt
             raise error(f"{path}: must be a plain file")
         if status.st_size > limit:
             raise error(f"{path}: has {status.st_size} bytes: at most {limit} allowed")
-        # One byte more than allowed shows a file that grows while it is read.
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise error(f"{path}: at most {limit} bytes allowed")
+        # As many as are asked for are allocated at once; one more shows a file that grows.
+        data = file.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise error(f"{path}: changed while it was read")
     return data

@@ -131,12 +131,21 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """Return population and cohort of ``POPULATION:COHORT``."""
+    population, _, cohort = text.partition(":")
+    return int(population), int(cohort)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small turn of each contender")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--only", action="append", choices=PEERS, help="contenders to run")
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=("mlp", "cnn"))
+    parser.add_argument(
+        "--sizes", nargs="+", type=size_of, default=SIZES, metavar="POPULATION:COHORT"
+    )
     parser.add_argument("--turns", type=int, default=5, help="runs of each contender")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of a run, at least 2")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that a run may take")
@@ -146,7 +155,7 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds}: must be at least 2, the first is not counted")
     if args.quick:
         args.turns, args.rounds = 1, 2
-    sizes = ((40, 20),) if args.quick else SIZES
+    sizes = ((40, 20),) if args.quick else args.sizes
     rows = [
         row
         for model in args.models

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,6 +29,7 @@ from .player import Player
 from .teams import Backlog, Task, require_ray, usable_cores, worker_count
 
 _PATIENCE = 300.0  # seconds until some actor must have found a place on the cluster
+_ANSWER = 10.0  # seconds until somebody must have taken a connection
 
 
 class _Actor:
@@ -174,6 +176,7 @@ def _connect(plan: Plan) -> bool:
         cores = worker_count(plan, usable_cores())
         options = {"num_cpus": cores, "include_dashboard": False}
     try:
+        _require_answer(address)
         ray.init(
             address=address,
             log_to_driver=False,
@@ -181,8 +184,15 @@ def _connect(plan: Plan) -> bool:
             configure_logging=True,
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise NetworkError(
             f"engine.address={address!r}: no Ray cluster answers: {error}"
         ) from error
     return True
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError where nobody listens at a host and port: Ray itself waits for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()

@@ -23,9 +23,16 @@ def same(term: Term, written: Rows, seed: int, masked: tuple[int, ...] | None) -
         count = n if which is None else len(which)
         factors = torch.rand(count, generator=draws)
         owners = Owners((0, count // 2, count // 2, count))
-        found = term.weighted(which, factors, owners)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, written.weighted(which, factors, owners))
+        before = torch.randn(3, written.values.shape[1] + 2, generator=draws)
+        found, expected = before.clone(), before.clone()
+        term.add_weighted(found[:, 1:-1], which, factors, owners)
+        written.add_weighted(expected[:, 1:-1], which, factors, owners)
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found[:, [0, -1]], before[:, [0, -1]])
+        if which is None:  # and against a plain loop
+            for row, was, span in zip(found[:, 1:-1], before[:, 1:-1], owners.spans, strict=True):
+                sums = (factors[span, None] * written.values[span]).sum(dim=0)
+                torch.testing.assert_close(row, was + sums, rtol=2e-5, atol=2e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +69,8 @@ def test_positions_that_cancel_do_not_break_the_bound(large: float) -> None:
     kept, factors = bounds.factors(term.squares(None)[:, None], 1.0)
     assert kept is None
     owners = Owners(tuple(range(51)))
-    alone = term.weighted(None, factors[:, 0], owners)
+    alone = torch.zeros(50, 32 * 32)
+    term.add_weighted(alone, None, factors[:, 0], owners)
     norms = alone.double().norm(dim=1)
     exact = (noise.double().norm(dim=2) * inputs.double().norm(dim=2)).flatten()
     assert norms.max() <= 1 + 1e-5

@@ -216,10 +216,14 @@ class Wrong:
     def squares(self, mask: torch.Tensor | None) -> torch.Tensor:
         return self.term.squares(mask)
 
-    def weighted(
-        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
-    ) -> torch.Tensor:
-        return self.factor * self.term.weighted(kept, factors, owners)
+    def add_weighted(
+        self,
+        total: torch.Tensor,
+        kept: torch.Tensor | None,
+        factors: torch.Tensor,
+        owners: Owners,
+    ) -> None:
+        self.term.add_weighted(total, kept, self.factor * factors, owners)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.01])

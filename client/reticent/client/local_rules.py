@@ -40,7 +40,7 @@ class LocalRule:
     pull: Floats | None = None
     anchor: Vector | None = None
 
-    def corrected(self, gradient: Floats, weights: Vector) -> Floats:
+    def corrected(self, gradient: NDArray[np.floating], weights: Vector) -> NDArray[np.floating]:
         """Return a step's noised gradient at ``weights`` with what the rule adds."""
         if self.drift is not None:
             gradient = gradient + self.drift

@@ -63,8 +63,11 @@ class Client(NamedTuple):
 
     def noised(
         self, gradient: NDArray[np.float32], index: int, step: NoisyStep
-    ) -> NDArray[np.float64]:
-        """Return the gradient sum of step ``index`` with its noise, divided."""
+    ) -> NDArray[np.floating]:
+        """Return the gradient sum of step ``index`` with its noise, divided.
+
+        It has the precision of what is drawn, and float64 without noise.
+        """
         if step.noise > 0:
             noised = self.randomness.stream("noise", *self.path, index).normal(len(gradient))
             noised *= step.noise

@@ -110,15 +110,18 @@ class Together:
             step: Public constants.
         """
         weights = np.stack([client.begins(start) for client in clients])
-        total = np.zeros(weights.shape, dtype=np.float64)
+        total: list[NDArray[np.floating]] = []
         for index in range(self.federation.steps_per_round):
             sums = self._sums(weights, clients, index, step.clip)
-            for client, gradient, own, row in zip(clients, sums, weights, total, strict=True):
-                moved = client.rule.corrected(client.noised(gradient, index, step), own)
-                row += moved
+            for i, (client, own) in enumerate(zip(clients, weights, strict=True)):
+                moved = client.rule.corrected(client.noised(sums[i], index, step), own)
+                if index == 0:
+                    total.append(moved.copy())
+                else:
+                    total[i] += moved
                 moved *= self.federation.learning_rate
                 np.subtract(own, moved, out=own, casting="same_kind")
-        return list(total.astype(np.float32))
+        return [row.astype(np.float32, copy=False) for row in total]
 
     def _sums(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,15 @@ class Split:
     travels: Layout
     inner: NDArray[np.bool_]
 
+    @cached_property
+    def _inside(self) -> bool:
+        """Whether there are personal parameters at all."""
+        return bool(self.inner.any())
+
     def shared(self, vector: NDArray[np.floating]) -> Vector:
         """Return the part of ``vector``, ``(trained.size,)``, that travels, as float32."""
+        if not self._inside:
+            return vector.astype(np.float32, copy=False)
         return vector[~self.inner].astype(np.float32)
 
     def personal(self, vector: NDArray[np.floating]) -> Vector:
@@ -39,7 +47,9 @@ class Split:
         return vector[self.inner].astype(np.float32)
 
     def whole(self, shared: Vector, personal: Vector) -> Vector:
-        """Return both parts as one vector ``(trained.size,)``."""
+        """Return both parts as one vector ``(trained.size,)``: ``shared`` itself if it is all."""
+        if not self._inside:
+            return shared
         vector = np.empty(self.trained.size, dtype=np.float32)
         vector[~self.inner], vector[self.inner] = shared, personal
         return vector

@@ -22,8 +22,8 @@ class Stream(Protocol):
         """Return ``count`` draws from U[0, 1)."""
         ...
 
-    def normal(self, count: int) -> NDArray[np.float64]:
-        """Return ``count`` draws from N(0, 1)."""
+    def normal(self, count: int) -> NDArray[np.floating]:
+        """Return ``count`` draws from N(0, 1), in the precision in which they are drawn."""
         ...
 
     def bytes(self, count: int) -> bytes:
@@ -118,24 +118,33 @@ class _CipherStream:
         return np.sqrt(values, out=values)
 
 
+_ZEROS = memoryview(bytes(4 * _BLOCK))
+_SPARE = 15
+"""Bytes that the cipher wants after its output."""
+
+
 class _SeededStream(_CipherStream):
-    def normal(self, count: int) -> NDArray[np.float64]:
+    def normal(self, count: int) -> NDArray[np.float32]:
         pairs = (count + 1) // 2
-        values = np.empty((2, pairs))
-        work = np.empty((3, min(_BLOCK // 2, pairs)), dtype=np.float32)
+        values = np.empty((2, pairs), dtype=np.float32)
+        work = np.empty((2, min(_BLOCK // 2, pairs)), dtype=np.float32)
+        drawn = bytearray(4 * work.size + _SPARE)
         for at in range(0, pairs, _BLOCK // 2):
-            radii, cosines, sines = work[:, : pairs - at]
-            words = np.frombuffer(self.bytes(8 * len(radii)), dtype="<u4")
-            radii[:], cosines[:] = words[: len(radii)], words[len(radii) :]
+            cosines, sines = values[:, at : at + work.shape[1]]
+            size = len(cosines)
+            self._encryptor.update_into(_ZEROS[: 8 * size], drawn)
+            words = np.frombuffer(drawn, dtype="<u4", count=2 * size)
+            radii, angles = work[:, :size]
+            radii[:], angles[:] = words[:size], words[size:]
             # Uniform in (0, 1], so the logarithm is finite.
             radii *= np.float32(2.0**-32)
             radii += np.float32(2.0**-33)
             np.log(radii, out=radii)
             radii *= np.float32(-2.0)
             np.sqrt(radii, out=radii)
-            cosines *= np.float32(2.0 * np.pi * 2.0**-32)
-            np.sin(cosines, out=sines)
-            np.cos(cosines, out=cosines)
-            np.multiply(radii, cosines, out=values[0, at : at + len(radii)])
-            np.multiply(radii, sines, out=values[1, at : at + len(radii)])
+            angles *= np.float32(2.0 * np.pi * 2.0**-32)
+            np.sin(angles, out=sines)
+            np.cos(angles, out=cosines)
+            cosines *= radii
+            sines *= radii
         return values.reshape(-1)[:count]

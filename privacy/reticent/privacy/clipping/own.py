@@ -107,14 +107,19 @@ class OwnGradients:
         self._check(weights, inputs, labels, counts)
         if clip is not None:
             check_clip(clip)
-        found = np.zeros(weights.shape, dtype=np.float32)
         held = [i for i, count in enumerate(counts) if count]
-        if held:
-            with torch.no_grad():
-                used = rounding(self._unpacked(weights[held]))
-                owners = Owners.of([counts[i] for i in held])
-                values = self._summed(used, inputs, labels, owners, loss, clip).numpy()
-            found[held] = values[:, self._layout.index] if self._layout.kept else values
+        everyone = len(held) == len(counts)
+        if not held:
+            return np.zeros(weights.shape, dtype=np.float32)
+        with torch.no_grad():
+            used = rounding(self._unpacked(weights if everyone else weights[held]))
+            owners = Owners.of([counts[i] for i in held])
+            values = self._summed(used, inputs, labels, owners, loss, clip).numpy()
+        values = values[:, self._layout.index] if self._layout.kept else values
+        if everyone:
+            return values
+        found = np.zeros(weights.shape, dtype=np.float32)
+        found[held] = values
         return found
 
     def _summed(

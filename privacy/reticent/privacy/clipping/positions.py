@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from .bounds import LIMIT
-from .terms import Owners, Rows
+from .terms import Owners, Rows, add_products
 
 GRAM_SHARE = 64
 """Norms come from Gram matrices where this many times positions^2 is at most the weight's size.
@@ -65,20 +65,23 @@ class Positions:
         factors = (self.back.abs().amax(dim=(1, 2)), self.inputs.abs().amax(dim=(1, 2)))
         return torch.where(torch.maximum(*factors) <= LIMIT, norms.square(), torch.inf)
 
-    def weighted(
-        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
-    ) -> torch.Tensor:
+    def add_weighted(
+        self,
+        total: torch.Tensor,
+        kept: torch.Tensor | None,
+        factors: torch.Tensor,
+        owners: Owners,
+    ) -> None:
         """See :class:`~.terms.Term`."""
         if "rows" in vars(self):
-            return self.rows.weighted(kept, factors, owners)
+            self.rows.add_weighted(total, kept, factors, owners)
+            return
         back, inputs = self.back, self.inputs
         if kept is not None:
             back, inputs = back[kept], inputs[kept]
         back = factors[:, None, None] * back
-        sums = back.new_empty(len(owners.ends) - 1, back.shape[2], inputs.shape[2])
-        for one, span in zip(sums, owners.spans, strict=True):
-            torch.mm(back[span].flatten(0, 1).T, inputs[span].flatten(0, 1), out=one)
-        return sums.flatten(1)
+        places = Owners(tuple(back.shape[1] * end for end in owners.ends))
+        add_products(total, back.flatten(0, 1), inputs.flatten(0, 1), places)
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,13 @@ class LookedUp:
         found = torch.zeros(len(self.codes), dtype=torch.float64)
         return found.index_add_(0, examples, values.double().square().sum(dim=1))
 
-    def weighted(
-        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
-    ) -> torch.Tensor:
+    def add_weighted(
+        self,
+        total: torch.Tensor,
+        kept: torch.Tensor | None,
+        factors: torch.Tensor,
+        owners: Owners,
+    ) -> None:
         """See :class:`~.terms.Term`."""
         examples, codes, sums = self.sums
         if kept is not None:
@@ -129,4 +136,4 @@ class LookedUp:
         owner = torch.arange(len(lengths)).repeat_interleave(lengths)
         found = sums.new_zeros(len(lengths) * self.size, sums.shape[1])
         found.index_add_(0, owner[examples] * self.size + codes, factors[examples, None] * sums)
-        return found.view(len(lengths), -1)
+        total += found.view(len(lengths), -1)

@@ -205,7 +205,7 @@ def add_clipped(
     owners = owners if kept is None else owners.among(kept)
     blocks = total.split(list(sizes), dim=1)
     for i, (term, block) in enumerate(zip(terms, blocks, strict=True)):
-        block += term.weighted(kept, factors[:, i], owners)
+        term.add_weighted(block, kept, factors[:, i], owners)
 
 
 def present_in(owners: Owners) -> tuple[slice, Owners]:

@@ -80,20 +80,23 @@ class Term(Protocol):
         """
         ...
 
-    def weighted(
-        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
-    ) -> torch.Tensor:
-        """Return each owner's sum of the examples at ``kept``, times ``factors``.
+    def add_weighted(
+        self,
+        total: torch.Tensor,
+        kept: torch.Tensor | None,
+        factors: torch.Tensor,
+        owners: Owners,
+    ) -> None:
+        """Add each owner's sum of the examples at ``kept``, times ``factors``, to ``total``.
 
         Other examples are not touched: zero times infinity would be NaN.
 
         Args:
+            total: float32 ``(owners, coordinates)``, in the parameter's own order; rows of a larger
+                array, each of which has its coordinates in a row.
             kept: Positions of the examples that count, ascending; None when all do.
             factors: Of those examples.
             owners: Of those examples.
-
-        Returns:
-            float32 ``(owners, coordinates)``, in the parameter's own order.
         """
         ...
 
@@ -119,16 +122,21 @@ class Rows:
         parts = [torch.linalg.vector_norm(b, dim=1) for b in values.split(BLOCK, dim=1)]
         return torch.stack(parts, dim=1).double().square().sum(dim=1)
 
-    def weighted(
-        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
-    ) -> torch.Tensor:
+    def add_weighted(
+        self,
+        total: torch.Tensor,
+        kept: torch.Tensor | None,
+        factors: torch.Tensor,
+        owners: Owners,
+    ) -> None:
         """See :class:`Term`."""
         values = self.values if kept is None else self.values[kept]
         weights = factors[None] if owners.matrix is None else owners.matrix * factors
-        sums = weights @ values
         if self.shape is None:
-            return sums
-        return sums.view(-1, *self.shape).permute(0, 4, 3, 1, 2).flatten(1)
+            total.addmm_(weights, values)
+            return
+        sums = (weights @ values).view(-1, *self.shape).permute(0, 4, 3, 1, 2)
+        total.unflatten(1, sums.shape[1:]).add_(sums)
 
 
 @dataclass(frozen=True)
@@ -157,15 +165,33 @@ class Outer:
             products = ((back @ mask.double()) * inputs).sum(dim=1)
         return torch.where(largest <= LIMIT**2, products, torch.inf)
 
-    def weighted(
-        self, kept: torch.Tensor | None, factors: torch.Tensor, owners: Owners
-    ) -> torch.Tensor:
+    def add_weighted(
+        self,
+        total: torch.Tensor,
+        kept: torch.Tensor | None,
+        factors: torch.Tensor,
+        owners: Owners,
+    ) -> None:
         """See :class:`Term`."""
         back, inputs = self.back, self.inputs
         if kept is not None:
             back, inputs = back[kept], inputs[kept]
         back = factors[:, None] * back
-        sums = back.new_empty(len(owners.ends) - 1, back.shape[1], inputs.shape[1])
-        for one, span in zip(sums, owners.spans, strict=True):
-            torch.mm(back[span].T, inputs[span], out=one)
-        return sums.flatten(1)
+        add_products(total, back, inputs, owners)
+
+
+def add_products(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, owners: Owners
+) -> None:
+    """Add each owner's product leftT right over its rows to ``total``, in place.
+
+    Args:
+        total: float32 ``(owners, k m)``.
+        left: ``(n, k)``.
+        right: ``(n, m)``.
+        owners: Of the ``n`` rows.
+    """
+    blocks = total.unflatten(1, (left.shape[1], right.shape[1]))
+    for block, span in zip(blocks, owners.spans, strict=True):
+        if span.stop > span.start:
+            block.addmm_(left[span].T, right[span])

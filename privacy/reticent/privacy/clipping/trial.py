@@ -83,7 +83,7 @@ def require_unmixed(
         for instead in (inputs[EXAMPLES], torch.full(shape, torch.nan)):
             try:
                 with _twin(model) as twin:
-                    pair = _mixed(make(twin.train()), inputs[:EXAMPLES], instead)
+                    pair = _mixed(twin.train(), make(twin), inputs[:EXAMPLES], instead)
             except Exception:  # a student's own code may raise anything on such inputs
                 break
             if pair:
@@ -107,7 +107,8 @@ def _misfit(model: nn.Module, inputs: torch.Tensor) -> str | None:
     for one in range(len(inputs)):
         own = torch.autograd.grad(_loss(model(inputs[one : one + 1])), list(parameters.values()))
         whole = torch.stack([g.norm() for g in own]).norm()
-        for name, found, expected in zip(parameters, _rows(terms, one), own, strict=True):
+        rows = _rows(terms, model, one)
+        for name, found, expected in zip(parameters, rows, own, strict=True):
             apart = (found - expected.flatten()).norm()
             if not apart <= ROUNDING * expected.norm() + SLACK * whole:
                 return f"the gradient of {name} is not that of a pass over one example alone"
@@ -115,13 +116,13 @@ def _misfit(model: nn.Module, inputs: torch.Tensor) -> str | None:
 
 
 def _mixed(
-    gradients: Gradients, inputs: torch.Tensor, instead: torch.Tensor
+    model: nn.Module, gradients: Gradients, inputs: torch.Tensor, instead: torch.Tensor
 ) -> tuple[int, int] | None:
-    before = _vectors(gradients, inputs)
+    before = _vectors(model, gradients, inputs)
     for one in range(EXAMPLES):
         changed = inputs.clone()
         changed[one] = instead
-        after = _vectors(gradients, changed)
+        after = _vectors(model, gradients, changed)
         for other in set(range(EXAMPLES)) - {one}:
             was, now = before[other], after[other]
             if was.isfinite().all() and not (now - was).norm() <= UNCHANGED * was.norm():
@@ -129,15 +130,20 @@ def _mixed(
     return None
 
 
-def _vectors(gradients: Gradients, inputs: torch.Tensor) -> list[torch.Tensor]:
+def _vectors(model: nn.Module, gradients: Gradients, inputs: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(0)
     terms = gradients.terms(inputs, torch.zeros(len(inputs)), _loss)
-    return [torch.cat(_rows(terms, one)) for one in range(len(inputs))]
+    return [torch.cat(_rows(terms, model, one)) for one in range(len(inputs))]
 
 
-def _rows(terms: Sequence[Term], one: int) -> list[torch.Tensor]:
+@torch.no_grad()
+def _rows(terms: Sequence[Term], model: nn.Module, one: int) -> list[torch.Tensor]:
+    """Return the gradient of example ``one``, a row for each parameter."""
     kept, owner = torch.tensor([one]), Owners((0, 1))
-    return [term.weighted(kept, torch.ones(1), owner)[0].detach() for term in terms]
+    found = [torch.zeros(1, parameter.numel()) for parameter in model.parameters()]
+    for term, total in zip(terms, found, strict=True):
+        term.add_weighted(total, kept, torch.ones(1), owner)
+    return [row[0] for row in found]
 
 
 def _loss(outputs: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:

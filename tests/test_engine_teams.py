@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
 from reticent.simulations.admission import check_engine
 from reticent.simulations.devices import Devices
+from reticent.simulations.growing import GrowingTeam, saved
 from reticent.simulations.player import Player
 from reticent.simulations.processes import Processes
 from reticent.simulations.simulate import simulate
 from reticent.simulations.teams import LOSSES, Backlog, Task, worker_count
+from reticent.simulations.workers import WINDOW
 
 SMALL = [
     "task.name=digits",
@@ -59,6 +62,7 @@ class Here:
         self, devices: Devices, text: str, size: int, loses: Callable[[int], bool]
     ) -> None:
         self.size, self._loses, self._count = size, loses, 0
+        self.window = WINDOW * size
         self._new = lambda: Player(devices, text)
 
     def __enter__(self) -> Here:
@@ -204,3 +208,42 @@ def test_auto_is_one_worker_a_core_and_none_without_a_block() -> None:
     auto = plan_of("engine.workers=auto")
     assert [worker_count(auto, cores) for cores in (1, 2, 64)] == [1, 2, 4]
     assert worker_count(plan_of("engine.workers=7"), 2) == 7
+
+
+def grown(monkeypatch: pytest.MonkeyPatch, start: float, cores: int = 2) -> list[GrowingTeam]:
+    """Make runs see ``cores``, and saving ``start`` seconds enough; return the teams they get."""
+    monkeypatch.setattr("reticent.simulations.growing.START", start)
+    monkeypatch.setattr("reticent.simulations.simulate.usable_cores", lambda: cores)
+    teams: list[GrowingTeam] = []
+    enter = GrowingTeam.__enter__
+    monkeypatch.setattr(GrowingTeam, "__enter__", lambda team: teams.append(team) or enter(team))
+    return teams
+
+
+@pytest.mark.parametrize(("start", "size"), [(0.0, 2), (1e9, 1)])
+def test_a_team_that_grows_while_it_plays_gives_the_model_of_one_process(
+    start: float, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = simulate(plan_of(), tmp_path / "one")
+    teams = grown(monkeypatch, start)
+    lines: list[str] = []
+
+    def wait(metrics: dict[str, Any]) -> None:
+        """Let the others come between the first round and the second."""
+        deadline = time.monotonic() + 60
+        while metrics["round"] == 1 and teams[0].size < size and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    plan = plan_of("engine.workers=auto")
+    run = simulate(plan, tmp_path / "grown", say=lines.append, progress=wait)
+    assert teams[0].size == size
+    assert any("2 worker processes of one thread each" in line for line in lines) == (size > 1)
+    assert run.read_summary()["model"] == one.read_summary()["model"]
+    assert figures(run) == figures(one)
+    assert spending(run) == spending(one)
+
+
+def test_more_processes_start_only_when_they_save_more_than_they_take() -> None:
+    assert saved(1000, 0.01, 2) == pytest.approx(5.0)
+    assert saved(1000, 0.01, 4) == pytest.approx(7.5)
+    assert saved(0, 0.01, 4) == 0.0

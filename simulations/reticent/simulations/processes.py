@@ -14,6 +14,7 @@ from types import TracebackType
 from .devices import Devices
 from .player import Player
 from .teams import Backlog, Task
+from .workers import WINDOW
 
 _GRACE = 10.0  # seconds
 
@@ -25,9 +26,21 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     work: bytes = field(default=b"")
+    greeted: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has imported everything, or has ended."""
+        return self.greeted or self.pipe.poll()
 
     def give(self, task: Task) -> None:
-        """Send a task, and its work unless the worker has that; OSError if it is gone."""
+        """Send a task, and its work unless the worker has that; OSError or EOFError if it is gone.
+
+        Waits until the worker is ready.
+        """
+        if not self.greeted:
+            self.pipe.recv_bytes()
+            self.greeted = True
         work, share = task
         if self.work is not work:
             self.pipe.send_bytes(b"")
@@ -76,6 +89,16 @@ class Processes:
         return len(self._workers)
 
     @property
+    def window(self) -> int:
+        """How many clients to deal at a time."""
+        return WINDOW * self.size
+
+    @property
+    def ready(self) -> bool:
+        """Whether all processes can begin at once."""
+        return all(worker.ready for worker in self._workers)
+
+    @property
     def pids(self) -> list[int]:
         """Their process ids."""
         return [worker.process.pid or 0 for worker in self._workers]
@@ -94,7 +117,7 @@ class Processes:
                 index = idle.pop()
                 try:
                     self._workers[index].give(task)
-                except OSError:
+                except (EOFError, OSError):
                     self._replace(index, task)
                     idle.append(index)
                 else:
@@ -133,6 +156,7 @@ def _start(context: SpawnContext, devices: Devices, plan_json: str) -> _Worker:
 def _work(pipe: Connection, devices: Devices, plan_json: str) -> None:
     player = Player(devices, plan_json)
     try:
+        pipe.send_bytes(b"")  # ready
         while True:
             share = pipe.recv_bytes()
             if share:

@@ -27,6 +27,7 @@ from reticent.core.plan import Plan
 from .devices import Devices
 from .player import Player
 from .teams import Backlog, Task, require_ray, usable_cores, worker_count
+from .workers import WINDOW
 
 _PATIENCE = 300.0  # seconds until some actor must have found a place on the cluster
 _ANSWER = 10.0  # seconds until somebody must have taken a connection
@@ -86,6 +87,11 @@ class RayTeam:
         self._calls: dict[Any, _Call] = {}
         for _ in range(self.size):
             self._start()
+
+    @property
+    def window(self) -> int:
+        """How many clients to deal at a time."""
+        return WINDOW * self.size
 
     def __enter__(self) -> RayTeam:
         return self

@@ -26,6 +26,7 @@ from .devices import Devices, devices_for
 from .explain import check_plan, planned_fleet, sketched_constants
 from .fleet import SimulatedFleet, charging_to
 from .grid import InProcessGrid, serve
+from .growing import GrowingTeam
 from .processes import Processes
 from .teams import Team, TeamGrid, usable_cores, worker_count
 from .workers import Inline
@@ -143,9 +144,11 @@ def _team(
         say(f"{team.size} Ray actors of one thread each on {team.where}")
         return team
     workers = worker_count(plan, usable_cores())
+    if workers == 1:
+        return nullcontext()
     if plan.engine.workers == "auto":
-        say(f"{workers} worker process{'es' if workers > 1 else ''} of one thread each")
-    return nullcontext() if workers == 1 else Processes(devices, text, workers)
+        return GrowingTeam(devices, text, plan, workers, say)
+    return Processes(devices, text, workers)
 
 
 def _quiet_flower() -> None:

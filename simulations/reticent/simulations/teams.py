@@ -19,7 +19,7 @@ from reticent.server.rounds import Tally
 from .charging import Clerk
 from .grid import InProcessGrid
 from .packets import Packer
-from .workers import BLOCK, WINDOW, Inline
+from .workers import BLOCK, Inline
 
 Task = tuple[bytes, bytes]
 """The work of a round, one object for all of its shares, and one share."""
@@ -34,6 +34,11 @@ class Team(Protocol):
     @property
     def size(self) -> int:
         """How many workers there are."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """How many clients to charge and deal at a time: whole blocks."""
         ...
 
     def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
@@ -65,7 +70,7 @@ class TeamGrid(InProcessGrid):
 
     def _tasks(self, messages: Iterable[Message], packer: Packer) -> Iterator[Task]:
         pending = iter(messages)
-        while window := list(islice(pending, WINDOW * self._team.size)):
+        while window := list(islice(pending, self._team.window)):
             grants, work = self._clerk.charge(window), packer.work(window)
             for share in shares(window, self._team.size):
                 yield work, packer.share(share, grants)

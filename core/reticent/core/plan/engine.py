@@ -25,7 +25,8 @@ class Engine(Section):
     Attributes:
         kind: ``inprocess``: processes of this machine. ``ray``: actors of ours on Ray.
             ``flower-ray``: Flower's own engine.
-        workers: How many processes or actors, of one thread each; ``auto`` is one a core.
+        workers: How many processes or actors, of one thread each; ``auto`` is one a core,
+            of this machine once a measurement says that they pay.
         address: The Ray cluster to connect to; by default that of the environment
             (``RAY_ADDRESS``, as ``ray job submit`` sets it), else one is started on this machine.
     """

@@ -1,0 +1,121 @@
+"""A team that begins as this process and becomes several if a measurement says that it pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from time import perf_counter
+
+import torch
+
+from reticent.core.plan import Plan
+
+from .devices import Devices
+from .player import Player
+from .processes import Processes
+from .teams import Task
+from .workers import BLOCK, WINDOW
+
+START = 5.0
+"""Seconds of work that processes must save, as many as it takes to start them: they import torch
+and Flower anew (4 s on a virtual x86-64 core)."""
+
+
+class GrowingTeam:
+    """A :class:`.Team` for ``engine.workers = "auto"``.
+
+    The first shares are played here, on one thread, and timed. Once the clients that are left, at
+    the measured pace, take so long that more processes would save :data:`START`, these are started,
+    and shares are played here until all are there. Where shares are played changes no result
+    (:class:`.TeamGrid`), so neither does a measurement.
+    """
+
+    def __init__(
+        self, devices: Devices, plan_json: str, plan: Plan, most: int, say: Callable[[str], None]
+    ) -> None:
+        """Begin alone.
+
+        Args:
+            devices: The simulated devices.
+            plan_json: The plan, as workers get it.
+            plan: The plan.
+            most: Processes to become.
+            say: Gets a line when the team grows.
+        """
+        self._about, self._most, self._say = (devices, plan_json), most, say
+        self._left = plan.federation.rounds * plan.federation.clients_per_round
+        self._cohort = plan.federation.clients_per_round
+        self._pace = float("inf")
+        self._player: Player | None = None
+        self._work = b""
+        self._others: Processes | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> GrowingTeam:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.__exit__(*error)  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
+        return self._others.size if self._others and self._others.ready else 1
+
+    @property
+    def window(self) -> int:
+        """How many clients to deal at a time: few until the pace is known."""
+        if self._pace == float("inf"):
+            return 2 * BLOCK
+        return WINDOW * self.size if self._others is None or self._others.ready else 4 * BLOCK
+
+    def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
+        """Yield the partial sum of each task, here until there are others."""
+        pending = iter(tasks)
+        while self._others is None or not self._others.ready:
+            clients = min(self.window, self._cohort)
+            task = next(pending, None)
+            if task is None:
+                return
+            begun = perf_counter()
+            part = self._here(task)
+            self._consider(clients, perf_counter() - begun)
+            yield part
+        self._player = None
+        yield from self._others.play(pending)
+
+    def _here(self, task: Task) -> bytes:
+        work, share = task
+        with _one_thread():
+            if self._player is None:
+                self._player = Player(*self._about)
+            if self._work is not work:
+                self._player.begin(work)
+                self._work = work
+            return self._player.play(share)
+
+    def _consider(self, clients: int, seconds: float) -> None:
+        """Start the others if that saves time; the fastest share counts, as the first warms up."""
+        self._left = max(0, self._left - clients)
+        self._pace = min(self._pace, seconds / clients)
+        if self._others is None and saved(self._left, self._pace, self._most) > START:
+            self._say(
+                f"{self._most} worker processes of one thread each: one would take another "
+                f"{self._left * self._pace:.0f} s"
+            )
+            self._others = self._open.enter_context(Processes(*self._about, self._most))
+
+
+def saved(clients: int, pace: float, workers: int) -> float:
+    """Return the seconds that ``workers`` save of ``pace`` seconds for each client, started."""
+    return clients * pace * (1 - 1 / workers)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

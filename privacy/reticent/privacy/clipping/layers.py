@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .positions import Positions
 from .recurrent import RECURRENT, Recurrent, unrolled
 from .terms import Outer, Rows, Term
 
@@ -79,9 +80,8 @@ def _linear(layer: nn.Linear, before: torch.Tensor, needed: bool) -> tuple[torch
 def linear_terms(layer: nn.Linear, before: torch.Tensor, back: torch.Tensor) -> list[Term]:
     """Return the gradients of a linear layer, used at one place of each example or at many."""
     if back.dim() > 2:
-        # Its gradient is a sum of products over the places.
         back, before = back.flatten(1, -2), before.flatten(1, -2)
-        weight, bias = Rows((back.transpose(1, 2) @ before).flatten(1)), back.sum(dim=1)
+        weight, bias = Positions(back, before), back.sum(dim=1)
     else:
         weight, bias = Outer(back, before), back
     return [weight] if layer.bias is None else [weight, Rows(bias)]

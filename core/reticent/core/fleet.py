@@ -114,7 +114,8 @@ class Availability(Section):
         zones: Time zones, an hour apart, that devices are spread over evenly; 1: all share one.
         slot: Seconds for which a device stays there, or away.
         path: A file of intervals, for ``file``.
-        period: Repeats the file's intervals after so many seconds; absent: they happen once.
+        period: Repeats the file's intervals after so many seconds, at least a minute: a server that
+            waits looks at each; absent: they happen once.
     """
 
     kind: Literal["always", "diurnal", "file"] = "always"
@@ -124,7 +125,7 @@ class Availability(Section):
     zones: Annotated[int, Field(ge=1, le=24)] = 24
     slot: Annotated[float, Field(ge=1, le=86400)] = 1800.0
     path: str | None = None
-    period: Positive | None = None
+    period: Annotated[float, Field(ge=60)] | None = None
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from reticent.core.tasks import Examples
+from reticent.server.means import Means
 from reticent.server.public_training import train_public
 
 WAYS = ("none", "disk", "fsdp2")
@@ -101,7 +102,7 @@ def measure(way: str, width: int, layers: int) -> dict[str, float | str]:
         if way == "fsdp2":
             sharded(model)
         else:
-            train_public(model, examples(), EPOCHS, 0.001, 0, "large", offload=way)
+            train_public(model, examples(), EPOCHS, 0.001, 0, "large", means=Means(offload=way))
     seconds = time.monotonic() - began
     parameters = sum(p.numel() for p in model.parameters())
     return {"way": way, "parameters": parameters, "seconds": seconds, **found}

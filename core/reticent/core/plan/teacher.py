@@ -39,10 +39,13 @@ class Teacher(Section):
     Attributes:
         count: How many teachers are trained, from different initial weights; the student learns
             from the mean of their softened answers.
+        device: Where the teacher and the dense student are trained: ``cuda`` is the first NVIDIA
+            GPU. What comes of it lies in CPU memory, as float32.
         precision: ``bf16`` runs the teacher's convolutions and products in bfloat16 (weights,
             optimizer and loss stay float32). It has float32's range, so no loss is scaled.
+            ``fp16`` does so in float16, and scales the loss, as small gradients vanish there.
         offload: ``disk`` keeps weights, gradients and optimizer state of the teacher in files while
-            it is trained, for a teacher that is larger than memory.
+            it is trained on the CPU, for a teacher that is larger than memory.
         trained: What the weights that the task's models begin with cost in privacy; absent: models
             begin at random, or at weights that the task declares public.
     """
@@ -50,15 +53,16 @@ class Teacher(Section):
     epochs: Count = 30
     learning_rate: Positive = 0.01
     count: Count = 1
+    device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     offload: Literal["none", "disk"] = "none"
     trained: Trained | None = None
 
     @model_validator(mode="after")
-    def _no_half_precision(self) -> Self:
-        if self.precision == "fp16":
+    def _offload_fits(self) -> Self:
+        if self.device == "cuda" and self.offload == "disk":
             raise ValueError(
-                'precision="fp16": must be "fp32" or "bf16": training runs on the CPU, and small '
-                "gradients vanish in float16 unless the loss is scaled"
+                'offload="disk": must be "none" when teacher.device is "cuda", '
+                "because a GPU computes on nothing that lies in a file"
             )
         return self

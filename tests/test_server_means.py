@@ -83,10 +83,11 @@ def test_a_plan_on_the_cpu_needs_nothing() -> None:
     require_possible(plan, load_task(plan.task, 0))
 
 
-def test_the_student_follows_the_teacher_onto_a_gpu() -> None:
+def test_the_student_follows_the_teacher_onto_a_gpu_that_holds_it_whole() -> None:
     plan = plan_of("teacher.device=cuda", "teacher.precision=bf16")
     assert teacher_means(plan) == Means("cuda", "bf16", "none")
     assert student_means(plan) == Means("cuda")
+    assert student_means(plan_of("teacher.device=cuda", "teacher.offload=cpu")) == Means()
 
 
 @pytest.mark.parametrize("mode", ["offline", "self", "reverse", "online"])

@@ -1,4 +1,4 @@
-"""One model's steps on public data: its device, its precision, and AdamW."""
+"""One model's steps on public data: its device, precision and off-load, and AdamW."""
 
 from __future__ import annotations
 
@@ -43,10 +43,22 @@ def learning(
         others: What is learned beside the model's parameters.
     """
     model.train()
-    with moved(means.device, model):
-        update = Update([*model.parameters(), *others], learning_rate, steps, means, first)
-        yield in_precision(model, means), update
+    with _placed(model, means) as placed:
+        update = Update([*placed.parameters(), *others], learning_rate, steps, means, first)
+        yield in_precision(placed, means), update
     model.eval()
+
+
+@contextmanager
+def _placed(model: nn.Module, means: Means) -> Iterator[nn.Module]:
+    if means.offload == "cpu":
+        from .sharded import sharded  # 0.7 s to import, and few plans need it.
+
+        with sharded(model, means.device) as copy:
+            yield copy
+    else:
+        with moved(means.device, model):
+            yield model
 
 
 class LowPrecision(nn.Module):
@@ -108,7 +120,9 @@ class Update:
         self._drop = means.offload != "disk"
         if not self._drop:
             to_disk(self.optimizer, learned)
-        self._scaler = torch.amp.GradScaler(means.device, enabled=means.precision == "fp16")
+        # The scale lies where the gradients are: torch copies it elsewhere without waiting for it.
+        self._scales_on = "cpu" if means.offload == "cpu" else means.device
+        self._scaler = torch.amp.GradScaler(self._scales_on, enabled=means.precision == "fp16")
 
     def __call__(self, loss: torch.Tensor) -> None:
         """Take one step down the gradient of ``loss``, or none if that is not finite in float16.
@@ -117,7 +131,7 @@ class Update:
             RunError: If it is not finite at any scale.
         """
         self.optimizer.zero_grad(set_to_none=self._drop)
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(loss.to(self._scales_on)).backward()
         scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)
         self._scaler.update()

@@ -20,8 +20,8 @@ class Means:
     Attributes:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16`` or ``fp16``, for convolutions and matrix products.
-        offload: ``none``, or ``disk`` on the CPU: what is trained lies in files, see
-            :mod:`.offload`.
+        offload: ``none``, ``disk`` or ``cpu``. A plan allows the last one on a GPU only; it runs on
+            a CPU too, without being of use there.
     """
 
     device: str = "cpu"
@@ -42,9 +42,11 @@ def teacher_means(plan: Plan) -> Means:
 def student_means(plan: Plan) -> Means:
     """Return what the dense student is trained with, always in float32.
 
-    It is on the teacher's device, as it asks the teacher in every step.
+    It is on the teacher's device, as it asks the teacher in every step; but on the CPU after a
+    teacher that may be larger than that device's memory.
     """
-    return Means(plan.teacher.device)
+    section = plan.teacher
+    return Means(section.device if section.offload == "none" else "cpu")
 
 
 def require_means(plan: Plan) -> None:

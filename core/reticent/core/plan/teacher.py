@@ -44,8 +44,9 @@ class Teacher(Section):
         precision: ``bf16`` runs the teacher's convolutions and products in bfloat16 (weights,
             optimizer and loss stay float32). It has float32's range, so no loss is scaled.
             ``fp16`` does so in float16, and scales the loss, as small gradients vanish there.
-        offload: ``disk`` keeps weights, gradients and optimizer state of the teacher in files while
-            it is trained on the CPU, for a teacher that is larger than memory.
+        offload: Where what belongs to the teacher lies while it is trained. ``disk``, on the CPU:
+            weights, gradients and optimizer state in files, for a teacher that is larger than
+            memory. ``cpu``, on a GPU: all three in the host's memory (PyTorch's FSDP2).
         trained: What the weights that the task's models begin with cost in privacy; absent: models
             begin at random, or at weights that the task declares public.
     """
@@ -55,14 +56,20 @@ class Teacher(Section):
     count: Count = 1
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    offload: Literal["none", "disk"] = "none"
+    offload: Literal["none", "disk", "cpu"] = "none"
     trained: Trained | None = None
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:
+        if self.device == "cpu" and self.offload == "cpu":
+            raise ValueError(
+                'offload="cpu": must be "none" or "disk" when teacher.device is "cpu", '
+                "because it moves to the host's memory what lies there already and keeps a copy; "
+                'use "disk" for a teacher that is larger than memory'
+            )
         if self.device == "cuda" and self.offload == "disk":
             raise ValueError(
-                'offload="disk": must be "none" when teacher.device is "cuda", '
+                'offload="disk": must be "none" or "cpu" when teacher.device is "cuda", '
                 "because a GPU computes on nothing that lies in a file"
             )
         return self

@@ -3,13 +3,15 @@
     TMPDIR=folder-on-a-disk python benchmarks/offload.py [--width 2048] [--layers 6]
 
 Each way runs in a process of its own. "Private" is the growth of the memory that only swap could
-take back (RssAnon), at its peak, over the process before there is a model. ``cpu`` (FSDP2) is meant
-for a GPU, whose memory it frees: here it shows what it costs the host.
+take back (RssAnon), at its peak, over the process before there is a model. ``cpu`` (FSDP2) and
+``zero`` (DeepSpeed, left out where it is not installed) are meant for a GPU, whose memory they
+free: here they show what they cost the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from reticent.core.tasks import Examples
 from reticent.server.means import Means
 from reticent.server.public_training import train_public
 
-WAYS = ("none", "disk", "cpu")
+WAYS = ("none", "disk", "cpu", "zero")
 EPOCHS = 3
 
 
@@ -91,7 +93,8 @@ def main() -> None:
         print(json.dumps(measure(options.way, options.width, options.layers)))
         return
     print("| off-load | parameters | private memory at its peak | seconds |\n|---|---:|---:|---:|")
-    for way in WAYS:
+    ways = WAYS if importlib.util.find_spec("deepspeed") else WAYS[:-1]
+    for way in ways:
         command = [sys.executable, __file__, "--way", way]
         command += ["--width", str(options.width), "--layers", str(options.layers)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

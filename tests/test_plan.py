@@ -53,6 +53,7 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("teacher.device=tpu", ['device="tpu"', "'cpu' or 'cuda'"]),
         ("teacher.precision=fp8", ['precision="fp8"', "'fp32', 'bf16' or 'fp16'"]),
         ("teacher.offload=cpu", ['teacher: offload="cpu"', "teacher.device", 'use "disk"']),
+        ("teacher.offload=zero", ['teacher: offload="zero"', "teacher.device", 'use "disk"']),
         ("engine.kind=cloud", ["engine.kind", "'inprocess', 'ray' or 'flower-ray'"]),
         ("engine.workers=0", ["engine.workers=0", '"auto", or an integer of at least 1']),
         ("engine.workers=2.0", ["engine.workers=2.0", '"auto", or an integer of at least 1']),
@@ -193,7 +194,11 @@ def test_the_engine_cannot_change_the_digest_and_the_rest_can() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["teacher.offload=disk"], ['offload="disk"', '"none" or "cpu"', "GPU"]),
+        (["teacher.offload=disk"], ['offload="disk"', '"none", "cpu" or "zero"', "GPU"]),
+        (
+            ["teacher.offload=zero", "teacher.precision=fp16"],
+            ['precision="fp16"', '"fp32" or "bf16"', "teacher.offload"],
+        ),
     ],
 )
 def test_what_a_teacher_on_a_gpu_cannot_have(overrides: list[str], words: list[str]) -> None:

@@ -5,6 +5,8 @@ A plan allows it on a GPU only; the code is the same, and is called directly.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -24,7 +26,19 @@ from reticent.server.means import Means
 from reticent.server.public_training import train_public
 from reticent.server.sharded import _layers
 
-both = pytest.mark.parametrize("offload", ["cpu"])
+# DeepSpeed and what it calls of torch warn about themselves.
+noisy = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+absent = importlib.util.find_spec("deepspeed") is None
+both = pytest.mark.parametrize(
+    "offload",
+    [
+        "cpu",
+        pytest.param(
+            "zero",
+            marks=[noisy, pytest.mark.skipif(absent, reason="deepspeed is not installed")],
+        ),
+    ],
+)
 
 
 class Branched(nn.Module):
@@ -108,7 +122,7 @@ def test_off_loaded_or_not_the_teacher_is_the_same(make: Any, offload: str) -> N
         assert_near(model, plain)
         assert type(model) is type(plain) and not model.training
         assert all(type(p) is nn.Parameter for p in model.parameters())
-        assert not dist.is_initialized()
+        assert not dist.is_initialized() and "LOCAL_RANK" not in os.environ
     assert all(type(value) is torch.Tensor for value in model.state_dict().values())
 
 
@@ -169,7 +183,7 @@ def test_the_group_is_gone_after_an_error_too(offload: str) -> None:
 
     with pytest.raises(ValueError, match="stop"):
         trained(lambda: nn.Sequential(nn.Flatten(), Broken(64, 4)), Means(offload=offload))
-    assert not dist.is_initialized()
+    assert not dist.is_initialized() and "LOCAL_RANK" not in os.environ
 
 
 @both

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reticent.core import sequences
-from reticent.core.errors import PlanError
+from reticent.core.errors import DependencyError, PlanError
 from reticent.core.models import student, teacher
 from reticent.core.plan import Distill, parse_plan
 from reticent.core.seeds import torch_generator
@@ -54,6 +54,13 @@ def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_made(tmp_path: P
     with pytest.raises(PlanError, match=words):
         simulate(plan, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("teacher.device=cuda", "teacher.offload=zero")
+    monkeypatch.setattr(means.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DependencyError, match=r"pip install .*'reticent\[deepspeed\]'"):
+        require_possible(plan, load_task(plan.task, 0))
 
 
 class OnlyFull(nn.Linear):

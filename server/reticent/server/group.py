@@ -1,4 +1,4 @@
-"""A process group of this one process, which FSDP2 cannot do without."""
+"""A process group of this one process, which FSDP2 and DeepSpeed cannot do without."""
 
 from __future__ import annotations
 
@@ -31,4 +31,5 @@ def process_group(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -13,6 +13,7 @@ from reticent.core.errors import RunError
 
 from .means import Means, moved
 from .offload import to_disk
+from .zero import zero_offloaded
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,12 +41,17 @@ def learning(
     Args:
         steps: Length of the schedule, see :class:`Update`.
         first: Steps of it that are left out.
-        others: What is learned beside the model's parameters.
+        others: What is learned beside the model's parameters; not with ``offload="zero"``.
     """
     model.train()
     with _placed(model, means) as placed:
         update = Update([*placed.parameters(), *others], learning_rate, steps, means, first)
-        yield in_precision(placed, means), update
+        runs = in_precision(placed, means)
+        if means.offload == "zero":
+            with zero_offloaded(placed, runs, update.optimizer, means.device) as engine:
+                yield engine, update.through(engine)
+        else:
+            yield runs, update
     model.eval()
 
 
@@ -142,3 +148,13 @@ class Update:
                 'teacher.precision="fp16": gradients are not finite however small the loss is '
                 'scaled; use "bf16" or "fp32", or a smaller teacher.learning_rate'
             )
+
+    def through(self, engine: object) -> Step:
+        """Return what takes the same steps through a DeepSpeed ``engine`` of this optimizer."""
+
+        def step(loss: torch.Tensor) -> None:
+            engine.backward(loss)  # pyright: ignore[reportAttributeAccessIssue]
+            engine.step()  # pyright: ignore[reportAttributeAccessIssue]
+            self._schedule.step()
+
+        return step

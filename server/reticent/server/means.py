@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reticent.core.errors import PlanError
+from reticent.core.errors import DependencyError, PlanError
 from reticent.core.plan import Plan
 
 
@@ -20,8 +21,8 @@ class Means:
     Attributes:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16`` or ``fp16``, for convolutions and matrix products.
-        offload: ``none``, ``disk`` or ``cpu``. A plan allows the last one on a GPU only; it runs on
-            a CPU too, without being of use there.
+        offload: ``none``, ``disk``, ``cpu`` or ``zero``. A plan allows the last two on a GPU only;
+            they run on a CPU too, without being of use there.
     """
 
     device: str = "cpu"
@@ -54,8 +55,15 @@ def require_means(plan: Plan) -> None:
 
     Raises:
         PlanError: If it is to be trained on a GPU and torch sees none.
+        DependencyError: If DeepSpeed is needed and not installed.
     """
-    if plan.teacher.device == "cuda" and not torch.cuda.is_available():
+    section = plan.teacher
+    if section.offload == "zero" and importlib.util.find_spec("deepspeed") is None:
+        raise DependencyError(
+            'teacher.offload="zero" needs the Python package deepspeed: '
+            "pip install 'reticent[deepspeed]'"
+        )
+    if section.device == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise PlanError(
             'teacher.device="cuda": must be "cpu" on this machine: torch '

@@ -33,6 +33,7 @@ def require_possible(plan: Plan, task: Task) -> None:
             round's updates do not fit into memory where they are needed all at once (all parameters
             are taken to travel), it declares other weights than the task's models begin with, or
             its teacher needs a GPU and there is none, or a precision that its layers do not have.
+        DependencyError: If its teacher needs DeepSpeed, and that is not installed.
         DataError: If a model that the task makes was trained before and nothing is declared.
     """
     require_means(plan)

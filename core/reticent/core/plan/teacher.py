@@ -46,7 +46,8 @@ class Teacher(Section):
             ``fp16`` does so in float16, and scales the loss, as small gradients vanish there.
         offload: Where what belongs to the teacher lies while it is trained. ``disk``, on the CPU:
             weights, gradients and optimizer state in files, for a teacher that is larger than
-            memory. ``cpu``, on a GPU: all three in the host's memory (PyTorch's FSDP2).
+            memory. On a GPU: ``cpu`` keeps all three in the host's memory (PyTorch's FSDP2), and
+            ``zero`` gradients and optimizer state (DeepSpeed's ZeRO-Offload).
         trained: What the weights that the task's models begin with cost in privacy; absent: models
             begin at random, or at weights that the task declares public.
     """
@@ -56,20 +57,25 @@ class Teacher(Section):
     count: Count = 1
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    offload: Literal["none", "disk", "cpu"] = "none"
+    offload: Literal["none", "disk", "cpu", "zero"] = "none"
     trained: Trained | None = None
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Self:
-        if self.device == "cpu" and self.offload == "cpu":
+        if self.device == "cpu" and self.offload in ("cpu", "zero"):
             raise ValueError(
-                'offload="cpu": must be "none" or "disk" when teacher.device is "cpu", '
+                f'offload="{self.offload}": must be "none" or "disk" when teacher.device is "cpu", '
                 "because it moves to the host's memory what lies there already and keeps a copy; "
                 'use "disk" for a teacher that is larger than memory'
             )
         if self.device == "cuda" and self.offload == "disk":
             raise ValueError(
-                'offload="disk": must be "none" or "cpu" when teacher.device is "cuda", '
+                'offload="disk": must be "none", "cpu" or "zero" when teacher.device is "cuda", '
                 "because a GPU computes on nothing that lies in a file"
+            )
+        if self.precision == "fp16" and self.offload == "zero":
+            raise ValueError(
+                'precision="fp16": must be "fp32" or "bf16" when teacher.offload is "zero", '
+                "because DeepSpeed takes the steps then and nothing here scales its loss"
             )
         return self

@@ -50,7 +50,10 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("privacy.unit=person", ['privacy.unit="person"', "'example' or 'client'"]),
         ("privacy.relation=swap", ["privacy.relation", "'add-or-remove-one' or 'replace-one'"]),
         ("privacy.clip_quantile=0.5", ["clip_quantile=0.5", 'unit="client"']),
-        ("teacher.precision=fp16", ['precision="fp16"', '"bf16"', "CPU"]),
+        ("teacher.device=tpu", ['device="tpu"', "'cpu' or 'cuda'"]),
+        ("teacher.precision=fp8", ['precision="fp8"', "'fp32', 'bf16' or 'fp16'"]),
+        ("teacher.offload=cpu", ['teacher: offload="cpu"', "teacher.device", 'use "disk"']),
+        ("teacher.offload=zero", ['teacher: offload="zero"', "teacher.device", 'use "disk"']),
         ("engine.kind=cloud", ["engine.kind", "'inprocess', 'ray' or 'flower-ray'"]),
         ("engine.workers=0", ["engine.workers=0", '"auto", or an integer of at least 1']),
         ("engine.workers=2.0", ["engine.workers=2.0", '"auto", or an integer of at least 1']),
@@ -186,6 +189,31 @@ def test_the_engine_cannot_change_the_digest_and_the_rest_can() -> None:
     assert parse_plan("", ["engine.workers=7"]).digest == base.digest
     assert parse_plan("", ["seed=1"]).digest != base.digest
     assert parse_plan("", ["privacy.delta=1e-6"]).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["teacher.offload=disk"], ['offload="disk"', '"none", "cpu" or "zero"', "GPU"]),
+        (
+            ["teacher.offload=zero", "teacher.precision=fp16"],
+            ['precision="fp16"', '"fp32" or "bf16"', "teacher.offload"],
+        ),
+    ],
+)
+def test_what_a_teacher_on_a_gpu_cannot_have(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_plan("", ["teacher.device=cuda", *overrides])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_keys_that_came_later_leave_the_digest_of_a_plan_without_them_alone() -> None:
+    """As it was before ``teacher.device`` came."""
+    before = "9d53b955c592c6da41e630df618eab17fa1c04aaec01969adba843b33fdfed39"
+    assert parse_plan("").digest == before
+    assert parse_plan("", ["teacher.device=cpu"]).digest == before
+    assert parse_plan("", ["teacher.device=cuda"]).digest != before
 
 
 def test_the_quorum_is_nine_tenths_unless_given() -> None:

@@ -14,13 +14,14 @@ from reticent.compression.distill import Ensemble
 from reticent.core.models import student as student_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.tasks import Examples, Task, load_task
-from reticent.server import public_training
+from reticent.server import learning
 from reticent.server.distillation import lesson, new_student, new_teacher, untrained_teacher
+from reticent.server.learning import in_precision
+from reticent.server.means import Means
 from reticent.server.preparation import prepare
 from reticent.server.public_training import (
     accuracy,
     batches,
-    in_precision,
     soft_labels,
     steps_of,
     train_public,
@@ -229,7 +230,7 @@ def test_bf16_computes_in_bfloat16_and_learns_in_float32() -> None:
     inputs, labels = TASK.public()
     gradients = []
     for precision in ("fp32", "bf16"):
-        logits = in_precision(model, precision)(inputs)
+        logits = in_precision(model, Means(precision=precision))(inputs)
         found = torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
         gradients.append(torch.cat([g.flatten() for g in found]))
         assert logits.dtype == torch.float32
@@ -258,8 +259,8 @@ def test_only_the_teacher_is_trained_from_disk_and_it_is_the_same(
         moved.append(sum(p.numel() for p in parameters))
         real(optimizer, parameters)
 
-    real = public_training.to_disk
-    monkeypatch.setattr(public_training, "to_disk", to_disk)
+    real = learning.to_disk
+    monkeypatch.setattr(learning, "to_disk", to_disk)
     memory = lesson(plan_of(f"student.distill.mode={mode}"), TASK, TASK.public())
     assert not moved
     plan = plan_of(f"student.distill.mode={mode}", "teacher.offload=disk")

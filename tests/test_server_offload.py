@@ -14,6 +14,7 @@ from reticent.core.models import teacher
 from reticent.core.seeds import torch_generator
 from reticent.core.tasks import Examples
 from reticent.server import offload
+from reticent.server.means import Means
 from reticent.server.public_training import train_public
 
 LIMITED = """
@@ -21,6 +22,7 @@ import resource
 import torch
 from torch import nn
 from reticent.core.tasks import Examples
+from reticent.server.means import Means
 from reticent.server.public_training import train_public
 
 def mebibytes():
@@ -31,7 +33,7 @@ def trained(layers, offload):
     torch.manual_seed(0)
     deep = [layer for _ in range(layers) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
     model = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), *deep, nn.Linear(1024, 4))
-    train_public(model, examples, 1, 0.001, 0, "large", offload=offload)
+    train_public(model, examples, 1, 0.001, 0, "large", means=Means(offload=offload))
 
 torch.set_num_threads(1)
 examples = Examples(torch.ones(8, 8), torch.arange(8) % 4)
@@ -53,7 +55,7 @@ def trained(offload: str) -> torch.nn.Module:
     inputs = torch.randn(12, 1, 8, 8, generator=generator)
     model = teacher((1, 8, 8), 4)
     examples = Examples(inputs, torch.arange(12) % 4)
-    return train_public(model, examples, 3, 0.01, 0, "teacher", offload=offload)
+    return train_public(model, examples, 3, 0.01, 0, "teacher", means=Means(offload=offload))
 
 
 def test_on_disk_or_not_the_teacher_is_the_same() -> None:

@@ -101,7 +101,7 @@ def angle_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     count = len(student)
     if count < 3:
         return student.sum() * 0
-    same = torch.eye(count, dtype=torch.bool)
+    same = torch.eye(count, dtype=torch.bool, device=student.device)
     distinct = ~(same[:, :, None] | same[:, None, :] | same[None, :, :])
     return F.smooth_l1_loss(_cosines(student)[distinct], _cosines(teacher.detach())[distinct])
 
@@ -191,6 +191,11 @@ class Guide:
     def parameters(self) -> list[nn.Parameter]:
         """What is learned beside the student: the projection, which is thrown away afterwards."""
         return [] if self._hint is None else list(self._hint.parameters())
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What must be on the device of the inputs: the teacher, and the projection."""
+        return [self._teacher] if self._hint is None else [self._teacher, self._hint]
 
     def loss(self, student: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss of a batch of inputs ``(n, *input_shape)`` and labels ``(n,)``."""

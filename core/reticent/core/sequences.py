@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """Map codes ``(n, length)`` to logits ``(n, symbols)``."""
-        places = torch.eye(self.length).expand(len(codes), -1, -1)
+        places = torch.eye(self.length, device=codes.device).expand(len(codes), -1, -1)
         x = self.embed(torch.cat([self.onehot(codes), places], dim=2))
         seen = self.norm(x)
         last = x[:, -1]

@@ -15,7 +15,9 @@ from reticent.core.plan import Distill, Plan
 from reticent.core.seeds import derive_key
 from reticent.core.tasks import Examples, Task
 
-from .public_training import Update, batches, in_precision, logits_of, steps_of, train_public
+from .learning import learning
+from .means import Means, student_means, teacher_means
+from .public_training import batches, logits_of, steps_of, train_public
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def lesson(plan: Plan, task: Task, public: Examples, teachers: Teachers | None =
         "student",
         teacher,
         section.distill,
+        student_means(plan),
     )
     return Lesson(teacher, student, examples)
 
@@ -113,24 +116,19 @@ def learn_together(plan: Plan, teacher: nn.Module, student: nn.Module, public: E
     Deep mutual learning (Zhang et al. 2018, section 3) with the plan's temperature and weight. Both
     see the student's batches for the student's epochs, and each keeps its own learning rate.
     """
-    epochs, seed = plan.student.epochs, plan.seed
-    models = (teacher, student)
-    steps, large = steps_of(public, epochs), plan.teacher
-    updates = (
-        Update(teacher.parameters(), large.learning_rate, steps, large.offload),
-        Update(student.parameters(), plan.student.learning_rate, steps),
-    )
-    for model in models:
-        model.train()
-    runs = (in_precision(teacher, plan.teacher.precision), student)
-    for inputs, labels in batches(public, steps, seed, "student"):
-        first, second = (model(inputs) for model in runs)
-        pairs = ((first, second), (second, first))
-        for update, (own, other) in zip(updates, pairs, strict=True):
-            update(mutual_loss(own, other.detach(), labels, plan.student.distill))
-    for model in models:
+    steps, device = steps_of(public, plan.student.epochs), plan.teacher.device
+    rates = plan.teacher.learning_rate, plan.student.learning_rate
+    with (
+        learning(teacher, rates[0], steps, teacher_means(plan)) as (large, step_large),
+        learning(student, rates[1], steps, Means(device)) as (small, step_small),
+    ):
+        for batch in batches(public, steps, plan.seed, "student"):
+            inputs, labels = (part.to(device) for part in batch)
+            first, second = large(inputs), small(inputs)
+            step_large(mutual_loss(first, second.detach(), labels, plan.student.distill))
+            step_small(mutual_loss(second, first.detach(), labels, plan.student.distill))
+    for model in (teacher, student):
         model.zero_grad()
-        model.eval()
 
 
 def mutual_loss(
@@ -147,8 +145,15 @@ def _small_teacher(plan: Plan, task: Task, labelled: Examples) -> nn.Module | No
     if plan.student.distill.mode != "reverse":
         return None
     small, section = new_student(plan, task, "small teacher"), plan.student
-    rate = section.learning_rate
-    return train_public(small, labelled, section.epochs, rate, plan.seed, "small teacher")
+    return train_public(
+        small,
+        labelled,
+        section.epochs,
+        section.learning_rate,
+        plan.seed,
+        "small teacher",
+        means=student_means(plan),
+    )
 
 
 def _teacher(
@@ -166,8 +171,7 @@ def _teacher(
         _named("teacher", index),
         small,
         distill,
-        section.precision,
-        section.offload,
+        teacher_means(plan),
     )
 
 

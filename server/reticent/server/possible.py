@@ -18,6 +18,8 @@ from reticent.core.plan import Plan
 from reticent.core.tasks import Task
 
 from .distillation import new_student, new_teacher
+from .learning import in_precision
+from .means import require_means, teacher_means
 from .robust import needs_all, require_room
 from .shrinking import sketch
 
@@ -29,9 +31,13 @@ def require_possible(plan: Plan, task: Task) -> None:
         PlanError: If the student cannot be quantized dynamically, or to fewer than 8 bits, as the
             plan says, a change of its layers cannot be made, pruning must empty one of them, or a
             round's updates do not fit into memory where they are needed all at once (all parameters
-            are taken to travel), or it declares other weights than the task's models begin with.
+            are taken to travel), it declares other weights than the task's models begin with, or
+            its teacher needs a GPU and there is none, or a precision that its layers do not have.
+        DependencyError: If its teacher needs DeepSpeed, and that is not installed.
         DataError: If a model that the task makes was trained before and nothing is declared.
     """
+    require_means(plan)
+    _require_precision(plan, task)
     require_dynamic_form(folded(new_student(plan, task).eval()), plan.student.quantize)
     if plan.student.quantize.bits < 8:
         require_integer_form(merged(sketch(plan, task)), plan.student.quantize)
@@ -41,6 +47,25 @@ def require_possible(plan: Plan, task: Task) -> None:
     if needs_all(plan.federation.robust):
         require_room(plan.federation, sum(p.numel() for p in sketch(plan, task).parameters()))
     require_new_models(plan, task)
+
+
+def _require_precision(plan: Plan, task: Task) -> None:
+    """Check that this CPU can train the teacher in the plan's precision, which GPUs can.
+
+    Raises:
+        PlanError: If torch has no such computation for one of its layers, such as LSTM in float16.
+    """
+    means = teacher_means(plan)
+    if means.precision == "fp32" or means.device != "cpu":
+        return
+    runs = in_precision(new_teacher(plan, task).train(), means)
+    try:
+        runs(torch.zeros(2, *task.input_shape)).sum().backward()
+    except RuntimeError as error:
+        raise PlanError(
+            f'teacher.precision="{means.precision}": must be another on this machine, because '
+            f"torch cannot train the teacher of task {task.name} in it on the CPU: {error}"
+        ) from error
 
 
 def require_new_models(plan: Plan, task: Task) -> None:

@@ -203,6 +203,7 @@ _LATER: dict[str, Any] = {
     "federation.server.adaptivity": 1e-8,
     "privacy.secret_cohort": False,
     "teacher.trained": None,
+    "teacher.device": "cpu",
 }
 """Keys that came later, and what a plan without them means: their defaults, for good."""
 

@@ -39,10 +39,15 @@ class Teacher(Section):
     Attributes:
         count: How many teachers are trained, from different initial weights; the student learns
             from the mean of their softened answers.
+        device: Where the teacher and the dense student are trained: ``cuda`` is the first NVIDIA
+            GPU. What comes of it lies in CPU memory, as float32.
         precision: ``bf16`` runs the teacher's convolutions and products in bfloat16 (weights,
             optimizer and loss stay float32). It has float32's range, so no loss is scaled.
-        offload: ``disk`` keeps weights, gradients and optimizer state of the teacher in files while
-            it is trained, for a teacher that is larger than memory.
+            ``fp16`` does so in float16, and scales the loss, as small gradients vanish there.
+        offload: Where what belongs to the teacher lies while it is trained. ``disk``, on the CPU:
+            weights, gradients and optimizer state in files, for a teacher that is larger than
+            memory. On a GPU: ``cpu`` keeps all three in the host's memory (PyTorch's FSDP2), and
+            ``zero`` gradients and optimizer state (DeepSpeed's ZeRO-Offload).
         trained: What the weights that the task's models begin with cost in privacy; absent: models
             begin at random, or at weights that the task declares public.
     """
@@ -50,15 +55,27 @@ class Teacher(Section):
     epochs: Count = 30
     learning_rate: Positive = 0.01
     count: Count = 1
+    device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    offload: Literal["none", "disk"] = "none"
+    offload: Literal["none", "disk", "cpu", "zero"] = "none"
     trained: Trained | None = None
 
     @model_validator(mode="after")
-    def _no_half_precision(self) -> Self:
-        if self.precision == "fp16":
+    def _offload_fits(self) -> Self:
+        if self.device == "cpu" and self.offload in ("cpu", "zero"):
             raise ValueError(
-                'precision="fp16": must be "fp32" or "bf16": training runs on the CPU, and small '
-                "gradients vanish in float16 unless the loss is scaled"
+                f'offload="{self.offload}": must be "none" or "disk" when teacher.device is "cpu", '
+                "because it moves to the host's memory what lies there already and keeps a copy; "
+                'use "disk" for a teacher that is larger than memory'
+            )
+        if self.device == "cuda" and self.offload == "disk":
+            raise ValueError(
+                'offload="disk": must be "none", "cpu" or "zero" when teacher.device is "cuda", '
+                "because a GPU computes on nothing that lies in a file"
+            )
+        if self.precision == "fp16" and self.offload == "zero":
+            raise ValueError(
+                'precision="fp16": must be "fp32" or "bf16" when teacher.offload is "zero", '
+                "because DeepSpeed takes the steps then and nothing here scales its loss"
             )
         return self

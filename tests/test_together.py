@@ -89,15 +89,18 @@ LOCAL = {
         "student.quantize.granularity=tensor",
     ),
 }
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 SOFT = (np.eye(CLASSES) * 0.4 + 0.2).astype(np.float32)
 
 
-def trainer_of(plan: Plan) -> LocalTrainer:
+def trainer_of(plan: Plan, accelerator: str | None = None) -> LocalTrainer:
     student = SmallTask().student("")
     mask = np.random.default_rng(0).random(Layout.of(student).total) < 0.7
     layout = Layout.of(student, mask if plan.student.prune.kind != "none" else None)
     layers = personal_values(student, plan.federation.local.personal)
-    return LocalTrainer(plan, SmallTask(), Constants(layout.kept, SOFT, personal=layers))
+    constants = Constants(layout.kept, SOFT, personal=layers)
+    return LocalTrainer(plan, SmallTask(), constants, accelerator)
 
 
 def clients_of(trainer: LocalTrainer) -> tuple[Vector, list[Client], NoisyStep]:
@@ -143,6 +146,23 @@ def test_together_every_client_gets_what_it_gets_alone(
     found = trainer.pseudo_gradients(*given)
     close(found, alone(trainer, *given))
     assert all((a == b).all() for a, b in zip(found, trainer.pseudo_gradients(*given), strict=True))
+
+
+@pytest.mark.parametrize("local", list(LOCAL))
+@pytest.mark.parametrize("privacy", [EXAMPLE, CLIENT, ("privacy=off",)], ids=lambda p: p[0])
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_an_accelerator_every_client_gets_what_it_gets_alone(
+    local: str, privacy: tuple[str, ...], device: str
+) -> None:
+    """Also a single one, without privacy, and with int8 weights and a mask."""
+    layers = FLOAT if privacy == ("privacy=off",) and local != "two-bits" else ()
+    plan = parse_plan(PLAN_TEXT, [*layers, *privacy, *LOCAL[local]])
+    trainer = trainer_of(plan, device)
+    assert trainer.alone is None
+    given = clients_of(trainer)
+    expected = alone(trainer_of(plan), *given)
+    close(trainer.pseudo_gradients(*given), expected)
+    close(alone(trainer, *given), expected)
 
 
 def test_the_comparison_tells_every_part_of_a_step() -> None:

@@ -25,7 +25,7 @@ from torch import nn
 from reticent.core.plan import Federation, Plan
 from reticent.core.tasks import Task
 from reticent.core.update import Vector
-from reticent.privacy.clipping import Loss, OwnGradients, own_chain_of
+from reticent.privacy.clipping import FunctionalGradients, Loss, OwnGradients, own_chain_of
 
 from .steps import Client, NoisyStep
 
@@ -94,7 +94,7 @@ class Together:
         rounding: What weights go through before they are used, as ``OwnGradients.sums`` takes it.
     """
 
-    own: OwnGradients
+    own: OwnGradients | FunctionalGradients
     federation: Federation
     loss: Loss
     rounding: Callable[[list[torch.Tensor]], list[torch.Tensor]]

@@ -25,6 +25,7 @@ from reticent.core.update import Layout, Vector
 from reticent.privacy.clipping import ClippedGradients, Loss, OwnGradients, method_of
 from reticent.privacy.randomness import Randomness
 
+from .accelerated import accelerated
 from .local_rules import PLAIN, LocalRule
 from .resources import training_bytes
 from .steps import Client, NoisyStep
@@ -49,8 +50,17 @@ _TRIED, _NO_BOUND, _ROUNDING = 4, 1e6, 1e-3  # examples, clip, relative differen
 class LocalTrainer:
     """Everything about local training that does not depend on a client: build once, use often."""
 
-    def __init__(self, plan: Plan, task: Task, constants: Constants) -> None:
+    def __init__(
+        self, plan: Plan, task: Task, constants: Constants, accelerator: str | None = None
+    ) -> None:
         """Build the student and, where single gradients are bounded, what computes them.
+
+        Args:
+            plan: The plan.
+            task: Its task.
+            constants: The run's.
+            accelerator: See :class:`.environment.Environment`; the student is one that
+                :func:`.accelerated.unaccelerated` has nothing against.
 
         Raises:
             DataError: If the mask does not fit the student, or the student mixes examples.
@@ -62,7 +72,7 @@ class LocalTrainer:
         """
         _check_soft_labels(constants, task)
         self.plan, self._input_shape = plan, task.input_shape
-        self._expected = expected_batch(plan, task)
+        self._accelerator, self._expected = accelerator, expected_batch(plan, task)
         self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
@@ -144,6 +154,8 @@ class LocalTrainer:
         of them where they share their weights, as in a single bounded step, and otherwise as
         :mod:`.together` says. The same clients in the same order give the same bits.
         """
+        if self._accelerator is not None:
+            return self._together.pseudo_gradients(start, clients, step)
         if shares_weights(self.plan) and self.alone is None:
             return self._one_step(start, clients, step)
         if self.alone is not None or len(clients) == 1:
@@ -153,6 +165,8 @@ class LocalTrainer:
     @cached_property
     def alone(self) -> str | None:
         """Why clients are trained one by one; None if passes go through several's batches."""
+        if self._accelerator is not None:
+            return None
         hooked = shares_weights(self.plan) and self._clipped.method == "hooks"
         return reason_alone(self.plan, self._model, self._expected, hooked)
 
@@ -163,7 +177,10 @@ class LocalTrainer:
             stacked_rounding(self._model, self.plan.student.quantize),
         )
         clipping = private.clipping if private else "flat"
-        own = OwnGradients(self._model, self.layout, clipping=clipping)
+        if self._accelerator is None:
+            own = OwnGradients(self._model, self.layout, clipping=clipping)
+        else:
+            own = accelerated(self._model, self.layout, clipping, self._accelerator)
         return Together(own, self.plan.federation, self._loss, rounding)
 
     def _one_step(self, start: Vector, clients: Sequence[Client], step: NoisyStep) -> list[Vector]:
@@ -215,7 +232,7 @@ class LocalTrainer:
         def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             hard = _cross_entropy(logits, labels)
             log_student = F.log_softmax(logits / heat, dim=1)
-            mimic = F.kl_div(log_student, soft[labels], reduction="sum")
+            mimic = F.kl_div(log_student, soft.to(labels.device)[labels], reduction="sum")
             return (1 - weight) * hard + weight * heat**2 * mimic
 
         return loss

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from reticent.client import together
 from reticent.client.training import student_model
 from reticent.core.errors import DataError, DependencyError, PlanError
 from reticent.core.plan import Plan, parse_plan
@@ -34,7 +35,7 @@ BASE = [
     *("task.clients=10", "task.public_examples=100", "teacher.epochs=1", "student.epochs=1"),
     *("federation.rounds=2", "federation.clients_per_round=10", "federation.learning_rate=0.5"),
     *('updates.codec=["identity"]', 'updates.broadcast=["identity"]', "engine.device=cuda"),
-    "student.prune.kind=none",
+    *("student.prune.kind=none", "engine.workers=1"),
 ]
 DIGITS = [*BASE, "task.name=digits", "federation.sampling_rate=0.2"]
 TEXT = [*BASE, "task.name=text", "task.partition.examples_per_client=30"]
@@ -94,8 +95,10 @@ def both(
 ) -> tuple[Run, Run]:
     """Run a plan, to the same noise, by the ordinary ways on the CPU and on an accelerator."""
     prepared = Prepared()
-    monkeypatch.setitem(ACCELERATORS, "cuda", None)
-    ordinary = simulate(plan, folder / "ordinary", prepared=prepared)
+    with monkeypatch.context() as patch:
+        patch.setitem(ACCELERATORS, "cuda", None)
+        patch.setattr(together, "MOST_COPIED", 0)  # nothing by torch.func
+        ordinary = simulate(plan, folder / "ordinary", prepared=prepared)
     monkeypatch.setitem(ACCELERATORS, "cuda", accelerator)
     return ordinary, simulate(plan, folder / "accelerated", prepared=prepared)
 

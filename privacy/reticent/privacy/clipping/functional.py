@@ -5,8 +5,8 @@ nothing is known: the student is a function of its weights (``functional_call``)
 sets of weights by ``vmap``, and differentiated. With a clip each example has a copy of its owner's
 weights, so that the gradient of a copy is that of an example; without one, each owner's weights
 meet a batch that is filled up with examples of the owner's own, whose answers are left out of the
-loss. A graphics processor does the passes of a whole cohort at once that way; on a CPU it is slower
-than :mod:`.own` (``benchmarks/together.py``).
+loss. A graphics processor does the passes of a whole cohort at once that way. On a CPU it pays in
+small batches of students that :mod:`.own` does not know (``benchmarks/together.py``).
 """
 
 from __future__ import annotations

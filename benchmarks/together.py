@@ -3,11 +3,13 @@
     python benchmarks/together.py [--json FILE] [--repeats R] [--only MODEL...] [--runs]
 
 A row is one block of clients that take five local steps each: batches, passes, noise and the move
-of the weights, with int8 weights in training. "Bounded" clips the gradient of every example and
-adds noise to each step; "plain" is what clients do under privacy unit ``client``. Both ways take
-turns in one process on one thread; times are medians of the CPU time of the process, a ratio is of
-two medians of the same run. With ``--runs``, also whole simulations on
-``digits`` (50 clients, 5 local steps): CPU time of the process for five rounds after the first.
+of the weights, with int8 weights in training. Common passes are those of ``OwnGradients`` for plain
+chains, and of ``FunctionalGradients`` for the others. "Bounded" clips the gradient of every example
+and adds noise to each step; "plain" is what clients do under privacy unit ``client``. Both ways
+take turns in one process on one thread; times are medians of the CPU time of the process, a ratio
+is of two medians of the same run. With ``--runs``, also whole simulations on
+``digits`` and ``text`` (50 clients, 5 local steps): CPU time of the process for five rounds after
+the first.
 """
 
 from __future__ import annotations
@@ -39,25 +41,33 @@ from reticent.client.together import Together
 from reticent.client.training import LocalTrainer, student_model
 from reticent.compression.fold import fold_batchnorm
 from reticent.compression.stacked import stacked_rounding
+from reticent.core import sequences
 from reticent.core.models import student
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples
-from reticent.privacy.clipping import OwnGradients
+from reticent.privacy.clipping import FunctionalGradients, OwnGradients, own_chain_of
 from reticent.privacy.randomness import SeededRandomness
 from reticent.simulations.simulate import simulate
 from reticent.simulations.workers import BLOCK
 
-STEPS, RATE, CLASSES = 5, 0.1, 10
+STEPS, RATE = 5, 0.1
 BATCHES = (1, 4, 8, 16, 32)
-MODELS = ("digits", "tiny", "tiny-gn", "cnn", "mlp")
+CHAINS = ("digits", "tiny", "tiny-gn", "cnn", "mlp")
+OTHERS = ("residual", "attention", "gru", "lstm")
+MODELS = (*CHAINS, *OTHERS)
 PROMISES = {
     "bounded": ("privacy.noise_multiplier=1.0", "privacy.trust=local"),
     "plain": ("privacy.noise_multiplier=1.0", "privacy.unit=client"),
 }
+TEXT = ("task.name=text", "task.partition.examples_per_client=30")
 RUNS = {
     "unit example, local trust": PROMISES["bounded"],
     "unit client": PROMISES["plain"],
+    **{
+        f"{kind} on text, {promise}": (*TEXT, f"student.model={kind}", *PROMISES[promise])
+        for kind, promise in (("attention", "bounded"), ("attention", "plain"), ("gru", "bounded"))
+    },
 }
 
 
@@ -75,21 +85,33 @@ class Row:
     apart: float
 
 
-class Drawn:
-    """A task of noise whose clients hold as many images each."""
+class Shortcut(nn.Sequential):
+    """A chain around which its input is added (He et al. 2016)."""
 
-    name, classes, clients = "drawn", CLASSES, BLOCK
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        """Return a tensor of the shape of ``x``."""
+        return x + super().forward(x)
+
+
+class Drawn:
+    """A task of noise whose clients hold as many images, or sequences of codes, each."""
+
+    name, clients = "drawn", BLOCK
 
     def __init__(self, kind: str, held: int) -> None:
         side = 8 if kind == "digits" else 28
-        self.input_shape: tuple[int, ...] = (1, side, side)
+        self.codes = kind in sequences.STUDENTS
+        self.input_shape: tuple[int, ...] = (40,) if self.codes else (1, side, side)
+        self.classes = 36 if self.codes else 10
         self.kind, self.nominal_examples = kind, held
 
     def client(self, index: int) -> Examples:
         """Return the data of one client."""
         draws = torch.Generator().manual_seed(index)
         inputs = torch.randn(self.nominal_examples, *self.input_shape, generator=draws)
-        return Examples(inputs, torch.randint(CLASSES, (len(inputs),), generator=draws))
+        if self.codes:
+            inputs = (inputs.abs() * 10).floor()
+        return Examples(inputs, torch.randint(self.classes, (len(inputs),), generator=draws))
 
     def public(self) -> Examples:
         """Return other data of the same kind."""
@@ -113,7 +135,18 @@ class Drawn:
                 *(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()),
                 *(nn.Flatten(), nn.Linear(1568, 64), nn.ReLU(), nn.Linear(64, 10)),
             )
-        made = student("tiny" if self.kind == "digits" else self.kind, self.input_shape, CLASSES)
+        if self.kind == "residual":
+            return nn.Sequential(
+                *(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU()),
+                Shortcut(nn.Conv2d(16, 16, 3, 1, 1), nn.GroupNorm(4, 16), nn.ReLU()),
+                *(nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
+                *(nn.Flatten(), nn.Linear(128, 10)),
+            )
+        if self.codes:
+            return sequences.student(self.kind, self.input_shape, self.classes)
+        made = student(
+            "tiny" if self.kind == "digits" else self.kind, self.input_shape, self.classes
+        )
         return fold_batchnorm(made.eval())  # pyright: ignore[reportArgumentType]
 
 
@@ -136,8 +169,9 @@ def ways(kind: str, promise: str, batch: int) -> tuple[Callable[[], Any], Callab
     bounded = promise == "bounded"
     step = NoisyStep(0.5 if bounded else None, 0.5 if bounded else 0.0, float(batch))
     clients = [Client(task.client(i), SeededRandomness(0), ("run", i, 1)) for i in range(BLOCK)]
+    make = OwnGradients if own_chain_of(model) else FunctionalGradients
     common = Together(
-        OwnGradients(model, trainer.layout),
+        make(model, trainer.layout),
         plan.federation,
         cross_entropy,
         stacked_rounding(model, plan.student.quantize),
@@ -185,7 +219,7 @@ def run_seconds(name: str, one_by_one: bool, rounds: int = 5) -> float:
     To be called in a process of its own: what is built for a plan is kept as long as a process is.
     """
     if one_by_one:  # as if no expected batch were small enough
-        together.MOST_EXAMPLES = 0
+        together.MOST_EXAMPLES = together.MOST_COPIED = 0
     fixed = ("teacher.epochs=1", "student.epochs=1", "task.public_examples=200")
     # The last round is followed by what is done once: a test, and the account of the run.
     more = (f"federation.rounds={rounds + 2}", "federation.eval_every=100", "engine.workers=1")

@@ -23,7 +23,7 @@ from reticent.core.personal import personal_values, split_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import PROTOCOL, Constants, Order, Refusal
 from reticent.core.seeds import numpy_generator
-from reticent.core.sequences import LastGRU, OneHot
+from reticent.core.sequences import LastGRU, LastLSTM, OneHot
 from reticent.core.tasks import Examples
 from reticent.core.update import Layout
 from reticent.privacy.ledger import Ledger
@@ -284,10 +284,22 @@ def test_it_is_said_which_plans_are_trained_one_by_one() -> None:
     assert reason(1.0) is None and reason(1.0, *local, "federation.local.scaffold=true") is None
 
 
+class Asking(nn.Linear):
+    """Looks at a value, which torch.func does not let it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return super().forward(x if float(x.sum()) > 0 else -x)
+
+
 @pytest.mark.parametrize(
     ("layers", "bounded", "plain"),
     [
-        ((OneHot(4), LastGRU(4, 6), nn.Linear(6, CLASSES)), "recurrence", "recurrence"),
+        ((OneHot(4), LastGRU(4, 6), nn.Linear(6, CLASSES)), "", "6 examples is above 4"),
+        (
+            (OneHot(4), LastGRU(4, 99), nn.Linear(99, CLASSES)),
+            "6 examples with 31,485 parameters each is above 131,072",
+            "6 examples is above 4",
+        ),
         ((nn.Flatten(), nn.Linear(5, CLASSES)), "", "without convolutions"),
         ((nn.Linear(5, 30_000), nn.Linear(30_000, CLASSES)), "270,003 param", "270,003 param"),
     ],
@@ -306,6 +318,24 @@ def test_students_for_which_it_would_not_pay_are_trained_one_by_one(
     for plan, reason in ((several, bounded), (unbounded, plain)):
         found = trained_alone(plan, task)
         assert (reason in (found or "")) if reason else found is None
+
+
+def test_students_that_are_no_chain_have_small_batches_in_common_passes_where_that_pays() -> None:
+    """Where nothing is bounded it does not with an LSTM, which torch has a kernel for."""
+
+    def reason(*layers: nn.Module) -> str | None:
+        class Other(SmallTask):
+            def student(self, model: str) -> nn.Module:
+                return nn.Sequential(*layers)
+
+        fixed = ("student.quantize.kind=none", "student.prune.kind=none")
+        plan = plan_of(*fixed, "privacy.unit=client", NOISE, "federation.sampling_rate=0.3")
+        return trained_alone(plan, Other(shape=(5,)))
+
+    last = nn.Linear(6, CLASSES)
+    assert reason(OneHot(4), LastGRU(4, 6), last) is None
+    assert "LSTM of one client" in (reason(OneHot(4), LastLSTM(4, 6), last) or "")
+    assert "item" in (reason(Asking(5, CLASSES)) or "")
 
 
 def test_a_device_alone_is_trained_by_the_plain_loop() -> None:

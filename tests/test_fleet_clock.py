@@ -126,7 +126,10 @@ def test_measured_steps_a_second_and_a_stated_slowdown_mean_the_same() -> None:
         ("fleet.over_selection=2.0", ["200 clients would be asked", "task.clients=100"]),
         ("fleet.availability.kind=file", ["a path must be given"]),
         ("fleet.availability.period=500.0", ["must be absent unless kind"]),
-        ("fleet.availability.period=59.0", ["fleet.availability.period=59.0", "greater than or equal to 60"]),
+        (
+            "fleet.availability.period=59.0",
+            ["fleet.availability.period=59.0", "greater than or equal to 60"],
+        ),
         ("fleet.availability.low=0.5", ["low=0.5", "high=0.2"]),
         ("fleet.availability.peek=0.5", ["unknown key", "fleet.availability.peak"]),
         ("federation.buffered.concurrency=5", ["needs a [fleet]"]),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from owned_students import MODELS, batch_of, made
 from torch import nn
 
 from reticent.client.local_rules import rule_of
@@ -89,15 +90,18 @@ LOCAL = {
         "student.quantize.granularity=tensor",
     ),
 }
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 SOFT = (np.eye(CLASSES) * 0.4 + 0.2).astype(np.float32)
 
 
-def trainer_of(plan: Plan) -> LocalTrainer:
+def trainer_of(plan: Plan, accelerator: str | None = None) -> LocalTrainer:
     student = SmallTask().student("")
     mask = np.random.default_rng(0).random(Layout.of(student).total) < 0.7
     layout = Layout.of(student, mask if plan.student.prune.kind != "none" else None)
     layers = personal_values(student, plan.federation.local.personal)
-    return LocalTrainer(plan, SmallTask(), Constants(layout.kept, SOFT, personal=layers))
+    constants = Constants(layout.kept, SOFT, personal=layers)
+    return LocalTrainer(plan, SmallTask(), constants, accelerator)
 
 
 def clients_of(trainer: LocalTrainer) -> tuple[Vector, list[Client], NoisyStep]:
@@ -143,6 +147,59 @@ def test_together_every_client_gets_what_it_gets_alone(
     found = trainer.pseudo_gradients(*given)
     close(found, alone(trainer, *given))
     assert all((a == b).all() for a, b in zip(found, trainer.pseudo_gradients(*given), strict=True))
+
+
+class OtherTask(SmallTask):
+    """The same clients, with data for students that are no plain chain."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.input_shape = kind, MODELS[kind][0]
+
+    def client(self, index: int) -> Examples:
+        inputs, labels = batch_of(self.kind, HELD[index], index)
+        return Examples(inputs, labels)
+
+    def student(self, model: str) -> nn.Module:
+        return made(self.kind)
+
+
+@pytest.mark.parametrize("kind", ["residual", "attention", "gru", "table"])
+@pytest.mark.parametrize(
+    "privacy",
+    [EXAMPLE, (*CLIENT, "federation.sampling_rate=0.3"), (*EXAMPLE, "privacy.clipping=per-layer")],
+    ids=["example", "client", "per-layer"],
+)
+@pytest.mark.parametrize("layers", [FLOAT, ()], ids=["float", "int8"])
+def test_students_that_are_no_chain_get_what_they_get_alone(
+    kind: str, privacy: tuple[str, ...], layers: tuple[str, ...]
+) -> None:
+    task, plan = OtherTask(kind), parse_plan(PLAN_TEXT, [*layers, *privacy])
+    trainer = LocalTrainer(plan, task, Constants(b"", SOFT))
+    assert trainer.alone is None
+    bounded = plan.private is not None and plan.private.unit == "example"
+    step = NoisyStep(0.5, 0.6, 6.0) if bounded else NoisyStep(None, 0.0, 6.0)
+    clients = [Client(task.client(i), SeededRandomness(5), ("run", i, 1)) for i in range(len(HELD))]
+    start = trainer.layout.read(made(kind))
+    found = trainer.pseudo_gradients(start, clients, step)
+    close(found, alone(trainer, start, clients, step))
+    assert np.abs(found[0] - found[2]).max() > 0.1
+
+
+@pytest.mark.parametrize("local", list(LOCAL))
+@pytest.mark.parametrize("privacy", [EXAMPLE, CLIENT, ("privacy=off",)], ids=lambda p: p[0])
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_an_accelerator_every_client_gets_what_it_gets_alone(
+    local: str, privacy: tuple[str, ...], device: str
+) -> None:
+    """Also a single one, without privacy, and with int8 weights and a mask."""
+    layers = FLOAT if privacy == ("privacy=off",) and local != "two-bits" else ()
+    plan = parse_plan(PLAN_TEXT, [*layers, *privacy, *LOCAL[local]])
+    trainer = trainer_of(plan, device)
+    assert trainer.alone is None
+    given = clients_of(trainer)
+    expected = alone(trainer_of(plan), *given)
+    close(trainer.pseudo_gradients(*given), expected)
+    close(alone(trainer, *given), expected)
 
 
 def test_the_comparison_tells_every_part_of_a_step() -> None:

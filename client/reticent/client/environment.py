@@ -28,6 +28,8 @@ class Environment:
         identity: The device's key and the anchors it has met; None in a simulation, where one
             ledger holds every device and its head is anchored in the run's journal.
         guard: Holds the owner's policy against every order; None in a simulation.
+        accelerator: Name of the torch device that computes gradients by
+            :class:`~reticent.privacy.clipping.FunctionalGradients`; None for the ordinary ways.
     """
 
     client: int
@@ -38,6 +40,7 @@ class Environment:
     keeps_releases: bool
     identity: Identity | None = None
     guard: Guard | None = None
+    accelerator: str | None = None
 
     @property
     def own_ledger(self) -> Ledger:

@@ -51,10 +51,10 @@ class Site:
 
 
 @lru_cache(maxsize=2)
-def _site(plan_text: str, constants: bytes) -> Site:
+def _site(plan_text: str, constants: bytes, accelerator: str | None = None) -> Site:
     plan = plan_of(plan_text)
     task = load_task(plan.task, plan.seed)
-    trainer = LocalTrainer(plan, task, Constants.decode(constants))
+    trainer = LocalTrainer(plan, task, Constants.decode(constants), accelerator)
     updates, layout = plan.updates, trainer.split.travels
     up, down = build_codec(updates.codec, layout), build_codec(updates.whole, layout)
     delta = build_codec(updates.delta, layout) if updates.delta else None
@@ -206,7 +206,7 @@ def _site_of(plan_text: str, request: Request) -> tuple[Site, Common]:
     if hashlib.sha256(request.constants).hexdigest() != order.constants:
         raise Refused(Refusal.CONSTANTS_MISSING)
     try:
-        site = _site(plan_text, request.constants)
+        site = _site(plan_text, request.constants, request.environment.accelerator)
         model = _model(site, request.payload, request.marks, request.state)
         common = Common(model, _control(site, request.control))
     except ModelMissing as error:

@@ -4,7 +4,9 @@ Clients that share their weights, as in a round of one bounded step, go through 
 these (:class:`~reticent.privacy.clipping.ClippedGradients`). After a step, and with personal layers
 before it, every client has weights of its own: passes are then common for what treats all examples
 alike, and the matrix products are each client's
-(:class:`~reticent.privacy.clipping.OwnGradients`).
+(:class:`~reticent.privacy.clipping.OwnGradients`). Students that are no plain chain, or recurrent,
+go through :class:`~reticent.privacy.clipping.FunctionalGradients`, where every example has a copy
+of its client's weights.
 
 Batches, noise, local rules and the arithmetic of a step are those of a client that is trained
 alone, by the same code; only its gradients are rounded to float32 in another order. Over several
@@ -25,14 +27,20 @@ from torch import nn
 from reticent.core.plan import Federation, Plan
 from reticent.core.tasks import Task
 from reticent.core.update import Vector
-from reticent.privacy.clipping import Loss, OwnGradients, own_chain_of
+from reticent.privacy.clipping import FunctionalGradients, Loss, OwnGradients, own_chain_of
 
+from .accelerated import unaccelerated
 from .steps import Client, NoisyStep
 
 MOST_EXAMPLES, MOST_PARAMETERS = 16, 2**17
 """Largest expected batch of a step, and largest student, of clients that are trained together on
 weights of their own. What passes share is the cost of starting them; where batches are larger, or
 nearly all the time goes into moving weights, there is little of it (``benchmarks/together.py``)."""
+
+MOST_COPIED, MOST_PLAIN = 2**17, 4
+"""Most numbers in the copies of a student's weights that the expected batch of a step takes, where
+such a student's gradients are bounded or not, and its largest expected batch where they are not:
+beyond, moving the copies, or filling up batches, takes what common passes save."""
 
 _EXACT = "privacy is off, and the run is then plain federated averaging to the bit"
 _HOOKED = "the student has layers whose gradients of single examples only Opacus' hooks know"
@@ -50,12 +58,15 @@ def expected_batch(plan: Plan, task: Task) -> float:
     return plan.federation.sampling_rate * task.nominal_examples
 
 
-def reason_alone(plan: Plan, model: nn.Module, batch: float, hooked: bool) -> str | None:
+def reason_alone(
+    plan: Plan, model: nn.Module, shape: tuple[int, ...], batch: float, hooked: bool
+) -> str | None:
     """Return why clients are trained one by one; None if in common passes. Reads no data.
 
     Args:
         plan: The plan.
         model: Its student.
+        shape: Of one example.
         batch: As :func:`expected_batch` gives it.
         hooked: Whether gradients of single examples at common weights are known to Opacus' hooks
             only.
@@ -64,22 +75,36 @@ def reason_alone(plan: Plan, model: nn.Module, batch: float, hooked: bool) -> st
         return _HOOKED if hooked else None
     if plan.private is None:
         return _EXACT
-    found = _costly(plan, model, batch)
+    found = _costly(plan, model, shape, batch)
     return found and f"each has weights of its own, and {found}"
 
 
-def _costly(plan: Plan, model: nn.Module, batch: float) -> str | None:
+def _costly(plan: Plan, model: nn.Module, shape: tuple[int, ...], batch: float) -> str | None:
     """Return why common passes at weights of one's own cannot be had, or would not pay."""
     layers, size = own_chain_of(model), sum(p.numel() for p in model.parameters())
+    plain = plan.private is None or plan.private.unit == "client"
     if layers is None:
-        return "the student is not a plain chain of layers without recurrence"
+        return _costly_copies(model, size, batch, plain) or unaccelerated(plan, model, shape)
     if batch > MOST_EXAMPLES:
         return f"a step's expected batch of {batch:g} examples is above {MOST_EXAMPLES}"
     if size > MOST_PARAMETERS:
         return f"the student's {size:,} parameters are more than {MOST_PARAMETERS:,}"
-    plain = plan.private is None or plan.private.unit == "client"
     if plain and not any(isinstance(layer, nn.Conv2d) for layer in layers):
         return "gradients are not bounded, in a student without convolutions"
+    return None
+
+
+def _costly_copies(model: nn.Module, size: int, batch: float, plain: bool) -> str | None:
+    """Return why copies of the weights of a student that is no known chain would not pay."""
+    if plain and batch > MOST_PLAIN:
+        return f"a step's expected batch of {batch:g} examples is above {MOST_PLAIN}"
+    if batch * size > MOST_COPIED:
+        return (
+            f"a step's expected batch of {batch:g} examples with {size:,} parameters each is above "
+            f"{MOST_COPIED:,} numbers"
+        )
+    if plain and any(isinstance(layer, nn.LSTM) for layer in model.modules()):
+        return "gradients are not bounded, which torch computes faster in the LSTM of one client"
     return None
 
 
@@ -94,7 +119,7 @@ class Together:
         rounding: What weights go through before they are used, as ``OwnGradients.sums`` takes it.
     """
 
-    own: OwnGradients
+    own: OwnGradients | FunctionalGradients
     federation: Federation
     loss: Loss
     rounding: Callable[[list[torch.Tensor]], list[torch.Tensor]]

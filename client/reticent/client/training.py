@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from reticent.compression.quantize import training_swap
 from reticent.compression.stacked import stacked_rounding
@@ -22,10 +21,18 @@ from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
-from reticent.privacy.clipping import ClippedGradients, Loss, OwnGradients, method_of
+from reticent.privacy.clipping import (
+    ClippedGradients,
+    Loss,
+    OwnGradients,
+    method_of,
+    own_chain_of,
+)
 from reticent.privacy.randomness import Randomness
 
+from .accelerated import accelerated
 from .local_rules import PLAIN, LocalRule
+from .losses import cross_entropy, loss_of
 from .resources import training_bytes
 from .steps import Client, NoisyStep
 from .together import Together, expected_batch, reason_alone, shares_weights
@@ -49,8 +56,17 @@ _TRIED, _NO_BOUND, _ROUNDING = 4, 1e6, 1e-3  # examples, clip, relative differen
 class LocalTrainer:
     """Everything about local training that does not depend on a client: build once, use often."""
 
-    def __init__(self, plan: Plan, task: Task, constants: Constants) -> None:
+    def __init__(
+        self, plan: Plan, task: Task, constants: Constants, accelerator: str | None = None
+    ) -> None:
         """Build the student and, where single gradients are bounded, what computes them.
+
+        Args:
+            plan: The plan.
+            task: Its task.
+            constants: The run's.
+            accelerator: See :class:`.environment.Environment`; the student is one that
+                :func:`.accelerated.unaccelerated` has nothing against.
 
         Raises:
             DataError: If the mask does not fit the student, or the student mixes examples.
@@ -62,7 +78,7 @@ class LocalTrainer:
         """
         _check_soft_labels(constants, task)
         self.plan, self._input_shape = plan, task.input_shape
-        self._expected = expected_batch(plan, task)
+        self._accelerator, self._expected = accelerator, expected_batch(plan, task)
         self._model = student_model(task, plan, constants)
         bare = Layout.of(self._model)
         self.layout = Layout(bare.names, bare.shapes, constants.kept)
@@ -144,17 +160,22 @@ class LocalTrainer:
         of them where they share their weights, as in a single bounded step, and otherwise as
         :mod:`.together` says. The same clients in the same order give the same bits.
         """
+        if self._accelerator is not None:
+            return self._together.pseudo_gradients(start, clients, step)
         if shares_weights(self.plan) and self.alone is None:
             return self._one_step(start, clients, step)
-        if self.alone is not None or len(clients) == 1:
+        # In this order: a device alone need not try what passes of several would take.
+        if len(clients) == 1 or self.alone is not None:
             return [self._steps(client.begins(start), client, step) for client in clients]
         return self._together.pseudo_gradients(start, clients, step)
 
     @cached_property
     def alone(self) -> str | None:
         """Why clients are trained one by one; None if passes go through several's batches."""
+        if self._accelerator is not None:
+            return None
         hooked = shares_weights(self.plan) and self._clipped.method == "hooks"
-        return reason_alone(self.plan, self._model, self._expected, hooked)
+        return reason_alone(self.plan, self._model, self._input_shape, self._expected, hooked)
 
     @cached_property
     def _together(self) -> Together:
@@ -163,7 +184,10 @@ class LocalTrainer:
             stacked_rounding(self._model, self.plan.student.quantize),
         )
         clipping = private.clipping if private else "flat"
-        own = OwnGradients(self._model, self.layout, clipping=clipping)
+        if self._accelerator is None and own_chain_of(self._model) is not None:
+            own = OwnGradients(self._model, self.layout, clipping=clipping)
+        else:
+            own = accelerated(self._model, self.layout, clipping, self._accelerator or "cpu")
         return Together(own, self.plan.federation, self._loss, rounding)
 
     def _one_step(self, start: Vector, clients: Sequence[Client], step: NoisyStep) -> list[Vector]:
@@ -207,18 +231,7 @@ class LocalTrainer:
 
     @property
     def _loss(self) -> Loss:
-        distill = self.plan.student.distill
-        if self._soft is None or distill.local_weight == 0:
-            return _cross_entropy
-        soft, weight, heat = self._soft, distill.local_weight, distill.temperature
-
-        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            hard = _cross_entropy(logits, labels)
-            log_student = F.log_softmax(logits / heat, dim=1)
-            mimic = F.kl_div(log_student, soft[labels], reduction="sum")
-            return (1 - weight) * hard + weight * heat**2 * mimic
-
-        return loss
+        return loss_of(self.plan.student.distill, self._soft)
 
 
 def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) -> str | None:
@@ -229,7 +242,7 @@ def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) ->
     with _same_draws():
         model = student_model(task, plan, constants)
         hooked = shares_weights(plan) and method_of(model, task.input_shape)[0] == "hooks"
-    return reason_alone(plan, model, expected_batch(plan, task), hooked)
+    return reason_alone(plan, model, task.input_shape, expected_batch(plan, task), hooked)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:
@@ -263,9 +276,9 @@ def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None 
     shape = task.input_shape
     clipped = ClippedGradients(model, layout, clipping=private.clipping, shape=shape)
     with _same_draws():
-        found = clipped.sum(inputs, labels, _cross_entropy, _NO_BOUND)
+        found = clipped.sum(inputs, labels, cross_entropy, _NO_BOUND)
     with _same_draws():
-        loss = _cross_entropy(same.train()(inputs), labels)
+        loss = cross_entropy(same.train()(inputs), labels)
         gradients = torch.autograd.grad(loss, list(same.parameters()))
     plain = layout.gather(list(gradients)).astype(np.float64)
     apart = float(np.linalg.norm(found - plain))
@@ -289,7 +302,3 @@ def _check_soft_labels(constants: Constants, task: Task) -> None:
     rows = len(constants.soft_labels)
     if rows not in (0, task.classes):
         raise PayloadError(f"constants.soft_labels has {rows} rows: must have {task.classes}")
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, labels, reduction="sum")

@@ -23,8 +23,8 @@ def stacked_rounding(model: nn.Module, section: Quantize) -> Callable[[Stack], S
     """Return what the weights of many models like ``model`` go through while they are trained.
 
     Bit for bit what :func:`~.quantize.training_swap` puts around each model's passes alone: the
-    step of a channel, or of a tensor, is of one model's weights. ``model`` must be a chain of stock
-    layers: held and adapted ones have no stack of weights.
+    step of a channel, or of a tensor, is of one model's weights. ``model`` must be of stock layers:
+    held and adapted ones have no stack of weights.
     """
     if section.kind != "qat":
         return list

@@ -16,14 +16,26 @@ from reticent.core.plan import Plan
 from reticent.privacy.ledger import Budget, Charge, Grants, Ledger
 from reticent.privacy.randomness import SeededRandomness
 
+ACCELERATORS: dict[str, str | None] = {"cpu": None, "cuda": "cuda"}
+"""By ``engine.device``: the torch device that gradients are computed on, as a whole cohort's, if
+they are. Tests and benchmarks put "cpu" there: the same code, without a graphics processor."""
+
 
 @dataclass(frozen=True)
 class Devices:
-    """Describes every simulated device; small enough to hand to each worker process."""
+    """Describes every simulated device; small enough to hand to each worker process.
+
+    Attributes:
+        seed: Of the run.
+        ledger: Folder of the one ledger.
+        budget: Each device's hard stop.
+        accelerator: See :class:`~reticent.client.environment.Environment`.
+    """
 
     seed: int
     ledger: Path
     budget: Budget
+    accelerator: str | None = None
 
     def environment(self, client: int, ledger: Ledger | Grants) -> Environment:
         """Return the environment of the device that holds client ``client``'s data."""
@@ -34,6 +46,7 @@ class Devices:
             budget=self.budget,
             randomness=SeededRandomness(self.seed),
             keeps_releases=False,
+            accelerator=self.accelerator,
         )
 
     def of_context(self, context: Context) -> Environment:
@@ -74,8 +87,8 @@ def devices_for(plan: Plan, ledger: Path) -> Devices:
 
     The budget is the plan's ``privacy.budget``, else its epsilon, else unlimited.
     """
-    privacy = plan.private
+    privacy, accelerator = plan.private, ACCELERATORS[plan.engine.device]
     if privacy is None:
-        return Devices(plan.seed, ledger, Budget(math.inf, 1e-5))
+        return Devices(plan.seed, ledger, Budget(math.inf, 1e-5), accelerator)
     limit = privacy.budget or privacy.epsilon or math.inf
-    return Devices(plan.seed, ledger, Budget(limit, privacy.delta))
+    return Devices(plan.seed, ledger, Budget(limit, privacy.delta), accelerator)

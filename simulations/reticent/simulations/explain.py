@@ -26,6 +26,7 @@ from reticent.server.finish import problem_of
 from reticent.server.possible import require_possible
 from reticent.server.shrinking import constants_of, sketch
 
+from .accelerators import require_suited
 from .admission import check_codecs, check_engine
 from .fleet import SimulatedFleet, check_fleet, fleet_for, granting, priced
 from .fleet.fleet import Charge
@@ -47,6 +48,7 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     constants = sketched_constants(plan, task)
     check_fleet(plan, LocalTrainer(plan, task, constants).layout.total)
     require_whole_gradients(plan, task, constants)
+    require_suited(plan, task, constants)
     return task, schedule_for(plan)
 
 

@@ -21,6 +21,7 @@ from reticent.privacy.randomness import SeededRandomness
 from reticent.server.app import Settings, build_server_app
 from reticent.server.preparation import Prepared
 
+from .accelerators import require_accelerator
 from .charging import Clerk
 from .devices import Devices, devices_for
 from .explain import check_plan, planned_fleet, sketched_constants
@@ -53,8 +54,10 @@ def simulate(
     # What cannot work, missing or damaged data included, is an error before anything is written.
     task, _ = check_plan(plan)
     task.test()
+    sketch = sketched_constants(plan, task)
+    require_accelerator(plan, task, sketch)
     run = _resumable(folder, plan) if resume else create_run(folder, plan)
-    reason = trained_alone(plan, task, sketched_constants(plan, task))
+    reason = trained_alone(plan, task, sketch) if plan.engine.device == "cpu" else None
     if reason and plan.engine.kind != "flower-ray":
         say(f"clients are trained one by one: {reason}")
     with locked(run):

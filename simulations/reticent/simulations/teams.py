@@ -124,7 +124,12 @@ def usable_cores() -> int:
 
 
 def worker_count(plan: Plan, cores: int) -> int:
-    """Return how many workers a plan asks for; ``auto`` is one a core, and none without a block."""
+    """Return how many workers a plan asks for; ``auto`` is one a core, and none without a block.
+
+    It is one where a device other than the CPU computes: this process has it.
+    """
+    if plan.engine.device != "cpu":
+        return 1
     if plan.engine.workers != "auto":
         return plan.engine.workers
     return max(1, min(cores, -(-plan.federation.clients_per_round // BLOCK)))

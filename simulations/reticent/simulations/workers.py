@@ -28,7 +28,7 @@ BLOCK = 8
 """Clients that are trained together: neighbours among the messages of a round, from the first on.
 
 Part of what a run's seed stands for: another number gives other bits of float32 rounding. Every
-window and every share is a whole number of blocks.
+window and every share is a whole number of blocks. On an accelerator a block is a window.
 """
 
 WINDOW = 32 * BLOCK
@@ -92,7 +92,8 @@ class Site:
         answers them.
         """
         pending = iter(messages)
-        while block := list(islice(pending, BLOCK)):
+        size = BLOCK if self._devices.accelerator is None else WINDOW
+        while block := list(islice(pending, size)):
             state = RecordDict(dict(self._state))
             contexts = [context_of(message, state) for message in block]
             yield from answer_together(block, contexts, self._environment, self._plan_json)

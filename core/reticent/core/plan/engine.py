@@ -20,7 +20,7 @@ Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
 
 
 class Engine(Section):
-    """Where the clients of a simulation run; no choice changes a result.
+    """Where the clients of a simulation run; no choice but the device changes a result.
 
     Attributes:
         kind: ``inprocess``: processes of this machine. ``ray``: actors of ours on Ray.
@@ -29,11 +29,14 @@ class Engine(Section):
             of this machine once a measurement says that they pay.
         address: The Ray cluster to connect to; by default that of the environment
             (``RAY_ADDRESS``, as ``ray job submit`` sets it), else one is started on this machine.
+        device: Where gradients are computed: ``cpu``, or in this process on a graphics processor
+            by ``cuda``, which rounds otherwise.
     """
 
     kind: Literal["inprocess", "ray", "flower-ray"] = "inprocess"
     workers: Workers = "auto"
     address: str | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @model_validator(mode="after")
     def _address_is_of_ray(self) -> Self:
@@ -41,5 +44,21 @@ class Engine(Section):
             raise ValueError(
                 f'engine.address="{self.address}": must be absent unless engine.kind is "ray"; '
                 f'it is "{self.kind}"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _device_has_one_process(self) -> Self:
+        if self.device == "cpu":
+            return self
+        if self.kind != "inprocess":
+            raise ValueError(
+                f'engine.device="{self.device}": must be "cpu" unless engine.kind is "inprocess"; '
+                f'it is "{self.kind}"'
+            )
+        if self.workers not in ("auto", 1):
+            raise ValueError(
+                f'engine.device="{self.device}": must be "cpu" with engine.workers={self.workers}, '
+                'because one process has the device; use engine.workers="auto" or 1'
             )
         return self

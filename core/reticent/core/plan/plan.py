@@ -155,10 +155,15 @@ class Plan(Section):
     def digest(self) -> str:
         """SHA-256 of the plan as hex. ``engine`` is left out: it cannot change any result.
 
+        But for a device other than the CPU, whose results have other bits: with the same digest,
+        and so the same noise and the same charge, two of them would tell what they differ by.
+
         So is what later versions added, where it has its default: a plan keeps its digest, on
         which a simulation's noise depends.
         """
         data = _without_later(self.model_dump(mode="json", exclude={"engine"}))
+        if self.engine.device != "cpu":
+            data["engine"] = {"device": self.engine.device}
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

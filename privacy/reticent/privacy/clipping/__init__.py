@@ -1,4 +1,4 @@
-"""Clipped sums of per-example gradients: flat or per-layer bounds, three ways to compute them.
+"""Clipped sums of per-example gradients: flat or per-layer bounds, ways to compute them.
 
 ========================  ====================================================================
 module                    what it holds
@@ -6,6 +6,8 @@ module                    what it holds
 :mod:`.sums`              :class:`ClippedGradients`: the guarantee, micro-batches, masks
 :mod:`.own`               :class:`OwnGradients`: the same where every owner has its own weights
 :mod:`.own_layers`        the layers of chains, applied with each owner's weights
+:mod:`.functional`        :class:`FunctionalGradients`: the same of any student, on any device
+:mod:`.functional_trial`  whether that is right, on random inputs
 :mod:`.bounds`            how long one example's gradient may be, tensor by tensor
 :mod:`.choice`            which way a student's gradients are computed
 :mod:`.terms`             gradients of single examples, as rows or as outer products
@@ -20,15 +22,19 @@ module                    what it holds
 """
 
 from .choice import method_of
+from .functional import FunctionalGradients
+from .functional_trial import unfit
 from .ghost import chain_of
 from .own import OwnGradients, own_chain_of
 from .sums import ClippedGradients, Loss
 
 __all__ = [
     "ClippedGradients",
+    "FunctionalGradients",
     "Loss",
     "OwnGradients",
     "chain_of",
     "method_of",
     "own_chain_of",
+    "unfit",
 ]

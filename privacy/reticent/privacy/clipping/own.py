@@ -104,7 +104,7 @@ class OwnGradients:
                 weights as owners have parameters, or a layer mixes examples.
             PlanError: If ``clip`` is not between 1e-12 and 1e12.
         """
-        self._check(weights, inputs, labels, counts)
+        check_owned(self._layout, weights, inputs, labels, counts)
         if clip is not None:
             check_clip(clip)
         held = [i for i, count in enumerate(counts) if count]
@@ -112,7 +112,7 @@ class OwnGradients:
         if not held:
             return np.zeros(weights.shape, dtype=np.float32)
         with torch.no_grad():
-            used = rounding(self._unpacked(weights if everyone else weights[held]))
+            used = rounding(unpacked(self._layout, weights if everyone else weights[held]))
             owners = Owners.of([counts[i] for i in held])
             values = self._summed(used, inputs, labels, owners, loss, clip).numpy()
         values = values[:, self._layout.index] if self._layout.kept else values
@@ -145,30 +145,6 @@ class OwnGradients:
                 their,
             )
         return total
-
-    def _check(
-        self,
-        weights: NDArray[np.float32],
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        counts: Sequence[int],
-    ) -> None:
-        if len(inputs) != len(labels):
-            raise DataError(f"{len(inputs)} inputs and {len(labels)} labels: must be as many")
-        if min(counts, default=0) < 0 or sum(counts) != len(labels):
-            raise DataError(f"counts={list(counts)}: must be whole and sum to {len(labels)}")
-        wanted = (len(counts), self._layout.size)
-        if weights.shape != wanted:
-            raise DataError(f"weights have shape {weights.shape}: must be {wanted}")
-
-    def _unpacked(self, weights: NDArray[np.float32]) -> Weights:
-        """Return every owner's parameters; coordinates that are not kept are zero."""
-        layout, flat = self._layout, np.ascontiguousarray(weights, dtype=np.float32)
-        if layout.kept:
-            flat = np.zeros((len(weights), layout.total), dtype=np.float32)
-            flat[:, layout.index] = weights
-        parts = torch.from_numpy(flat).split(list(layout.sizes), dim=1)
-        return [p.reshape(-1, *shape) for p, shape in zip(parts, layout.shapes, strict=True)]
 
     def _found(
         self,
@@ -210,3 +186,39 @@ class OwnGradients:
             return
         terms = [term for one in found for term in one.terms()]
         add_clipped(total, terms, self._masks, self._bounds, sizes, clip, owners)
+
+
+def check_owned(
+    layout: Layout,
+    weights: NDArray[np.float32],
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    counts: Sequence[int],
+) -> None:
+    """Check that owners have as many examples and weights as are given, as ``sums`` takes them.
+
+    Raises:
+        DataError: If they have not.
+    """
+    if len(inputs) != len(labels):
+        raise DataError(f"{len(inputs)} inputs and {len(labels)} labels: must be as many")
+    if min(counts, default=0) < 0 or sum(counts) != len(labels):
+        raise DataError(f"counts={list(counts)}: must be whole and sum to {len(labels)}")
+    wanted = (len(counts), layout.size)
+    if weights.shape != wanted:
+        raise DataError(f"weights have shape {weights.shape}: must be {wanted}")
+
+
+def unpacked(layout: Layout, weights: NDArray[np.float32]) -> Weights:
+    """Return every owner's parameters; coordinates that are not kept are zero.
+
+    Args:
+        layout: Names, shapes and mask of the parameters.
+        weights: Of every owner, float32 ``(owners, size)``.
+    """
+    flat = np.ascontiguousarray(weights, dtype=np.float32)
+    if layout.kept:
+        flat = np.zeros((len(weights), layout.total), dtype=np.float32)
+        flat[:, layout.index] = weights
+    parts = torch.from_numpy(flat).split(list(layout.sizes), dim=1)
+    return [p.reshape(-1, *shape) for p, shape in zip(parts, layout.shapes, strict=True)]

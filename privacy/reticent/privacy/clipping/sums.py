@@ -80,13 +80,7 @@ class ClippedGradients:
                 one that is right for it.
             PlanError: If there is no such clipping.
         """
-        mixing = [n for n, m in model.named_modules() if "BatchNorm" in type(m).__name__]
-        buffers = [n for n, _ in model.named_buffers()]
-        if mixing or buffers:
-            raise DataError(
-                f"the student has batch normalisation or buffers ({', '.join(mixing + buffers)}): "
-                "they would mix or store private examples; fold them or use GroupNorm"
-            )
+        require_bare(model)
         if microbatch < 1:
             raise DataError(f"microbatch={microbatch}: must be at least 1")
         self._model = model
@@ -176,6 +170,21 @@ class ClippedGradients:
                 )
         values = total.numpy()
         return values[:, self._layout.index] if self._layout.kept else values
+
+
+def require_bare(model: nn.Module) -> None:
+    """Check that a student neither mixes examples by batch normalisation nor stores any.
+
+    Raises:
+        DataError: If it does.
+    """
+    mixing = [n for n, m in model.named_modules() if "BatchNorm" in type(m).__name__]
+    buffers = [n for n, _ in model.named_buffers()]
+    if mixing or buffers:
+        raise DataError(
+            f"the student has batch normalisation or buffers ({', '.join(mixing + buffers)}): "
+            "they would mix or store private examples; fold them or use GroupNorm"
+        )
 
 
 def add_clipped(

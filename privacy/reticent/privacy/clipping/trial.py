@@ -53,9 +53,9 @@ def misfit(model: nn.Module, shape: tuple[int, ...]) -> str | None:
         shape: Of one example.
     """
     problem = "it takes no random inputs"
-    for inputs in _draws(shape):
+    for inputs in draws(shape):
         try:
-            with _twin(model) as twin:
+            with twin_of(model) as twin:
                 return _misfit(twin.eval(), inputs[:EXAMPLES])
         except Exception as error:  # a student's own code may raise anything on such inputs
             problem = str(error) or type(error).__name__
@@ -78,11 +78,11 @@ def require_unmixed(
     Raises:
         DataError: If it does.
     """
-    for inputs in _draws(shape):
+    for inputs in draws(shape):
         tried = False
         for instead in (inputs[EXAMPLES], torch.full(shape, torch.nan)):
             try:
-                with _twin(model) as twin:
+                with twin_of(model) as twin:
                     pair = _mixed(twin.train(), make(twin), inputs[:EXAMPLES], instead)
             except Exception:  # a student's own code may raise anything on such inputs
                 break
@@ -99,13 +99,15 @@ def require_unmixed(
 
 def _misfit(model: nn.Module, inputs: torch.Tensor) -> str | None:
     parameters = dict(model.named_parameters())
-    uses = _uses(_loss(model(inputs)))
+    uses = _uses(sum_of_squares(model(inputs)))
     for name, parameter in parameters.items():
         if uses.get(id(parameter)) != 1:
             return f"parameter {name} is used {uses.get(id(parameter), 0)} times, not once"
-    terms = GraphGradients(model).terms(inputs, torch.zeros(len(inputs)), _loss)
+    terms = GraphGradients(model).terms(inputs, torch.zeros(len(inputs)), sum_of_squares)
     for one in range(len(inputs)):
-        own = torch.autograd.grad(_loss(model(inputs[one : one + 1])), list(parameters.values()))
+        own = torch.autograd.grad(
+            sum_of_squares(model(inputs[one : one + 1])), list(parameters.values())
+        )
         whole = torch.stack([g.norm() for g in own]).norm()
         rows = _rows(terms, model, one)
         for name, found, expected in zip(parameters, rows, own, strict=True):
@@ -132,7 +134,7 @@ def _mixed(
 
 def _vectors(model: nn.Module, gradients: Gradients, inputs: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    terms = gradients.terms(inputs, torch.zeros(len(inputs)), _loss)
+    terms = gradients.terms(inputs, torch.zeros(len(inputs)), sum_of_squares)
     return [torch.cat(_rows(terms, model, one)) for one in range(len(inputs))]
 
 
@@ -146,13 +148,13 @@ def _rows(terms: Sequence[Term], model: nn.Module, one: int) -> list[torch.Tenso
     return [row[0] for row in found]
 
 
-def _loss(outputs: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
+def sum_of_squares(outputs: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
     """A sum over examples, not linear, so that a change of an output changes its gradient."""
     flat = outputs.flatten(1)
-    return (flat + torch.linspace(-1.0, 1.0, flat.shape[1])).square().sum()
+    return (flat + torch.linspace(-1.0, 1.0, flat.shape[1], device=flat.device)).square().sum()
 
 
-def _draws(shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+def draws(shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     """Yield one example more than are tried at once: numbers, then codes for tables."""
     generator = torch.Generator().manual_seed(0)
     yield 2 * torch.randn((EXAMPLES + 1, *shape), generator=generator)
@@ -160,7 +162,7 @@ def _draws(shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _twin(model: nn.Module) -> Iterator[nn.Module]:
+def twin_of(model: nn.Module) -> Iterator[nn.Module]:
     """Give a copy with other weights, and leave torch's generator as it was."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         twin = copy.deepcopy(model)

@@ -151,7 +151,7 @@ def _duplicates(made: Sequence[Point]) -> list[str]:
         same[point.plan.digest].append(point)
     return [
         f"{' and '.join(point.label for point in group)}: are the same plan "
-        f"{digest[:12]} (engine does not count: it cannot change any result)"
+        f"{digest[:12]} (engine does not count, but for its device: it cannot change any result)"
         for digest, group in same.items()
         if len(group) > 1
     ]

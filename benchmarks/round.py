@@ -5,7 +5,9 @@ Contenders (``round_peers.py``) take turns, each in a process of its own with on
 worker on the cores given. A round's time is the median over all rounds but the first of each turn;
 memory is the largest resident sum of the process and its descendants. pfl-research is run by the
 Python that ``--pfl-python`` names, in two processes, and left out without; ``requirements.txt``
-beside this file makes its environment. ``--quick`` has one turn of 20 clients of 40.
+beside this file makes its environment. Ours has one worker a core from the beginning: with ``auto``
+so few rounds would be over before more than one pays. A turn of Flower as users write it has two
+rounds. ``--quick`` has one turn of 20 clients of 40.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from family import PeakMemory
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("bare", "ours", "ours-ray", "flower-reused", "flower-as-written", "pfl", "pfl-central-dp")
+CORES = len(os.sched_getaffinity(0))
+MOST = {"flower-as-written": 2}
+"""Rounds of a turn, where each takes long."""
 SIZES = ((1_000, 100), (100_000, 1_000))
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -76,7 +81,7 @@ def turn(contender: str, job: dict[str, object], python: str, limit: float) -> T
 
 def measure(args: argparse.Namespace, model: str, population: int, cohort: int) -> list[Row]:
     """Let the contenders take turns on one size."""
-    job = {"model": model, "population": population, "cohort": cohort, "rounds": args.rounds}
+    job = {"model": model, "population": population, "cohort": cohort, "workers": CORES}
     names = [n for n in args.only or PEERS if args.pfl_python or not n.startswith("pfl")]
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     failed: dict[str, str] = {}
@@ -85,7 +90,8 @@ def measure(args: argparse.Namespace, model: str, population: int, cohort: int) 
             if name in failed:
                 continue
             python = args.pfl_python if name.startswith("pfl") else sys.executable
-            found = turn(name, job, python, args.limit)
+            rounds = min(args.rounds, MOST.get(name, args.rounds))
+            found = turn(name, {**job, "rounds": rounds}, python, args.limit)
             print(f"{model} {cohort} of {population} {name}: {found}", file=sys.stderr, flush=True)
             if isinstance(found, str):
                 failed[name] = found

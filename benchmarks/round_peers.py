@@ -35,7 +35,7 @@ class Job:
     population: int
     cohort: int
     rounds: int
-    workers: int | str = "auto"
+    workers: int
 
 
 @dataclass(frozen=True)

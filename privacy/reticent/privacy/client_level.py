@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
+from reticent.core.update import l2_norm
 
 from .events import Composed, Event, PoissonGaussian, on_one_sample
 from .randomness import Stream
@@ -59,7 +60,7 @@ def norm_of(update: NDArray[np.floating]) -> float:
     peak = float(np.abs(values).max(initial=0.0))
     if peak == 0 or not math.isfinite(peak):
         return peak
-    return peak * float(np.linalg.norm(values / peak))
+    return peak * l2_norm(values / peak)
 
 
 def is_within(update: NDArray[np.floating], clip: float) -> bool:

@@ -16,7 +16,7 @@ from flwr.app import Message
 
 from reticent.compression.codec import Codec
 from reticent.core.errors import PayloadError
-from reticent.core.update import Layout, Vector
+from reticent.core.update import Layout, Vector, l2_norm
 from reticent.privacy.client_level import clipped, split_bit
 
 from .reasons import reason_of
@@ -135,6 +135,6 @@ class Folder:
             raise PayloadError("the payload cannot be decoded") from error
         if not np.isfinite(vector).all():
             raise PayloadError("the update holds non-finite values")
-        if float(np.linalg.norm(vector.astype(np.float64))) > rules.bound:
+        if l2_norm(vector) > rules.bound:
             raise PayloadError("the update is larger than the plan's bound")
         return Reading(vector, size, inside)

@@ -7,13 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from reticent.core.errors import NetworkError
 from reticent.core.personal import Split
 from reticent.core.plan import Federation, Optimizer
 from reticent.core.protocol import Refusal
-from reticent.core.update import Layout, Vector
+from reticent.core.update import Layout, Vector, l2_norm
 from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
 
@@ -90,7 +88,7 @@ def farthest(model: Vector, optimizer: Optimizer) -> float:
     went farther has diverged. What one bad client does to a round of n is thereby at most an n-th
     of that: it may ruin the round, not put the model where float32 ends. No update is changed.
     """
-    size = max(float(np.linalg.norm(model.astype(np.float64))), math.sqrt(model.size))
+    size = max(l2_norm(model), math.sqrt(model.size))
     return _FARTHEST * size / optimizer.learning_rate
 
 

@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from reticent.core.update import l2_norm
+from reticent.core.norms import l2_norm
 
 CODE = """
 import numpy as np
-from reticent.core.update import l2_norm
+from reticent.core.norms import l2_norm
 from reticent.privacy.client_level import norm_of
 rng = np.random.default_rng(0)
 vectors = [rng.normal(size=n).astype(np.float32) for n in (10, 20_000, 300_000)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,15 +15,6 @@ from torch import nn
 from .errors import DataError
 
 Vector = NDArray[np.float32]
-
-
-def l2_norm(vector: NDArray[np.floating]) -> float:
-    """Return the L2 norm of a vector, summed in float64.
-
-    By NumPy's pairwise sums: what a BLAS rounds to depends on how many threads it has, and these
-    wait for each other where several processes share the cores.
-    """
-    return math.sqrt(float(np.square(vector, dtype=np.float64).sum()))
 
 
 @dataclass(frozen=True)

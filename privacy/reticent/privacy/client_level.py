@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reticent.core.errors import PayloadError, PlanError, PrivacyError
-from reticent.core.update import l2_norm
+from reticent.core.norms import l2_norm
 
 from .events import Composed, Event, PoissonGaussian, on_one_sample
 from .randomness import Stream

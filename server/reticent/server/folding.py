@@ -16,7 +16,8 @@ from flwr.app import Message
 
 from reticent.compression.codec import Codec
 from reticent.core.errors import PayloadError
-from reticent.core.update import Layout, Vector, l2_norm
+from reticent.core.norms import l2_norm
+from reticent.core.update import Layout, Vector
 from reticent.privacy.client_level import clipped, split_bit
 
 from .reasons import reason_of

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reticent.core.errors import NetworkError
+from reticent.core.norms import l2_norm
 from reticent.core.personal import Split
 from reticent.core.plan import Federation, Optimizer
 from reticent.core.protocol import Refusal
-from reticent.core.update import Layout, Vector, l2_norm
+from reticent.core.update import Layout, Vector
 from reticent.privacy.randomness import Randomness, SystemRandomness
 from reticent.privacy.schedule import Schedule
 

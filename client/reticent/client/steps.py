@@ -59,7 +59,8 @@ class Client(NamedTuple):
             len(self.examples.labels)
         )
         chosen = torch.from_numpy(np.flatnonzero(draws < rate))
-        return Examples(self.examples.inputs[chosen], self.examples.labels[chosen])
+        inputs, labels = self.examples
+        return Examples(inputs.index_select(0, chosen), labels.index_select(0, chosen))
 
     def noised(
         self, gradient: NDArray[np.float32], index: int, step: NoisyStep

@@ -23,6 +23,7 @@ from reticent.server.folding import Kept
 
 from .devices import Devices, client_index, device_name, granted
 from .grid import call_client, client_of, context_of, enter_task
+from .memory import keep_freed_memory
 
 BLOCK = 8
 """Clients that are trained together: neighbours among the messages of a round, from the first on.
@@ -41,6 +42,7 @@ class Site:
     def __init__(self, devices: Devices, plan_json: str, ledger: Ledger | Grants) -> None:
         """Build the ClientApp of devices whose charges are in ``ledger``."""
         enter_task()
+        keep_freed_memory()
         self.ledger = ledger
         self._devices = devices
         self._plan, self._plan_json = plan_from_json(plan_json), plan_json

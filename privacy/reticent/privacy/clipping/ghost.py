@@ -9,7 +9,7 @@ activations, are written out, and so are recurrent layers (see :mod:`.recurrent`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -55,6 +55,19 @@ def chain_of(model: nn.Module) -> tuple[nn.Module, ...] | None:
     return layers if known and distinct and trained else None
 
 
+def pooled_first(layers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """Return ``layers`` with every ReLU behind the max pooling that follows it.
+
+    The same values and gradients to the bit, from a pass over the pooled values alone: a ReLU keeps
+    the order of what is above zero, and hands nothing back where nothing is.
+    """
+    found = list(layers)
+    for i in range(len(found) - 1):
+        if type(found[i]) is nn.ReLU and type(found[i + 1]) is nn.MaxPool2d:
+            found[i], found[i + 1] = found[i + 1], found[i]
+    return tuple(found)
+
+
 class GhostGradients:
     """Gradients of single examples of a chain of layers, nothing of which is kept afterwards.
 
@@ -66,7 +79,7 @@ class GhostGradients:
 
     def __init__(self, layers: tuple[nn.Module, ...]) -> None:
         """Use ``layers``, which :func:`chain_of` gave."""
-        self._layers = layers
+        self._layers = pooled_first(layers)
         self.orders = [order for layer in layers for order in orders_of(layer)]
 
     @torch.no_grad()

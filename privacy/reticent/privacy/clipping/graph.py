@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from reticent.core.errors import DataError
 
+from .convolutions import convolution_terms, rows_of
 from .ghost import is_hooked, is_known
-from .layers import columns_of, convolution_terms, linear_terms, orders_of, over_places
+from .group_norms import over_places
+from .layers import linear_terms, orders_of
 from .positions import LookedUp, Positions
 from .terms import Rows, Term
 
@@ -180,9 +182,7 @@ def _linear(layer: nn.Linear, inputs: torch.Tensor, back: torch.Tensor) -> list[
 
 
 def _convolution(layer: nn.Conv2d, inputs: torch.Tensor, back: torch.Tensor) -> list[Term]:
-    columns, _ = columns_of(layer, inputs)
-    rows = back.permute(0, 2, 3, 1).reshape(len(back), -1, layer.out_channels)
-    return convolution_terms(layer, columns, rows)
+    return convolution_terms(layer, inputs, rows_of(back))
 
 
 def _group_norm(layer: nn.GroupNorm, inputs: torch.Tensor, back: torch.Tensor) -> list[Term]:

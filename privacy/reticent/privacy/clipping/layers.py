@@ -5,35 +5,30 @@ gradient of it into that of its input and into :class:`~.terms.Term` for its par
 an affine layer's term is one matrix product (Bu et al. 2023, "Differentially private optimization
 on large model at small cost": no second backward pass).
 
-A convolution is a matrix product of its columns (Chellapilla et al. 2006, "High performance
-convolutional neural networks for document processing"), which its gradients need anyway. They are
-laid out place by place with the channels innermost, so that they are copied in runs: 4 to 8 times
-as fast as :func:`torch.nn.functional.unfold`. Which form is taken depends on shapes alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .convolutions import (
+    KERNEL_ORDER,
+    convolution_terms,
+    convolved,
+    input_gradient,
+    rows_of,
+)
+from .group_norms import normalised
 from .positions import Positions
 from .recurrent import RECURRENT, Recurrent, unrolled
 from .terms import Outer, Rows, Term
 
 Backward = Callable[[torch.Tensor], tuple[torch.Tensor | None, list[Term]]]
 """From the gradient of a layer's output: that of its input, if needed, and its parameters'."""
-
-Pair = tuple[int, int]
-
-KERNEL_ORDER = (2, 3, 1, 0)
-"""A convolution's gradients are kept as (height, width, inputs, outputs)."""
-
-_SHORT = 8
-"""Runs of fewer floats than this are not worth having the channels innermost."""
 
 
 def orders_of(layer: nn.Module) -> list[tuple[int, ...] | None]:
@@ -63,11 +58,6 @@ def applied(layer: nn.Module, before: torch.Tensor, needed: bool) -> tuple[torch
     if type(layer) is nn.Flatten:
         return _flatten(layer, before)
     return by_autograd(layer, before, needed)
-
-
-def over_places(values: torch.Tensor) -> torch.Tensor:
-    """Sum ``(n, channels, *places)`` to ``(n, channels)``; there may be no places."""
-    return values.sum(dim=tuple(range(2, values.dim()))) if values.dim() > 2 else values
 
 
 def _linear(layer: nn.Linear, before: torch.Tensor, needed: bool) -> tuple[torch.Tensor, Backward]:
@@ -103,17 +93,13 @@ def _flatten(layer: nn.Flatten, before: torch.Tensor) -> tuple[torch.Tensor, Bac
 def _group_norm(
     layer: nn.GroupNorm, before: torch.Tensor, needed: bool
 ) -> tuple[torch.Tensor, Backward]:
-    plain, backward_plain = by_autograd(
-        lambda x: F.group_norm(x, layer.num_groups, eps=layer.eps), before, needed
-    )
-    channels = (-1, *[1] * (before.dim() - 2))
-    scale, shift = layer.weight.view(channels), layer.bias.view(channels)
+    after, of_output = normalised(layer, before, layer.weight[None], layer.bias[None], needed)
 
     def backward(back: torch.Tensor) -> tuple[torch.Tensor | None, list[Term]]:
-        terms: list[Term] = [Rows(over_places(plain * back)), Rows(over_places(back))]
-        return backward_plain(back * scale)[0], terms
+        found = of_output(back)
+        return found.before, [Rows(found.scale), Rows(found.shift)]
 
-    return torch.addcmul(shift, plain, scale), backward
+    return after, backward
 
 
 def _recurrent(
@@ -147,80 +133,8 @@ def by_autograd(
 def _convolution(
     layer: nn.Conv2d, before: torch.Tensor, needed: bool
 ) -> tuple[torch.Tensor, Backward]:
-    columns, places = columns_of(layer, before)
-    n, out = len(before), layer.out_channels
-    kernel = layer.weight.permute(KERNEL_ORDER).reshape(-1, out)
-    after = _product(columns, kernel, layer.bias)
-
     def backward(back: torch.Tensor) -> tuple[torch.Tensor | None, list[Term]]:
-        rows = back.permute(0, 2, 3, 1).reshape(n, -1, out)
-        whole = rows.view(n, *places, out).permute(0, 3, 1, 2)
-        return (
-            _input_gradient(layer, before, whole) if needed else None,
-            convolution_terms(layer, columns, rows),
-        )
+        of_input = input_gradient(layer, layer.weight, before, back) if needed else None
+        return of_input, convolution_terms(layer, before, rows_of(back))
 
-    return after.view(n, *places, out).permute(0, 3, 1, 2), backward
-
-
-def convolution_terms(layer: nn.Conv2d, columns: torch.Tensor, rows: torch.Tensor) -> list[Term]:
-    """Return the gradients of a convolution.
-
-    Args:
-        layer: The convolution.
-        columns: Of its input, as :func:`columns_of` gives them.
-        rows: Gradient of its output, ``(n, places, outputs)``.
-    """
-    out, inputs, *size = layer.weight.shape
-    values = torch.bmm(columns.transpose(1, 2), rows).flatten(1)
-    weight = Rows(values, (*size, inputs, out))
-    return [weight] if layer.bias is None else [weight, Rows(rows.sum(dim=1))]
-
-
-def _product(
-    columns: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    if columns.is_contiguous():
-        flat = columns.view(-1, columns.shape[2])
-        return flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
-    after = torch.bmm(columns, kernel.expand(len(columns), -1, -1))
-    return after if bias is None else after + bias
-
-
-def _input_gradient(layer: nn.Conv2d, before: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    weight = layer.weight.contiguous(memory_format=torch.channels_last)
-    stride, dilation = list(layer.stride), list(layer.dilation)
-    given = (back, before, weight, None, stride, list(padding_of(layer)), dilation)
-    return torch.ops.aten.convolution_backward(*given, False, [0, 0], 1, [True, False, False])[0]
-
-
-def columns_of(layer: nn.Conv2d, inputs: torch.Tensor) -> tuple[torch.Tensor, Pair]:
-    """Return what every place of the output sees, and the number of places down and across.
-
-    Returns:
-        ``(n, places, height * width * inputs)``, in the order of :data:`KERNEL_ORDER`.
-    """
-    n, channels, height, width = inputs.shape
-    (kh, kw), (sh, sw) = cast(Pair, layer.kernel_size), cast(Pair, layer.stride)
-    (ph, pw), (dh, dw) = padding_of(layer), cast(Pair, layer.dilation)
-    high, wide = height + 2 * ph, width + 2 * pw
-    places = (high - dh * (kh - 1) - 1) // sh + 1, (wide - dw * (kw - 1) - 1) // sw + 1
-    inside = (slice(None), slice(ph, ph + height), slice(pw, pw + width))
-    if channels * kw < _SHORT:
-        padded = inputs.new_zeros(n, channels, high, wide)
-        padded[:, :, inside[1], inside[2]] = inputs
-        a, c, y, x = padded.stride()
-        view = padded.as_strided(
-            (n, kh, kw, channels, *places), (a, dh * y, dw * x, c, sh * y, sw * x)
-        )
-        return view.reshape(n, kh * kw * channels, -1).transpose(1, 2), places
-    padded = inputs.new_zeros(n, high, wide, channels)
-    padded[inside] = inputs.permute(0, 2, 3, 1)
-    a, y, x, c = padded.stride()
-    view = padded.as_strided((n, *places, kh, kw, channels), (a, sh * y, sw * x, dh * y, dw * x, c))
-    return view.reshape(n, places[0] * places[1], -1), places
-
-
-def padding_of(layer: nn.Conv2d) -> Pair:
-    """Return how many zeros a convolution adds above and below, and left and right."""
-    return (0, 0) if layer.padding == "valid" else cast(Pair, layer.padding)
+    return convolved(layer, layer.weight, layer.bias, before), backward

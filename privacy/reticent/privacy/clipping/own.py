@@ -13,7 +13,7 @@ from reticent.core.errors import DataError
 from reticent.core.update import Layout
 
 from .bounds import Bounds, Clipping, check_clip
-from .ghost import chain_of, of_outputs
+from .ghost import chain_of, of_outputs, pooled_first
 from .layers import orders_of
 from .own_layers import Backward, Found, applied_own
 from .recurrent import RECURRENT
@@ -52,7 +52,7 @@ class OwnGradients:
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, microbatch: int = 64, clipping: Clipping = "flat"
+        self, model: nn.Module, layout: Layout, microbatch: int = 128, clipping: Clipping = "flat"
     ) -> None:
         """Prepare for ``model``; ``microbatch`` bounds the memory of one pass.
 
@@ -71,7 +71,7 @@ class OwnGradients:
             raise DataError("the student is not a plain chain of layers that owners can have alone")
         if microbatch < 1:
             raise DataError(f"microbatch={microbatch}: must be at least 1")
-        self._layers, self._layout, self._microbatch = layers, layout, microbatch
+        self._layers, self._layout, self._microbatch = pooled_first(layers), layout, microbatch
         self._bounds = Bounds.of(layout, clipping)
         self._masks = masks_of(layout, [order for layer in layers for order in orders_of(layer)])
 

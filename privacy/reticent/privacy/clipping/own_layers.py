@@ -2,34 +2,22 @@
 
 Examples stand in one row after another, as :class:`~.terms.Owners` says, and are never padded: what
 treats every example alike is computed for all of them at once (:mod:`.layers`), and the matrix
-products of an affine layer owner by owner, each on its own span. So nobody's rows meet anybody
-else's weights, and an owner without examples takes part in nothing.
-
-The gradient of a convolution's input is folded back from that of its columns, place by place of the
-kernel: one product an owner and a few additions over all examples.
+products and convolutions of a layer owner by owner, each on its own span. So nobody's rows meet
+anybody else's weights, and an owner without examples takes part in nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .layers import (
-    KERNEL_ORDER,
-    Pair,
-    applied,
-    by_autograd,
-    columns_of,
-    convolution_terms,
-    linear_terms,
-    over_places,
-    padding_of,
-)
+from .convolutions import columns_of, convolution_terms, convolved, input_gradient, rows_of
+from .group_norms import normalised
+from .layers import applied, linear_terms
 from .terms import Owners, Rows, Term
 
 
@@ -93,18 +81,21 @@ class _OfLinear:
 @dataclass(frozen=True)
 class _OfConvolution:
     layer: nn.Conv2d
-    columns: torch.Tensor
+    before: torch.Tensor
     rows: torch.Tensor
 
     def terms(self) -> list[Term]:
-        return convolution_terms(self.layer, self.columns, self.rows)
+        return convolution_terms(self.layer, self.before, self.rows)
 
     def sums(self, owners: Owners) -> list[torch.Tensor]:
         out, inputs, *size = self.layer.weight.shape
-        products = _outer(self.columns, self.rows, owners).view(-1, *size, inputs, out)
-        weight = products.permute(0, 4, 3, 1, 2).flatten(1)
+        weight = self.rows.new_zeros(len(owners.spans), *self.layer.weight.shape)
+        for owner, span in _present(owners):
+            columns, _ = columns_of(self.layer, self.before[span])
+            products = columns.flatten(0, 1).T @ self.rows[span].flatten(0, 1)
+            weight[owner] = products.view(*size, inputs, out).permute(3, 2, 0, 1)
         bias = None if self.layer.bias is None else _sums(self.rows.sum(dim=1), owners)
-        return [weight] if bias is None else [weight, bias]
+        return [weight.flatten(1)] if bias is None else [weight.flatten(1), bias]
 
 
 @dataclass(frozen=True)
@@ -145,20 +136,25 @@ def _convolution(
     needed: bool,
     owners: Owners,
 ) -> tuple[torch.Tensor, Backward]:
-    columns, places = columns_of(layer, before)
-    n, out = len(before), layer.out_channels
-    kernels = weights[0].permute(0, *(1 + d for d in KERNEL_ORDER)).flatten(1, 3)
-    after = _products(columns, kernels, None if layer.bias is None else weights[1], owners)
+    biases = None if layer.bias is None else weights[1]
+    after = torch.cat(
+        [
+            convolved(layer, weights[0][i], None if biases is None else biases[i], before[span])
+            for i, span in _present(owners)
+        ]
+    )
 
     def backward(back: torch.Tensor) -> tuple[torch.Tensor | None, list[Found]]:
-        rows = back.permute(0, 2, 3, 1).reshape(n, -1, out)
-        found: list[Found] = [_OfConvolution(layer, columns, rows)]
+        found: list[Found] = [_OfConvolution(layer, before, rows_of(back))]
         if not needed:
             return None, found
-        of_columns = _products(rows, kernels.transpose(1, 2), None, owners)
-        return folded(layer, of_columns.view(n, *places, -1), before), found
+        parts = [
+            input_gradient(layer, weights[0][i], before[span], back[span])
+            for i, span in _present(owners)
+        ]
+        return torch.cat(parts), found
 
-    return after.view(n, *places, out).permute(0, 3, 1, 2), backward
+    return after, backward
 
 
 def _group_norm(
@@ -168,39 +164,14 @@ def _group_norm(
     needed: bool,
     owners: Owners,
 ) -> tuple[torch.Tensor, Backward]:
-    plain, backward_plain = by_autograd(
-        lambda x: F.group_norm(x, layer.num_groups, eps=layer.eps), before, needed
-    )
-    shape = (len(before), -1, *[1] * (before.dim() - 2))
-    scale, shift = (weight[owners.index].view(shape) for weight in weights)
+    scale, shift = (weight[owners.index] for weight in weights)
+    after, of_output = normalised(layer, before, scale, shift, needed)
 
     def backward(back: torch.Tensor) -> tuple[torch.Tensor | None, list[Found]]:
-        found: list[Found] = [_OfNorm(over_places(plain * back), over_places(back))]
-        return backward_plain(back * scale)[0], found
+        found = of_output(back)
+        return found.before, [_OfNorm(found.scale, found.shift)]
 
-    return torch.addcmul(shift, plain, scale), backward
-
-
-def folded(layer: nn.Conv2d, of_columns: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a convolution's input from that of its columns.
-
-    Args:
-        layer: The convolution.
-        of_columns: ``(n, *places, height * width * inputs)``, as :func:`~.layers.columns_of` orders
-            columns.
-        before: Its input ``(n, inputs, height, width)``.
-    """
-    n, channels, height, width = before.shape
-    (kh, kw), (sh, sw) = cast(Pair, layer.kernel_size), cast(Pair, layer.stride)
-    (ph, pw), (dh, dw) = padding_of(layer), cast(Pair, layer.dilation)
-    down, across = of_columns.shape[1:3]
-    seen = of_columns.view(n, down, across, kh, kw, channels)
-    padded = before.new_zeros(n, height + 2 * ph, width + 2 * pw, channels)
-    for i in range(kh):
-        for j in range(kw):
-            rows = slice(i * dh, i * dh + sh * (down - 1) + 1, sh)
-            padded[:, rows, j * dw : j * dw + sw * (across - 1) + 1 : sw] += seen[:, :, :, i, j]
-    return padded[:, ph : ph + height, pw : pw + width].permute(0, 3, 1, 2)
+    return after, backward
 
 
 def _by_place(values: torch.Tensor) -> torch.Tensor:
@@ -212,10 +183,6 @@ def _products(
     rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, owners: Owners
 ) -> torch.Tensor:
     """Return each example's ``(places, k)`` times its owner's ``(k, m)``, ``(n, places, m)``."""
-    if not rows.is_contiguous() and rows.shape[1] > 1:
-        # Columns of few channels: small kernels, and dear to copy into another order.
-        after = torch.bmm(rows, matrices[owners.index])
-        return after if bias is None else after + bias[owners.index][:, None]
     n, places, k = rows.shape
     after = rows.new_empty(n, places, matrices.shape[2])
     for owner, span in _present(owners):
@@ -236,8 +203,6 @@ def _outer(left: torch.Tensor, right: torch.Tensor, owners: Owners) -> torch.Ten
         owners: Of the ``n`` examples.
     """
     k, m = left.shape[2], right.shape[2]
-    if not left.is_contiguous() and left.shape[1] > 1:
-        return _sums(torch.bmm(left.transpose(1, 2), right).flatten(1), owners).view(-1, k, m)
     found = left.new_zeros(len(owners.spans), k, m)
     for owner, span in _present(owners):
         torch.mm(left[span].reshape(-1, k).T, right[span].reshape(-1, m), out=found[owner])

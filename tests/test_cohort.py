@@ -254,8 +254,9 @@ def test_a_reply_depends_on_the_clients_of_its_block_alone(tmp_path: Path) -> No
         assert [found[node_of(i)] for i in range(CLIENTS)] == whole
 
 
-def test_replies_come_as_their_blocks_are_done(tmp_path: Path) -> None:
-    world, taken = World(tmp_path, plan_of()), []
+@pytest.mark.parametrize(("prefetch", "read"), [("false", BLOCK), ("true", 2 * BLOCK)])
+def test_replies_come_as_their_blocks_are_done(prefetch: str, read: int, tmp_path: Path) -> None:
+    world, taken = World(tmp_path, plan_of(f"engine.prefetch={prefetch}")), []
 
     def watched() -> Any:
         for message in world.messages():
@@ -263,7 +264,7 @@ def test_replies_come_as_their_blocks_are_done(tmp_path: Path) -> None:
             yield message
 
     next(iter(world.site("lazy").answer_many(watched())))
-    assert len(taken) == BLOCK
+    assert len(taken) == read
 
 
 def test_it_is_said_which_plans_are_trained_one_by_one() -> None:

@@ -58,6 +58,7 @@ def test_the_default_plan_is_valid_and_private() -> None:
         ("engine.workers=0", ["engine.workers=0", '"auto", or an integer of at least 1']),
         ("engine.workers=2.0", ["engine.workers=2.0", '"auto", or an integer of at least 1']),
         ("engine.address=auto", ['address="auto"', 'engine.kind is "ray"', '"inprocess"']),
+        ("engine.prefetch=1", ["engine.prefetch=1", "valid boolean"]),
         ("seed=-1", ["seed=-1"]),
         ("seed=2026-01-01", ["seed=2026-01-01", "must not be a date"]),
         ("updates.codec=[2026-01-01]", ["updates.codec=2026-01-01", "must not be a date"]),
@@ -187,6 +188,7 @@ def test_a_plan_survives_toml_and_json() -> None:
 def test_the_engine_cannot_change_the_digest_and_the_rest_can() -> None:
     base = parse_plan("")
     assert parse_plan("", ["engine.workers=7"]).digest == base.digest
+    assert parse_plan("", ["engine.prefetch=false"]).digest == base.digest
     assert parse_plan("", ["seed=1"]).digest != base.digest
     assert parse_plan("", ["privacy.delta=1e-6"]).digest != base.digest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from reticent.core.errors import LedgerError
 from reticent.privacy.ledger import Budget, Grants, Ledger
@@ -10,6 +11,21 @@ from reticent.privacy.randomness import Randomness
 
 from .guard import Guard
 from .identity import Identity
+
+if TYPE_CHECKING:  # it imports torch
+    from reticent.core.tasks import Examples, Task
+
+
+class Ahead(Protocol):
+    """Loads the examples of simulated clients, if it can before their turn."""
+
+    def take(self, task: Task, client: int) -> Examples:
+        """Return what ``task.client(client)`` returns, or raise what it raises."""
+        ...
+
+    def start(self, task: Task) -> None:
+        """Take note that those that are about to be trained have all they need of ``task``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Environment:
         guard: Holds the owner's policy against every order; None in a simulation.
         accelerator: Name of the torch device that computes gradients by
             :class:`~reticent.privacy.clipping.FunctionalGradients`; None for the ordinary ways.
+        ahead: Where a simulation's examples come from; None for the task itself, asked in turn.
     """
 
     client: int
@@ -41,6 +58,7 @@ class Environment:
     identity: Identity | None = None
     guard: Guard | None = None
     accelerator: str | None = None
+    ahead: Ahead | None = None
 
     @property
     def own_ledger(self) -> Ledger:

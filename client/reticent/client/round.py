@@ -15,7 +15,7 @@ from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import DataError, PayloadError, PlanError, PrivacyError
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants, Order, Refusal
-from reticent.core.tasks import Task, load_task
+from reticent.core.tasks import Examples, Task, load_task
 from reticent.core.update import Layout, Vector
 from reticent.privacy.client_level import clipped, finite, is_within, with_bit
 from reticent.privacy.events import Event
@@ -232,6 +232,8 @@ def _finish_all(site: Site, common: Common, begun: Sequence[_Begun]) -> list[Out
     found = [_ready(site, common, one.request) for one in begun]
     clients = [one.client for one in found if isinstance(one, _Ready)]
     model = common.model
+    if clients and (ahead := begun[0].request.environment.ahead) is not None:
+        ahead.start(site.task)
     updates = iter(_updates(site, model, clients, begun[0].request.order) if clients else [])
     return [
         _finish(site, common, one, ready.own, next(updates)) if isinstance(ready, _Ready) else ready
@@ -249,7 +251,7 @@ class _Ready:
 
 def _ready(site: Site, common: Common, request: Request) -> _Ready | Exception:
     try:
-        examples = site.task.client(request.environment.client)
+        examples = _examples(site.task, request.environment)
     except DataError as error:
         return _because(Refusal.NO_DATA, error)
     except Exception as error:
@@ -262,6 +264,11 @@ def _ready(site: Site, common: Common, request: Request) -> _Ready | Exception:
         return _with_code(error)
     randomness = request.environment.randomness
     return _Ready(Client(examples, randomness, request.path, rule, start), own)
+
+
+def _examples(task: Task, environment: Environment) -> Examples:
+    ahead, client = environment.ahead, environment.client
+    return task.client(client) if ahead is None else ahead.take(task, client)
 
 
 def _updates(

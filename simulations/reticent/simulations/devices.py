@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from reticent.client.environment import Environment
+from reticent.client.environment import Ahead, Environment
 from reticent.client.order import Due
 from reticent.core.plan import Plan
 from reticent.privacy.ledger import Budget, Charge, Grants, Ledger
@@ -37,7 +37,9 @@ class Devices:
     budget: Budget
     accelerator: str | None = None
 
-    def environment(self, client: int, ledger: Ledger | Grants) -> Environment:
+    def environment(
+        self, client: int, ledger: Ledger | Grants, ahead: Ahead | None = None
+    ) -> Environment:
         """Return the environment of the device that holds client ``client``'s data."""
         return Environment(
             client=client,
@@ -47,6 +49,7 @@ class Devices:
             randomness=SeededRandomness(self.seed),
             keeps_releases=False,
             accelerator=self.accelerator,
+            ahead=ahead,
         )
 
     def of_context(self, context: Context) -> Environment:

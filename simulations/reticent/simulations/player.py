@@ -43,11 +43,16 @@ class Player:
         if work is None:
             raise ValueError("a share came before its work")
         messages, self._site.ledger = messages_in(share, work, self._folder)
+        self._site.charge(messages)
         folder = Folder(self._codec(work.rules.layout), work.rules)
         tally = Tally.begin(work.rules.layout.size, work.rules.keep)
         for reply in self._site.answer_many(messages):
             folder.take(reply, tally)
         return encode_tally(tally)
+
+    def close(self) -> None:
+        """End the thread that loads examples."""
+        self._site.close()
 
     def _codec(self, layout: Layout) -> Codec:
         if layout not in self._codecs:  # a run has one

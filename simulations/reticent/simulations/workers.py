@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import cast
 
@@ -24,6 +25,7 @@ from reticent.server.folding import Kept
 from .devices import Devices, client_index, device_name, granted
 from .grid import call_client, client_of, context_of, enter_task
 from .memory import keep_freed_memory
+from .prefetch import Prefetch
 
 BLOCK = 8
 """Clients that are trained together: neighbours among the messages of a round, from the first on.
@@ -48,6 +50,10 @@ class Site:
         self._plan, self._plan_json = plan_from_json(plan_json), plan_json
         self._app: ClientApp = build_client_app(self._environment, lambda _: plan_json)
         self._state: dict[str, ConfigRecord] = {}
+        self._charged: frozenset[str] = frozenset()
+        # On an accelerator a worker is never handed a second block.
+        loads = self._plan.engine.prefetch and devices.accelerator is None
+        self._prefetch = Prefetch() if loads else None
 
     def keep_constants(self, constants: bytes) -> None:
         """Keep the run's public constants, which the server sends to each client only once."""
@@ -64,9 +70,10 @@ class Site:
     def charge(self, messages: Sequence[Message]) -> None:
         """Charge all of them with one fsync; each client then finds its own charge.
 
-        Clients over their budget, and orders that make no sense, are left to the ClientApp, which
-        refuses them one by one.
+        Where others charged before, it finds that. Clients over their budget, and orders that make
+        no sense, are left to the ClientApp, which refuses them one by one.
         """
+        self._charged = frozenset()
         try:
             order = Order.from_config(dict(messages[0].content.config_records["order"]))
             due = charges(self._plan, order.noise_multiplier, order.run, order.round)
@@ -75,6 +82,7 @@ class Site:
                 names = granted(self.ledger, names, one, self._devices.budget)
         except (PayloadError, PrivacyError, PlanError, KeyError):
             return
+        self._charged = frozenset(names)
 
     def answer(self, message: Message) -> Message:
         """Run the ClientApp of the client that ``message`` is for."""
@@ -92,18 +100,51 @@ class Site:
         public constants say that it does not pay (:mod:`reticent.client.together`). A reply is a
         function of the messages of its block, so the same blocks give the same bits, whoever
         answers them.
+
+        While a block is trained, one thread loads the examples of the next one's clients that
+        :meth:`charge` charged; between replies it is idle.
         """
-        pending = iter(messages)
         size = BLOCK if self._devices.accelerator is None else WINDOW
-        while block := list(islice(pending, size)):
-            state = RecordDict(dict(self._state))
-            contexts = [context_of(message, state) for message in block]
-            yield from answer_together(block, contexts, self._environment, self._plan_json)
-            if MODEL in state:  # public, and the same for every client of the round
-                self._state[MODEL] = cast(ConfigRecord, state[MODEL])
+        with closing(self._in_turn(iter(messages), size)) as blocks:
+            for block in blocks:
+                state = RecordDict(dict(self._state))
+                contexts = [context_of(message, state) for message in block]
+                replies = answer_together(block, contexts, self._environment, self._plan_json)
+                if self._prefetch is not None:
+                    self._prefetch.wait()
+                yield from replies
+                if MODEL in state:  # public, and the same for every client of the round
+                    self._state[MODEL] = cast(ConfigRecord, state[MODEL])
+
+    def close(self) -> None:
+        """End the thread that loads examples."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+
+    def _in_turn(
+        self, messages: Iterator[Message], size: int
+    ) -> Generator[list[Message], None, None]:
+        """Yield blocks, and tell the loader, where there is one, which block comes next."""
+        block = list(islice(messages, size))
+        try:
+            while block:
+                following: list[Message] = []
+                if self._prefetch is not None:
+                    following = list(islice(messages, size))
+                    self._prefetch.turn(self._known(following))
+                yield block
+                block = following or list(islice(messages, size))
+        finally:
+            if self._prefetch is not None:
+                self._prefetch.rest()
+
+    def _known(self, messages: Sequence[Message]) -> Iterator[int]:
+        """Yield the clients of ``messages`` that were charged."""
+        clients = [client_of(m.metadata.dst_node_id) for m in messages]
+        return (client for client in clients if device_name(client) in self._charged)
 
     def _environment(self, context: Context) -> Environment:
-        return self._devices.environment(client_index(context), self.ledger)
+        return self._devices.environment(client_index(context), self.ledger, self._prefetch)
 
 
 class Inline:
@@ -120,6 +161,7 @@ class Inline:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._site.close()
         self.ledger.close()
 
     def answer(self, messages: list[Message]) -> Iterator[Message]:

@@ -31,12 +31,15 @@ class Engine(Section):
             (``RAY_ADDRESS``, as ``ray job submit`` sets it), else one is started on this machine.
         device: Where gradients are computed: ``cpu``, or in this process on a graphics processor
             by ``cuda``, which rounds otherwise.
+        prefetch: Whether a worker loads clients' examples in a second thread, those of the next
+            clients while it trains others.
     """
 
     kind: Literal["inprocess", "ray", "flower-ray"] = "inprocess"
     workers: Workers = "auto"
     address: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    prefetch: bool = True
 
     @model_validator(mode="after")
     def _address_is_of_ray(self) -> Self:

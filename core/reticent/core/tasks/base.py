@@ -20,9 +20,11 @@ class Task(Protocol):
     """Data and models of one learning problem.
 
     ``public`` and ``test`` live on the server. ``client`` is private: it is called on the device
-    that owns the data, and only when that device is sampled. Models begin at random weights; a task
-    whose models do not must have an attribute ``public_weights``, true only where no private data
-    went into them, or a plan that declares how they were trained (``teacher.trained``).
+    that owns the data, and only when that device is sampled. In a simulation that is in a thread of
+    its own (``engine.prefetch``), while no other thread is in the task. Models begin at random
+    weights; a task whose models do not must have an attribute ``public_weights``, true only where
+    no private data went into them, or a plan that declares how they were trained
+    (``teacher.trained``).
     """
 
     name: str

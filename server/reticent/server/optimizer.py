@@ -110,7 +110,11 @@ class Accumulator:
         value = vector.astype(np.float64)
         total = self._high + value
         rest = total - self._high
-        self._low += (self._high - (total - rest)) + (value - rest)
+        value -= rest
+        np.subtract(total, rest, out=rest)
+        np.subtract(self._high, rest, out=rest)
+        rest += value
+        self._low += rest  # (high - (total - rest)) + (value - rest)
         self._high = total
         self.count += 1
 

@@ -61,8 +61,8 @@ def pad(payload: bytes, length: int) -> bytes:
 
 def _seal(version: int, frame: Frame, padding: bytes) -> bytes:
     fields = (MAGIC, version, frame.stages, frame.flags, frame.n, len(frame.side))
-    head, rest = _FIELDS.pack(*fields), frame.side + frame.body + padding
-    return head + _CRC.pack(_checksum(head, rest)) + rest
+    head, rest = _FIELDS.pack(*fields), (frame.side, frame.body, padding)
+    return b"".join((head, _CRC.pack(_checksum(head, *rest)), *rest))
 
 
 def unseal(payload: bytes) -> Frame:
@@ -79,14 +79,14 @@ def unseal(payload: bytes) -> Frame:
             f"payload starts with {magic!r} version {version}: must be {MAGIC!r} version "
             f"{VERSION} or {PADDED}"
         )
-    head, rest = payload[: _FIELDS.size], payload[OVERHEAD:]
+    head, rest = payload[: _FIELDS.size], memoryview(payload)[OVERHEAD:]
     if _CRC.unpack_from(payload, _FIELDS.size)[0] != _checksum(head, rest):
         raise PayloadError("payload is damaged: its CRC-32 does not match its bytes")
     if version == PADDED:
-        rest = _without_padding(rest)
+        rest = memoryview(_without_padding(bytes(rest)))
     if side > len(rest):
         raise PayloadError(f"payload declares {side} side bytes: only {len(rest)} follow")
-    return Frame(stages, flags, n, rest[:side], rest[side:])
+    return Frame(stages, flags, n, bytes(rest[:side]), bytes(rest[side:]))
 
 
 def _without_padding(rest: bytes) -> bytes:
@@ -99,5 +99,8 @@ def _without_padding(rest: bytes) -> bytes:
     return rest[:end]
 
 
-def _checksum(head: bytes, rest: bytes) -> int:
-    return zlib.crc32(rest, zlib.crc32(head))
+def _checksum(*parts: bytes | memoryview) -> int:
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part, found)
+    return found

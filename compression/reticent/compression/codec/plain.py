@@ -48,7 +48,7 @@ class Identity:
         no_flags(coded)
         if coded.side:
             raise PayloadError(f"payload has {len(coded.side)} side bytes: identity has none")
-        return floats_from(coded.symbols.tobytes())
+        return floats_from(coded.symbols.data)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def kept_of(n: int, fraction: float) -> int:
     return min(n, math.ceil(fraction * n))
 
 
-def floats_from(data: bytes) -> Vector:
+def floats_from(data: bytes | memoryview) -> Vector:
     """Return little-endian float32 values; PayloadError if one is not finite."""
     values = np.frombuffer(data, dtype="<f4").astype(np.float32)
     check_finite(values)

@@ -19,7 +19,7 @@ demo: $(STAMP)  ## run the default plan: a private federation, its artifact and 
 	$(BIN)/reticent simulate --run $(RUN)
 
 test: $(STAMP)  ## run the test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not packaging and not chaos and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not packaging and not chaos and not faults"
 
 chaos: $(STAMP)  ## kill and tear ledgers many times, and print what was found
 	$(BIN)/python -m pytest -q -s -m chaos

@@ -171,6 +171,16 @@ def row_of(kind: str, counts: Sequence[int], clip: float | None) -> NDArray[np.f
     return OwnGradients(model, layout).sums(weights, *batch, counts, distilling, clip)
 
 
+@pytest.mark.parametrize("clip", [CLIP, None])
+def test_an_owner_whose_examples_go_through_two_passes_gets_its_sum(clip: float | None) -> None:
+    model = made("group-norm")
+    layout = Layout.of(model)
+    weights, batch, counts = weights_of(layout, 3), batch_of("group-norm", 150, 0), (70, 65, 15)
+    found = OwnGradients(model, layout).sums(weights, *batch, counts, distilling, clip)
+    single = OwnGradients(model, layout, 1).sums(weights, *batch, counts, distilling, clip)
+    close(found, single)
+
+
 @pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("clip", [CLIP, None])
 def test_one_more_example_changes_its_owners_row_alone_and_by_no_more_than_the_clip(

@@ -40,6 +40,12 @@ def test_arrays_are_made_of_the_pages_of_those_before() -> None:
     assert faults("kept") * 10 < faults("plain")
 
 
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("nothing is to be set"))
+    assert not keep_freed_memory()
+
+
 def test_without_glibc_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not keep_freed_memory()

@@ -3,7 +3,7 @@
 Clients that share their weights, as in a round of one bounded step, go through common passes at
 these (:class:`~reticent.privacy.clipping.ClippedGradients`). After a step, and with personal layers
 before it, every client has weights of its own: passes are then common for what treats all examples
-alike, and the matrix products are each client's
+alike, and the matrix products and convolutions are each client's
 (:class:`~reticent.privacy.clipping.OwnGradients`). Students that are no plain chain, or recurrent,
 go through :class:`~reticent.privacy.clipping.FunctionalGradients`, where every example has a copy
 of its client's weights.

@@ -55,7 +55,6 @@ class GrowingTeam:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._leave()
         self._open.__exit__(*error)  # type: ignore[arg-type]
 
     @property
@@ -82,7 +81,7 @@ class GrowingTeam:
             part = self._here(task)
             self._consider(clients, perf_counter() - begun)
             yield part
-        self._leave()
+        self._player = None
         yield from self._others.play(pending)
 
     def _here(self, task: Task) -> bytes:
@@ -94,12 +93,6 @@ class GrowingTeam:
                 self._player.begin(work)
                 self._work = work
             return self._player.play(share)
-
-    def _leave(self) -> None:
-        """Play no more here."""
-        if self._player is not None:
-            self._player.close()
-            self._player = None
 
     def _consider(self, clients: int, seconds: float) -> None:
         """Start the others if that saves time; the fastest share counts, as the first warms up."""

@@ -50,10 +50,6 @@ class Player:
             folder.take(reply, tally)
         return encode_tally(tally)
 
-    def close(self) -> None:
-        """End the thread that loads examples."""
-        self._site.close()
-
     def _codec(self, layout: Layout) -> Codec:
         if layout not in self._codecs:  # a run has one
             self._codecs = {layout: build_codec(self._plan.updates.codec, layout)}

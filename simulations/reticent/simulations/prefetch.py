@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from queue import SimpleQueue
 from threading import Event, Thread
-from weakref import finalize
 
 import torch
 
+from reticent.core.errors import DataError
 from reticent.core.tasks import Examples, Task
 
 THREAD = "reticent-prefetch"
@@ -30,7 +30,8 @@ class _Job:
         task: Whose they are.
         clients: Their indices.
         threads: What torch may use, as where clients are trained: a thread begins with its own.
-        found: What the task returned, None where it raised; the thread's until ``done``.
+        found: What the task returned, or said of the data; None where it raised anything else. The
+            thread's until ``done``.
         dropped: Nobody wants the clients that are left.
         done: The thread is outside the task for good.
     """
@@ -38,7 +39,9 @@ class _Job:
     task: Task
     clients: tuple[int, ...]
     threads: int
-    found: dict[int, Examples | None] = field(default_factory=dict[int, Examples | None])
+    found: dict[int, Examples | DataError | None] = field(
+        default_factory=dict[int, Examples | DataError | None]
+    )
     dropped: Event = field(default_factory=Event)
     done: Event = field(default_factory=Event)
 
@@ -54,9 +57,11 @@ class _Job:
             self.done.set()
 
 
-def _asked(task: Task, client: int) -> Examples | None:
+def _asked(task: Task, client: int) -> Examples | DataError | None:
     try:
         return task.client(client)
+    except DataError as error:
+        return error
     except BaseException:  # the thread that trains asks again, and raises what it is told then
         return None
 
@@ -66,25 +71,24 @@ class Prefetch:
 
     Guarantees:
 
-    - A client's examples are what the task returns, and its error is what the task raises to the
-      thread that trains: it asks again wherever the other thread was told an error.
+    - A client's examples are what the task returns, and its error is what the task raises: a
+      :class:`DataError` in either thread, anything else to the thread that trains, which asks
+      again where the other one met it.
     - One thread is inside the task at a time: this class's from :meth:`start` to the next call of
       any other method, each of which waits for it, and else only while :meth:`take` waits. After
       an error or Ctrl-C :meth:`rest` waits no longer than two seconds, lest storage that hangs
       keep the process; whatever comes then waits.
     - Only examples of the present block and the next one are held.
 
-    The thread loads all clients, also those that are not loaded ahead, so that a connection which a
-    task opens for its first client belongs to the thread that uses it. Where the thread is told an
-    error and the other one is not, as with a connection of the thread that made the task, the task
-    does not bear a second thread: from then on it is not asked in it, which is said once.
+    The thread is the process's, for all runs, and loads all clients, also those that are not loaded
+    ahead: so a connection which a task opens for its first client belongs to the thread that uses
+    it for as long as the task lives. Where it meets an error that the other one does not, as with a
+    connection of the thread that made the task, the task does not bear a second thread: from then
+    on it is not asked in it, which is said once.
     """
 
     def __init__(self) -> None:
-        """Begin without a thread; the first client starts it."""
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._thread: Thread | None = None
-        self._end = finalize(self, self._jobs.put, None)
+        """Begin with nothing loaded."""
         self._latest: _Job | None = None
         self._here: _Job | None = None
         self._ahead: _Job | None = None
@@ -114,12 +118,14 @@ class Prefetch:
         if job is None or job.task is not task or client not in job.found:
             job = self._begin(task, (client,))
             self.wait()
-        examples = job.found.pop(client)
-        if examples is None:
-            examples = task.client(client)
+        found = job.found.pop(client)
+        if isinstance(found, DataError):
+            raise found
+        if found is None:
+            found = task.client(client)
             self._suits = False
             _say(task.name)
-        return examples
+        return found
 
     def wait(self) -> None:
         """Wait until the thread is outside the task."""
@@ -133,29 +139,26 @@ class Prefetch:
             self._latest.dropped.set()
             if self._latest.done.wait(_GRACE):
                 self._latest = None
-
-    def close(self) -> None:
-        """End the thread; one that hangs in the task ends with the process."""
-        self.rest()
-        if self._thread is not None:
-            self._end()
-            if self._latest is None:
-                self._thread.join()
-            self._thread = None
+            else:
+                _jobs.cache_clear()  # other runs do not wait for this one's storage
 
     def _begin(self, task: Task, clients: tuple[int, ...]) -> _Job:
-        if self._thread is None:
-            self._jobs = SimpleQueue()
-            self._end = finalize(self, self._jobs.put, None)  # also if nobody calls `close`
-            self._thread = Thread(target=_work, args=(self._jobs,), name=THREAD, daemon=True)
-            self._thread.start()
         self._latest = _Job(task, clients, torch.get_num_threads())
-        self._jobs.put(self._latest)
+        _jobs().put(self._latest)
         return self._latest
 
 
-def _work(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
+@cache
+def _jobs() -> SimpleQueue[_Job]:
+    """Return the queue of this process's thread, which starts now and ends with the process."""
+    jobs: SimpleQueue[_Job] = SimpleQueue()
+    Thread(target=_work, args=(jobs,), name=THREAD, daemon=True).start()
+    return jobs
+
+
+def _work(jobs: SimpleQueue[_Job]) -> None:
+    while True:
+        job = jobs.get()
         job.run()
         del job  # or its examples are held until the next one comes
 

@@ -116,11 +116,6 @@ class Site:
                 if MODEL in state:  # public, and the same for every client of the round
                     self._state[MODEL] = cast(ConfigRecord, state[MODEL])
 
-    def close(self) -> None:
-        """End the thread that loads examples."""
-        if self._prefetch is not None:
-            self._prefetch.close()
-
     def _in_turn(
         self, messages: Iterator[Message], size: int
     ) -> Generator[list[Message], None, None]:
@@ -161,7 +156,6 @@ class Inline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._site.close()
         self.ledger.close()
 
     def answer(self, messages: list[Message]) -> Iterator[Message]:

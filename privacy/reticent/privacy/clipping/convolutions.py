@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .terms import Rows, Term
 
-Pair = tuple[int, int]
+_Pair = tuple[int, int]
 
 KERNEL_ORDER = (2, 3, 1, 0)
 """A convolution's gradients are kept as (height, width, inputs, outputs)."""
@@ -90,15 +90,15 @@ def rows_of(back: torch.Tensor) -> torch.Tensor:
     return back.permute(0, 2, 3, 1).reshape(len(back), -1, back.shape[1])
 
 
-def columns_of(layer: nn.Conv2d, inputs: torch.Tensor) -> tuple[torch.Tensor, Pair]:
+def columns_of(layer: nn.Conv2d, inputs: torch.Tensor) -> tuple[torch.Tensor, _Pair]:
     """Return what every place of the output sees, and the number of places down and across.
 
     Returns:
         ``(n, places, height * width * inputs)``, in the order of :data:`KERNEL_ORDER`.
     """
     n, channels, height, width = inputs.shape
-    (kh, kw), (sh, sw) = cast(Pair, layer.kernel_size), cast(Pair, layer.stride)
-    (ph, pw), (dh, dw) = padding_of(layer), cast(Pair, layer.dilation)
+    (kh, kw), (sh, sw) = cast(_Pair, layer.kernel_size), cast(_Pair, layer.stride)
+    (ph, pw), (dh, dw) = _padding_of(layer), cast(_Pair, layer.dilation)
     high, wide = height + 2 * ph, width + 2 * pw
     places = (high - dh * (kh - 1) - 1) // sh + 1, (wide - dw * (kw - 1) - 1) // sw + 1
     inside = (slice(None), slice(ph, ph + height), slice(pw, pw + width))
@@ -118,17 +118,17 @@ def columns_of(layer: nn.Conv2d, inputs: torch.Tensor) -> tuple[torch.Tensor, Pa
 
 
 def _short(layer: nn.Conv2d) -> bool:
-    return layer.in_channels * cast(Pair, layer.kernel_size)[1] < _SHORT
+    return layer.in_channels * cast(_Pair, layer.kernel_size)[1] < _SHORT
 
 
 def _inner(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def _geometry(layer: nn.Conv2d) -> tuple[Pair, Pair, Pair]:
-    return cast(Pair, layer.stride), padding_of(layer), cast(Pair, layer.dilation)
+def _geometry(layer: nn.Conv2d) -> tuple[_Pair, _Pair, _Pair]:
+    return cast(_Pair, layer.stride), _padding_of(layer), cast(_Pair, layer.dilation)
 
 
-def padding_of(layer: nn.Conv2d) -> Pair:
+def _padding_of(layer: nn.Conv2d) -> _Pair:
     """Return how many zeros a convolution adds above and below, and left and right."""
-    return (0, 0) if layer.padding == "valid" else cast(Pair, layer.padding)
+    return (0, 0) if layer.padding == "valid" else cast(_Pair, layer.padding)

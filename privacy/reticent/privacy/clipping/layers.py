@@ -4,7 +4,6 @@ No graph is kept over the whole model: a layer hands on its output, and a functi
 gradient of it into that of its input and into :class:`~.terms.Term` for its parameters. The sum of
 an affine layer's term is one matrix product (Bu et al. 2023, "Differentially private optimization
 on large model at small cost": no second backward pass).
-
 """
 
 from __future__ import annotations

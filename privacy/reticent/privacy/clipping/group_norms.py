@@ -1,9 +1,9 @@
 """Group normalisation and its backward pass, in few passes over values with channels innermost.
 
 What convolutions of this package give has its channels innermost, and there torch's own kernels
-take 3 to 4 times as long as the sums and products that the formulas ask for (Wu and He 2018, "Group
-normalization", section 3.1). The variance is taken of the centered values, so it does not cancel
-where the mean is large.
+take up to three times as long as the sums and products that the formulas ask for (16 channels of
+28 by 28; with 32 of 14 by 14 as long; Wu and He 2018, "Group normalization", section 3.1). The
+variance is taken of the centered values, so it does not cancel where the mean is large.
 """
 
 from __future__ import annotations

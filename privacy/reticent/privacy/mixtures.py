@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
-from scipy.stats import binom
 
 if TYPE_CHECKING:
     from dp_accounting.pld.pld_pmf import PLDPmf
@@ -87,6 +86,8 @@ def sampled(rate: float, noise: float, size: int, sign: int) -> Mixture:
         size: Units in the group, >= 0; 0 gives the plain noise.
         sign: +1, or -1.
     """
+    from scipy.stats import binom  # here, because it takes half a second to load
+
     count = np.arange(size + 1, dtype=float)
     weights = np.asarray(binom.pmf(count, size, rate), dtype=float)
     keep = weights > NEGLIGIBLE

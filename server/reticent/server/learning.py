@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,6 +95,24 @@ def in_precision(model: nn.Module, means: Means) -> nn.Module:
     return LowPrecision(model, _TYPES[means.precision], means.device)
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW that does not load torch's compiler.
+
+    In torch 2.13 these methods load it, to keep it away from themselves, and that takes more than a
+    second. Behind the decorators which do so they are called as they are.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        inspect.unwrap(torch.optim.AdamW.zero_grad)(self, set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 class Update:
     """AdamW with a one-cycle learning rate (Smith and Topin 2018).
 
@@ -115,7 +135,7 @@ class Update:
             RunError: If they are to lie on disk and it has no room.
         """
         learned = list(parameters)
-        self.optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=1e-3)
+        self.optimizer = _AdamW(learned, lr=learning_rate, weight_decay=1e-3)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, learning_rate, total_steps=steps
         )

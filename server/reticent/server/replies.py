@@ -19,9 +19,11 @@ a SuperLink, as a simulation's, hand over messages that were never anything else
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING, TypeGuard
 
 import httpx
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -37,7 +39,9 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.superlink.grid.http_grid import HttpGrid
+
+if TYPE_CHECKING:
+    from flwr.superlink.grid.http_grid import HttpGrid
 
 from .reasons import Unusable, UnusableReply
 from .records import packed
@@ -82,7 +86,7 @@ class Inbox:
     def __init__(self, grid: Grid, largest: int) -> None:
         """Accept replies whose largest payload has at most ``largest`` bytes."""
         self._grid = grid
-        self._link = _Link(grid, largest + _SPARE) if isinstance(grid, HttpGrid) else None
+        self._link = _Link(grid, largest + _SPARE) if _remote(grid) else None
         self._arriving: dict[str, _Arrival] = {}
 
     def look(self, asked: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
@@ -118,6 +122,15 @@ class Inbox:
                 del self._arriving[name]
                 link.forget(arrival)
                 yield name, reply
+
+
+def _remote(grid: Grid) -> TypeGuard[HttpGrid]:
+    """Return whether a SuperLink in another process is behind ``grid``.
+
+    Whoever made such a grid has loaded its module; others are spared what it loads, half a second.
+    """
+    module = sys.modules.get("flwr.superlink.grid.http_grid")
+    return module is not None and isinstance(grid, module.HttpGrid)
 
 
 class _Link:

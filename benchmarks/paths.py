@@ -6,9 +6,8 @@ For layers that are used at T positions of each example, with a weight of d inpu
 (linear layers of sequences, and convolutions as products of their columns): microseconds of the
 norms and the weighted sum of N examples, from Gram matrices and with gradients written out, on one
 thread, medians of calls that take turns. ``rule`` is the way that the product takes, from the sizes
-alone, and for convolutions always by writing out: a choice by a measurement in the run would round
-differently from one run to the next, and the same seed would not give the same model. ``lost`` is
-the time of that way over the faster one's.
+alone: a choice by a measurement in the run would round differently from one run to the next, and
+the same seed would not give the same model. ``lost`` is the time of that way over the faster one's.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def measure(layer: str, batch: int, repeats: int) -> Row:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(batch, length, inputs, generator=generator)
     g = torch.randn(batch, length, outputs, generator=generator)
-    rule = "gram" if Positions(g, a).short and "convolution" not in layer else "written"
+    rule = "gram" if Positions(g, a).short else "written"
     share = positions.GRAM_SHARE
     try:
         times = [(once(g, a, True), once(g, a, False)) for _ in range(repeats + 2)][2:]

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from reticent.core.update import Layout
-from reticent.privacy.clipping import ClippedGradients, convolutions
+from reticent.privacy.clipping import ClippedGradients, convolutions, positions
 from reticent.privacy.clipping.convolutions import (
+    KERNEL_ORDER,
     convolution_terms,
     convolved,
     input_gradient,
@@ -19,7 +21,12 @@ from reticent.privacy.clipping.convolutions import (
 )
 from reticent.privacy.clipping.ghost import GhostGradients, pooled_first
 from reticent.privacy.clipping.group_norms import normalised
-from reticent.privacy.clipping.terms import Rows
+from reticent.privacy.clipping.positions import Positions
+from reticent.privacy.clipping.terms import Owners, Rows
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def inner(*shape: int) -> torch.Tensor:
@@ -101,6 +108,61 @@ def test_a_convolutions_gradients_do_not_depend_on_how_many_are_made_at_once(
         own = weight.values[i].view(3, 3, channels, 4).permute(3, 2, 0, 1)
         torch.testing.assert_close(own, single[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(bias.values[i], single[1], rtol=1e-4, atol=1e-5)
+
+
+SMALL = {
+    "few places": (lambda: nn.Conv2d(16, 32, 3), (16, 4, 4), True),
+    "one place": (lambda: nn.Conv2d(8, 9, 2, bias=False), (8, 2, 2), True),
+    "strides": (lambda: nn.Conv2d(16, 24, (3, 2), (2, 3), (1, 0)), (16, 3, 4), True),
+    "one channel": (lambda: nn.Conv2d(1, 64, 3), (1, 3, 3), True),
+    "many places": (lambda: nn.Conv2d(8, 9, 2), (8, 6, 5), False),
+}
+
+
+@pytest.mark.parametrize("kind", list(SMALL))
+@pytest.mark.parametrize("at_once", [1, 2**21])
+def test_a_convolution_at_few_places_is_clipped_without_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, kind: str, at_once: int
+) -> None:
+    monkeypatch.setattr(positions, "_AT_ONCE", at_once)
+    make, shape, short = SMALL[kind]
+    torch.manual_seed(0)
+    layer, before = make(), inner(7, *shape)
+    back = inner(*layer(before).shape)
+    single = [
+        torch.autograd.grad(layer(x[None]), layer.weight, g[None])[0].detach()
+        for x, g in zip(before, back, strict=True)
+    ]
+    with torch.no_grad():
+        term = convolution_terms(layer, before, rows_of(back))[0]
+    assert isinstance(term, Positions) == short
+    norms = torch.stack([g.double().square().sum() for g in single])
+    torch.testing.assert_close(term.squares(None), norms, rtol=1e-4, atol=0)
+    assert not short or (term.squares(None) >= norms).all()  # no gradient is taken for shorter
+    kept, factors, owners = torch.tensor([0, 2, 3, 6]), torch.rand(4), Owners((0, 1, 1, 4))
+    total = torch.randn(3, layer.weight.numel() + 2)
+    expected = total.clone()
+    for owner, span in enumerate(owners.spans):
+        for i in range(span.start, span.stop):
+            expected[owner, 1:-1] += factors[i] * single[kept[i]].flatten()
+    term.add_weighted(total[:, 1:-1], kept, factors, owners)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+    assert "rows" not in vars(term)
+    mask = (torch.rand(layer.weight.shape) < 0.5).float()
+    norms = torch.stack([(mask * g).double().square().sum() for g in single])
+    found = term.squares(mask.permute(KERNEL_ORDER).contiguous())
+    torch.testing.assert_close(found, norms, rtol=1e-4, atol=0)
+
+
+def test_clipping_a_large_convolution_takes_less_memory_than_its_gradients() -> None:
+    torch.manual_seed(0)
+    layer, inputs = nn.Conv2d(96, 128, 3), torch.randn(32, 96, 3, 3)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(128, 3))
+    gradients = ClippedGradients(model, Layout.of(model))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        gradients.sum(inputs, torch.arange(32) % 3, cross_entropy, 1.0)
+    largest = max(event.cpu_memory_usage for event in seen.events() or [])
+    assert largest < 4 * 32 * layer.weight.numel() / 4  # all of them written out, and a quarter
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True)])

@@ -55,6 +55,10 @@ MODELS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
             *(nn.Conv2d(3, 2, 1), nn.Flatten(), last(18)),
         ),
     ),
+    "few-places": (
+        IMAGE,
+        lambda: nn.Sequential(nn.Conv2d(2, 24, (7, 6)), nn.ReLU(), nn.Flatten(), last(96)),
+    ),
     "group-norm": (
         IMAGE,
         lambda: nn.Sequential(

@@ -128,6 +128,7 @@ LAYERS: list[Callable[[], nn.Sequential]] = [
     lambda: nn.Sequential(nn.Conv2d(2, 3, (3, 2), (2, 1), (1, 0), bias=False), nn.Flatten()),
     lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding="valid", dilation=2), nn.GELU(), nn.Flatten()),
     lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.MaxPool2d(2), nn.Flatten()),
+    lambda: nn.Sequential(nn.Conv2d(2, 24, (7, 6)), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)),
     lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3, bias=False), nn.Flatten()),
     lambda: nn.Sequential(nn.Flatten(), nn.Linear(112, 9), nn.SiLU(), nn.Linear(9, 4)),
     lambda: nn.Sequential(nn.Flatten(), nn.Linear(112, 8), nn.GroupNorm(2, 8), nn.Linear(8, 4)),

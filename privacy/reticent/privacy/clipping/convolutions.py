@@ -4,7 +4,8 @@ Such a gradient is a matrix product with the columns of the input (Chellapilla e
 performance convolutional neural networks for document processing"). They are laid out place by
 place with the channels innermost, so that they are copied in runs: 4 to 8 times as fast as
 :func:`torch.nn.functional.unfold`; and made a few examples at a time, while they are in the cache.
-Which form is taken depends on shapes alone.
+Where there are few places for the size of the weight, norms come from Gram matrices of the columns
+instead, and no gradient is written out (:mod:`.positions`). Shapes alone decide the form.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .positions import Positions, shorter
 from .terms import Rows, Term
 
 _Pair = tuple[int, int]
@@ -74,15 +76,23 @@ def convolution_terms(layer: nn.Conv2d, before: torch.Tensor, rows: torch.Tensor
         before: Its input ``(n, inputs, height, width)``.
         rows: Gradient of its output, ``(n, places, outputs)``.
     """
+    weight = _weight_term(layer, before, rows)
+    return [weight] if layer.bias is None else [weight, Rows(rows.sum(dim=1))]
+
+
+def _weight_term(layer: nn.Conv2d, before: torch.Tensor, rows: torch.Tensor) -> Term:
     out, inputs, *size = layer.weight.shape
-    values = rows.new_empty(len(rows), layer.weight[0].numel(), out)
+    seen = layer.weight[0].numel()
+    if shorter(rows.shape[1], seen, out):
+        columns, _ = columns_of(layer, before)
+        return Positions(columns, rows, (*size, inputs, out))
+    values = rows.new_empty(len(rows), seen, out)
     step = max(1, _AT_ONCE // (rows.shape[1] * values.shape[1]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         columns, _ = columns_of(layer, before[part])
         torch.bmm(columns.transpose(1, 2), rows[part], out=values[part])
-    weight = Rows(values.flatten(1), (*size, inputs, out))
-    return [weight] if layer.bias is None else [weight, Rows(rows.sum(dim=1))]
+    return Rows(values.flatten(1), (*size, inputs, out))
 
 
 def rows_of(back: torch.Tensor) -> torch.Tensor:

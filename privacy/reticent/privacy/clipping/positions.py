@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from .bounds import LIMIT
-from .terms import Owners, Rows, add_products
+from .terms import Owners, Rows, add_kernels, add_products
 
 GRAM_SHARE = 64
 """Norms come from Gram matrices where this many times positions^2 is at most the weight's size.
@@ -17,8 +17,17 @@ The field's rule, 2 positions^2 < inputs * outputs (Li et al. 2022, "Large langu
 strong differentially private learners", section 4; Bu et al. 2022, "Scalable and efficient training
 of large convolutional neural networks with differential privacy", section 3), counts memory. Here
 time decides: a gradient that is written out serves the norm and the sum, and Gram matrices are
-taken in float64. Measured for 2 to 40 positions and weights of 32x32 to 256x256: level at about 32.
+taken in float64. Measured for 2 to 784 positions and weights of 9x16 to 1152x128: level at about 32
+(``benchmarks/paths.py``).
 """
+
+_AT_ONCE = 2**21
+"""Numbers that are taken in float64 at once: 16 MB."""
+
+
+def shorter(positions: int, inputs: int, outputs: int) -> bool:
+    """Return whether Gram matrices are cheaper than gradients of a weight of these sizes."""
+    return GRAM_SHARE * positions**2 <= inputs * outputs
 
 
 @dataclass(frozen=True)
@@ -33,37 +42,36 @@ class Positions:
     matrices are float64, and what float32 may round off in the sum is added to the norm: at most
     positions + 1 times 2^-24 of the sum of |g_t| |a_t|.
 
+    A convolution's weight is one, too, of which the columns of its input take the part of g, and
+    the gradients of its output that of a.
+
     Attributes:
         back: Gradients of the layer's output, g, float32 ``(n, positions, outputs)``.
         inputs: The layer's input, a, float32 ``(n, positions, inputs)``.
+        shape: Of a convolution's weight, as :class:`~.terms.Rows` has it.
     """
 
     back: torch.Tensor
     inputs: torch.Tensor
+    shape: tuple[int, ...] | None = None
 
     @property
     def short(self) -> bool:
         """Whether Gram matrices are cheaper than the gradients."""
-        positions = self.back.shape[1]
-        return GRAM_SHARE * positions**2 <= self.back.shape[2] * self.inputs.shape[2]
+        return shorter(self.back.shape[1], self.inputs.shape[2], self.back.shape[2])
 
     @cached_property
     def rows(self) -> Rows:
         """The gradients, written out."""
-        return Rows((self.back.transpose(1, 2) @ self.inputs).flatten(1))
+        return Rows((self.back.transpose(1, 2) @ self.inputs).flatten(1), self.shape)
 
     def squares(self, mask: torch.Tensor | None) -> torch.Tensor:
         """See :class:`~.terms.Term`; from Gram matrices, also infinite where a factor is."""
         if mask is not None or not self.short:
             return self.rows.squares(mask)
-        back, inputs = self.back.double(), self.inputs.double()
-        products = (back @ back.transpose(1, 2)) * (inputs @ inputs.transpose(1, 2))
-        # Rounding can leave less than nothing of a sum that is zero.
-        norms = products.sum(dim=(1, 2)).clamp(min=0).sqrt()
-        apart = products.diagonal(dim1=1, dim2=2).sqrt().sum(dim=1)
-        norms += (back.shape[1] + 1) * 2.0**-24 * apart
-        factors = (self.back.abs().amax(dim=(1, 2)), self.inputs.abs().amax(dim=(1, 2)))
-        return torch.where(torch.maximum(*factors) <= LIMIT, norms.square(), torch.inf)
+        step = max(1, _AT_ONCE // (self.back[0].numel() + self.inputs[0].numel()))
+        parts = zip(self.back.split(step), self.inputs.split(step), strict=True)
+        return torch.cat([_squares(back, inputs) for back, inputs in parts])
 
     def add_weighted(
         self,
@@ -79,9 +87,29 @@ class Positions:
         back, inputs = self.back, self.inputs
         if kept is not None:
             back, inputs = back[kept], inputs[kept]
-        back = factors[:, None, None] * back
+        if inputs.shape[2] < back.shape[2]:
+            inputs = factors[:, None, None] * inputs
+        else:
+            back = factors[:, None, None] * back
         places = Owners(tuple(back.shape[1] * end for end in owners.ends))
-        add_products(total, back.flatten(0, 1), inputs.flatten(0, 1), places)
+        if self.shape is None:
+            add_products(total, back.flatten(0, 1), inputs.flatten(0, 1), places)
+            return
+        sums = total.new_zeros(total.shape)
+        add_products(sums, back.flatten(0, 1), inputs.flatten(0, 1), places)
+        add_kernels(total, sums, self.shape)
+
+
+def _squares(back: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Return bounds on the squared norms of some examples, float64 ``(n,)``, from Gram matrices."""
+    g, a = back.double(), inputs.double()
+    products = (g @ g.transpose(1, 2)) * (a @ a.transpose(1, 2))
+    # Rounding can leave less than nothing of a sum that is zero.
+    norms = products.sum(dim=(1, 2)).clamp(min=0).sqrt()
+    apart = products.diagonal(dim1=1, dim2=2).sqrt().sum(dim=1)
+    norms += (g.shape[1] + 1) * 2.0**-24 * apart
+    largest = torch.maximum(back.abs().amax(dim=(1, 2)), inputs.abs().amax(dim=(1, 2)))
+    return torch.where(largest <= LIMIT, norms.square(), torch.inf)
 
 
 @dataclass(frozen=True)

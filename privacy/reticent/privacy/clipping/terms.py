@@ -135,8 +135,19 @@ class Rows:
         if self.shape is None:
             total.addmm_(weights, values)
             return
-        sums = (weights @ values).view(-1, *self.shape).permute(0, 4, 3, 1, 2)
-        total.unflatten(1, sums.shape[1:]).add_(sums)
+        add_kernels(total, weights @ values, self.shape)
+
+
+def add_kernels(total: torch.Tensor, sums: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Add sums of a convolution's gradients to ``total``, in place.
+
+    Args:
+        total: float32 ``(owners, coordinates)``, in the parameter's own order.
+        sums: ``(owners, coordinates)``, in the order of ``shape``.
+        shape: ``(height, width, inputs, outputs)``.
+    """
+    ordered = sums.view(-1, *shape).permute(0, 4, 3, 1, 2)
+    total.unflatten(1, ordered.shape[1:]).add_(ordered)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds until the first round began, seconds of each round, and the final accuracy."""
+    """Seconds until the first round began, seconds of each round, and the final accuracy.
+
+    A round ends where the next one can begin: ours when it is committed to disk.
+    """
 
     start: float
     rounds: list[float]
@@ -115,16 +118,20 @@ def ours(job: Job, engine: str) -> Outcome:
             f"engine.workers={job.workers}",
         ],
     )
-    times: list[float] = []
-    starts: list[float] = []
+    marks: list[float] = []
 
     def progress(metrics: dict[str, Any]) -> None:
-        times.append(metrics["seconds"])
-        starts.append(time.perf_counter() - BEGAN - metrics["seconds"])
+        now = time.perf_counter()
+        marks.extend([now] if marks else [now - metrics["seconds"], now])
 
     with TemporaryDirectory() as folder:
         summary = simulate(plan, Path(folder) / "run", progress=progress).read_summary()
-    return Outcome(starts[0], times, summary["accuracy"]["fp32"])
+    return Outcome(marks[0] - BEGAN, seconds_between(marks), summary["accuracy"]["fp32"])
+
+
+def seconds_between(marks: list[float]) -> list[float]:
+    """Return the seconds of each round from its beginning, and the end of every one."""
+    return [float(seconds) for seconds in np.diff(marks)]
 
 
 def flower(job: Job, train: Callable[[str, Any, work.Examples], Any]) -> Outcome:
@@ -141,7 +148,8 @@ def flower(job: Job, train: Callable[[str, Any, work.Examples], Any]) -> Outcome
 
     class Timed(FedAvg):
         def configure_train(self, *args: Any, **kwargs: Any) -> Any:
-            marks.append(time.perf_counter())
+            if not marks:
+                marks.append(time.perf_counter())
             return super().configure_train(*args, **kwargs)
 
         def aggregate_train(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,8 +190,7 @@ def flower(job: Job, train: Callable[[str, Any, work.Examples], Any]) -> Outcome
     )
     model = work.model_of(kind)
     model.load_state_dict(final[0].to_torch_state_dict())
-    times = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
-    return Outcome(marks[0] - BEGAN, times, work.accuracy(model))
+    return Outcome(marks[0] - BEGAN, seconds_between(marks), work.accuracy(model))
 
 
 def pfl(job: Job, private: bool) -> Outcome:

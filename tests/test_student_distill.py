@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from reticent.compression.distill import (
+    Answers,
     Ensemble,
     Guide,
     Hint,
+    Seen,
     angle_loss,
     distance_loss,
     relation_loss,
@@ -193,6 +195,76 @@ def test_a_guide_adds_the_terms_of_its_kind(kind: str) -> None:
     total = 0.7 * F.cross_entropy(student(inputs), labels)
     total += 0.3 * sum(terms[term]() for term in kind.split("+"))
     torch.testing.assert_close(guide.loss(student, inputs, labels), total)
+
+
+class Asked(nn.Module):
+    """A teacher that remembers how many examples it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.asked = small(norm=False).eval(), 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.asked += len(inputs)
+        return self.layers(inputs)
+
+
+VIEWS = [(), (0, 1), (1, 0), (-1, 2)]
+
+
+def views_of(batches: list[tuple[int, list[int]]]) -> list[tuple[torch.Tensor, Seen]]:
+    """Batches of ten examples, each in one of four views, which change them."""
+    examples = torch.randn((10, 1, 4, 4), generator=torch_generator(0, "examples"))
+    found: list[tuple[torch.Tensor, Seen]] = []
+    for view, chosen in batches:
+        shifted = examples[chosen] + view
+        found.append((shifted, Seen(torch.tensor(chosen), VIEWS[view])))
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(0, 9), min_size=1, unique=True)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_a_teacher_is_asked_once_about_an_example_in_a_view(
+    batches: list[tuple[int, list[int]]],
+) -> None:
+    torch.manual_seed(0)
+    teacher = Asked()
+    answers = Answers(teacher, 2.0, 10)
+    for inputs, seen in views_of(batches):
+        found = answers(inputs, seen)
+        torch.testing.assert_close(found, softened(teacher.layers, inputs, 2.0))
+    assert teacher.asked == len({(view, one) for view, chosen in batches for one in chosen})
+
+
+def test_answers_beyond_the_memory_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    teacher = Asked()
+    monkeypatch.setattr("reticent.compression.distill._MOST_REMEMBERED", 2 * 10 * 4)
+    answers = Answers(teacher, 2.0, 10)
+    for inputs, seen in views_of([(0, [1, 2]), (1, [3]), (2, [4]), (2, [4]), (0, [2]), (1, [3])]):
+        torch.testing.assert_close(answers(inputs, seen), softened(teacher.layers, inputs, 2.0))
+    assert teacher.asked == 5  # the third view's twice
+
+
+def test_a_guide_that_compares_layers_asks_its_teacher_each_time() -> None:
+    torch.manual_seed(0)
+    for kind, asked in (("response", 3), ("response+relation", 6)):
+        teacher, student = Asked(), small()
+        distill = Distill.model_validate({"kind": kind})
+        guide = Guide(teacher, distill, student, torch.ones(1, 1, 4, 4), torch_generator(0), 10)
+        teacher.asked = 0
+        for inputs, seen in views_of([(1, [1, 2, 3]), (1, [3, 2, 1])]):
+            remembered = guide.loss(student, inputs, torch.zeros(3, dtype=torch.int64), seen)
+        count = teacher.asked
+        plain = guide.loss(student, inputs, torch.zeros(3, dtype=torch.int64))
+        torch.testing.assert_close(remembered, plain)
+        assert count == asked
 
 
 def test_a_guide_leaves_no_hooks_and_no_statistics_behind() -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +36,9 @@ _DISTANCE, _ANGLE = 25.0, 50.0
 """Scales of the two relations, 1 to 2, that make them about as large as a cross entropy."""
 
 _TINY = 1e-12
+
+_MOST_REMEMBERED = 2**24
+"""Most numbers of a teacher's answers that are kept: 64 MB."""
 
 
 class Ensemble(nn.Module):
@@ -153,6 +157,52 @@ class Hint(nn.Module):
         return F.mse_loss(guess, teacher.detach())
 
 
+class Seen(NamedTuple):
+    """Which of the public examples a batch shows, and how: alike in all that is equal here.
+
+    Attributes:
+        examples: Positions among the public examples, int64 ``(n,)``.
+        view: By how much they are shifted down and to the right, or ``()``.
+    """
+
+    examples: torch.Tensor
+    view: tuple[int, ...]
+
+
+class Answers:
+    """A teacher's softened answers, each example being asked about once in every view.
+
+    Equal to :func:`softened` of the same inputs up to float32 rounding: those that are asked about
+    for the first time go through the teacher together, and not with the rest of their batch. The
+    same sequence of calls gives the same bits.
+    """
+
+    def __init__(self, teacher: nn.Module, temperature: float, count: int) -> None:
+        """Remember what ``teacher``, in evaluation mode, says of ``count`` examples."""
+        self._teacher, self._temperature, self._count = teacher, temperature, count
+        self._known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, inputs: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """Return the probabilities of the inputs ``(n, *input_shape)``, ``(n, classes)``."""
+        if seen.view not in self._known:
+            first = softened(self._teacher, inputs, self._temperature)
+            if (len(self._known) + 1) * self._count * first.shape[1] <= _MOST_REMEMBERED:
+                known = torch.zeros(self._count, dtype=torch.bool)
+                self._known[seen.view] = first.new_zeros(self._count, first.shape[1]), known
+                self._keep(first, seen)
+            return first
+        answers, known = self._known[seen.view]
+        new = (~known[seen.examples]).nonzero().flatten()
+        if len(new):
+            some = softened(self._teacher, inputs[new], self._temperature)
+            self._keep(some, Seen(seen.examples[new], seen.view))
+        return answers[seen.examples]
+
+    def _keep(self, found: torch.Tensor, seen: Seen) -> None:
+        answers, known = self._known[seen.view]
+        answers[seen.examples], known[seen.examples] = found, True
+
+
 class Guide:
     """The loss of one student that learns from labels and from a teacher, on public data."""
 
@@ -163,6 +213,7 @@ class Guide:
         student: nn.Module,
         example: torch.Tensor,
         generator: torch.Generator,
+        count: int = 0,
     ) -> None:
         """Find the layers to compare, and make the projection that a hint needs.
 
@@ -170,11 +221,13 @@ class Guide:
             teacher: In evaluation mode; it is not changed.
             example: Any input, ``(1, *input_shape)``; shows the shapes of the layers.
             generator: Draws the projection.
+            count: Of the public examples, to which batches that say what they show refer.
 
         Raises:
             PlanError: If the kind compares hidden layers and a model has none.
         """
         self._teacher, self._distill = teacher, distill
+        self._answers = Answers(teacher, distill.temperature, count)
         self._hint: Hint | None = None
         self._layers = ("", "")
         if "feature" in distill.terms or "relation" in distill.terms:
@@ -197,20 +250,33 @@ class Guide:
         """What must be on the device of the inputs: the teacher, and the projection."""
         return [self._teacher] if self._hint is None else [self._teacher, self._hint]
 
-    def loss(self, student: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of a batch of inputs ``(n, *input_shape)`` and labels ``(n,)``."""
+    def loss(
+        self,
+        student: nn.Module,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        seen: Seen | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a batch of inputs ``(n, *input_shape)`` and labels ``(n,)``.
+
+        Where the batch says what it shows, and no hidden layers are compared, the teacher is not
+        asked again about what it was asked before.
+        """
         distill = self._distill
-        with _watched(student, self._layers[0]) as seen:
+        with _watched(student, self._layers[0]) as own:
             logits = student(inputs)
         hard = F.cross_entropy(logits, labels)
-        with _watched(self._teacher, self._layers[1]) as shown:
-            target = softened(self._teacher, inputs, distill.temperature)
+        if seen is not None and not self._layers[1]:
+            target, shown = self._answers(inputs, seen), []
+        else:
+            with _watched(self._teacher, self._layers[1]) as shown:
+                target = softened(self._teacher, inputs, distill.temperature)
         terms: list[torch.Tensor] = []
         if "response" in distill.terms:
             terms.append(response_loss(logits, target, distill.temperature))
         if self._layers[0]:
             compare = relation_loss if self._hint is None else self._hint
-            terms.append(compare(seen[-1], shown[-1]))
+            terms.append(compare(own[-1], shown[-1]))
         return (1 - distill.weight) * hard + distill.weight * torch.stack(terms).sum()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reticent.compression.distill import Guide, softened
+from reticent.compression.distill import Guide, Seen, softened
 from reticent.core.plan import Distill
 from reticent.core.seeds import numpy_generator, torch_generator
 from reticent.core.tasks import Examples
@@ -52,7 +52,7 @@ def train_public(
     guide = None
     if teacher is not None and distill is not None and distill.terms:
         draws = torch_generator(seed, "public", name, "projection")
-        guide = Guide(teacher, distill, model, examples.inputs[:1], draws)
+        guide = Guide(teacher, distill, model, examples.inputs[:1], draws, len(examples.labels))
     others, beside = (guide.parameters, guide.modules) if guide else ((), ())
     steps = steps_of(examples, epochs)
     first, last = (steps * epoch // epochs for epoch in span or (0, epochs))
@@ -60,12 +60,12 @@ def train_public(
         moved(means.device, *beside),
         learning(model, learning_rate, steps, means, first, others) as (runs, step),
     ):
-        for batch in batches(examples, last - first, seed, name):
-            inputs, labels = (part.to(means.device) for part in batch)
+        for inputs, labels, seen in shown(examples, last - first, seed, name):
+            inputs, labels = inputs.to(means.device), labels.to(means.device)
             if guide is None:
                 step(F.cross_entropy(runs(inputs), labels))
             else:
-                step(guide.loss(runs, inputs, labels))
+                step(guide.loss(runs, inputs, labels, seen))
     return model
 
 
@@ -79,17 +79,26 @@ def batches(
     examples: Examples, steps: int, seed: int, name: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ``steps`` random batches; images are shifted by up to two pixels at random."""
+    return ((inputs, labels) for inputs, labels, _ in shown(examples, steps, seed, name))
+
+
+def shown(
+    examples: Examples, steps: int, seed: int, name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Seen]]:
+    """Yield :func:`batches`, each with what it shows."""
     generator = numpy_generator(seed, "public", name)
     count = len(examples.labels)
     for _ in range(steps):
         chosen = torch.from_numpy(generator.choice(count, min(_BATCH, count), replace=False))
         inputs, labels = examples.inputs[chosen], examples.labels[chosen]
+        view: tuple[int, ...] = ()
         if inputs.ndim == 4:
-            inputs = _shift(inputs, generator.integers(-_SHIFT, _SHIFT + 1, 2).tolist())
-        yield inputs, labels
+            view = tuple(generator.integers(-_SHIFT, _SHIFT + 1, 2).tolist())
+            inputs = _shift(inputs, view)
+        yield inputs, labels, Seen(chosen, view)
 
 
-def _shift(images: torch.Tensor, by: list[int]) -> torch.Tensor:
+def _shift(images: torch.Tensor, by: tuple[int, ...]) -> torch.Tensor:
     """Shift ``(n, c, h, w)`` images by ``by`` pixels, repeating the edge."""
     down, right = by
     height, width = images.shape[2:]

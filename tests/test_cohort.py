@@ -32,7 +32,7 @@ from reticent.simulations.devices import devices_for
 from reticent.simulations.grid import enter_task, node_of
 from reticent.simulations.workers import BLOCK, Site
 
-CLIENTS, CLASSES, SHAPE = 20, 3, (1, 8, 8)
+CLIENTS, CLASSES, SHAPE = 32, 3, (1, 8, 8)
 EMPTY, MISSING, BROKEN = 3, 5, 11
 
 

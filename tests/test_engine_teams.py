@@ -27,11 +27,11 @@ from reticent.simulations.workers import WINDOW
 
 SMALL = [
     "task.name=digits",
-    "task.clients=42",
+    "task.clients=62",
     "task.public_examples=200",
     "teacher.epochs=1",
     "student.epochs=1",
-    "federation.clients_per_round=32",
+    "federation.clients_per_round=52",
     "federation.rounds=3",
     "federation.eval_every=1",
     "federation.sampling_rate=0.3",
@@ -131,7 +131,7 @@ def test_a_team_gives_the_model_figures_and_charges_of_one_process(
 def test_refusals_reach_the_round_from_a_team_as_from_one_process(
     tmp_path: Path, team_of: Callable[..., None]
 ) -> None:
-    plan = plan_of("privacy.budget=7.0", "federation.retries=1", "federation.min_replies=32")
+    plan = plan_of("privacy.budget=7.0", "federation.retries=1", "federation.min_replies=52")
     found = []
     for name in ("one", "many"):
         with pytest.raises(NetworkError, match="the privacy budget of the device") as caught:

@@ -52,6 +52,13 @@ def test_a_round_is_that_of_an_event_by_event_simulation(case: str) -> None:
     assert seen >= expected.get(case, set())
 
 
+def test_a_round_that_asks_nobody_lasts_until_the_deadline() -> None:
+    fleet = fleet_of(plan_of(50, 5, "federation.timeout=12", "federation.sampling=poisson"))
+    found = fleet.ask(1, 0, [], 1000.0, 0)
+    assert found == by_events(fleet, 1, [], 1000.0, 0)
+    assert found.ends == 1012.0 and found.energy == 0 == found.bytes_down
+
+
 def test_who_is_lost_before_training_begins_is_not_charged_and_who_after_is() -> None:
     fleet = fleet_of(plan_of(400, 400, "fleet.step_seconds=2", "fleet.runtime_memory=0"))
     found = fleet.ask(1, 0, [node_of(c) for c in range(400)], 0.0, 400)

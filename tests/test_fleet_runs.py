@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,31 @@ def shown_of(run: Run) -> list[Any]:
     point, listed = Point((), run.plan().seed, run.plan()), describe(run.folder)
     pages = (render_html(data), render_md(data))
     return [data, *pages, compare(data, data), figures_of(run, point).values, listed]
+
+
+@pytest.mark.parametrize("kind", ["file", "diurnal"])
+def test_a_poisson_run_waits_for_its_devices_and_takes_the_time_of_its_price(
+    kind: str, tmp_path: Path
+) -> None:
+    away = 'fleet.availability={kind="diurnal",low=0.0,high=0.05,zones=1,peak=12}'
+    if kind == "file":
+        (tmp_path / "late.csv").write_text("".join(f"{c},1000,1e6\n" for c in range(24)))
+        away = f'fleet.availability={{kind="file",path="{tmp_path / "late.csv"}"}}'
+    plan = secret("privacy.secret_cohort=false", "federation.rounds=12", away)
+    price = explain_plan(plan)["fleet"]
+    run = simulate(plan, tmp_path / "run")
+    lines, fleet = run.read_metrics(), run.read_summary()["fleet"]
+    # Sizes differ a little from the run's.
+    for key in ("seconds", "energy", "bytes_up", "bytes_down"):
+        assert price[key] == pytest.approx(fleet[key], rel=0.02)
+    assert price["dropped"] == fleet["dropped"]
+    assert price["charged_unused"] == fleet["charged_unused"]
+    assert sum(m["replies"] for m in lines) > 0 and lines[0]["virtual"]["time"] > 1000
+    times = [m["virtual"]["time"] for m in lines]
+    assert all(later > now for now, later in pairwise(times))
+    empty = [m for m in lines if m["asked"] == 0]
+    if kind == "diurnal":
+        assert empty and all(m["virtual"]["seconds"] >= 600 for m in empty)
 
 
 def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(

@@ -148,9 +148,10 @@ def test_a_fleet_that_cannot_be_is_refused(override: str, words: list[str]) -> N
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_ray_cannot_play_a_fleet() -> None:
-    with pytest.raises(PlanError, match=r'engine\.kind="ray"'):
-        plan_of(10, 5, "engine.kind=ray")
+def test_only_engines_whose_nodes_are_the_devices_play_a_fleet() -> None:
+    assert plan_of(10, 5, "engine.kind=ray").engine.kind == "ray"
+    with pytest.raises(PlanError, match=r'engine\.kind="flower-ray": must be "inprocess" or "ray"'):
+        plan_of(10, 5, "engine.kind=flower-ray")
 
 
 def test_a_plan_without_a_fleet_keeps_the_digest_that_it_had() -> None:

@@ -188,6 +188,18 @@ def cohort_in_time(
             raise _nobody_comes(sampler.plan, number, len(chosen))
 
 
+def asked_first(plan: Plan, number: int, cohort: Sequence[int]) -> list[int]:
+    """Return a cohort in the order it is asked in.
+
+    Where a round closes early and replies come in that order, or at once by a virtual clock, nobody
+    must be left out more often than others.
+    """
+    if plan.federation.enough is None:
+        return list(cohort)
+    order = numpy_generator(plan.seed, "first", number).permutation(len(cohort))
+    return [cohort[i] for i in order]
+
+
 def _anybody(fleet: Fleet, nodes: Sequence[int], time: float) -> bool:
     """Return whether any of ``nodes`` is available; a few are looked up before the others."""
     first, size = 0, _FEW

@@ -21,7 +21,7 @@ import pytest
 from interrupts import heeds_ctrl_c
 from rich.console import Console
 
-from reticent.cli.dashboard import Board, frame_of, progress_for, sparkline
+from reticent.cli.dashboard import Board, Dashboard, frame_of, progress_for, sparkline
 from reticent.cli.output import Progress
 from reticent.core.plan import parse_plan
 
@@ -80,6 +80,30 @@ def test_a_frame_is_never_wider_than_the_terminal_and_always_as_high(width: int)
     lines = drawn(frame_of(board(), 5.0, width), width)
     assert len(lines) == 5 and all(len(line) <= width for line in lines)
     assert any("3/10" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_a_frame_says_what_time_it_is_on_the_fleet(width: int) -> None:
+    made = Board(10, 8.0, True, fleet=0.0)
+    before = drawn(frame_of(made, 5.0, width), width)
+    made.add(metrics(1, virtual={"time": 610.0}))
+    made.add(metrics(2, virtual={"time": 1010.0}))
+    after = drawn(frame_of(made, 5.0, width), width)
+    assert len(before) == len(after) == 6
+    assert after[-1].split() == ["fleet", "16", "min", "50", "s"]
+    assert not any("fleet" in line for line in drawn(frame_of(board(), 5.0, width), width))
+
+
+def test_the_dashboard_of_a_plan_with_a_fleet_shows_its_time_from_the_committed_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    plan = parse_plan("", ["fleet.jitter=0.0", "federation.rounds=2"])
+    shown = Dashboard(plan, [metrics(1, virtual={"time": 610.0})])
+    shown.round(metrics(2, virtual={"time": 1010.0}))
+    shown.clear()
+    assert "16 min 50 s" in out.getvalue()
 
 
 def test_what_is_not_known_is_said_to_be_so() -> None:

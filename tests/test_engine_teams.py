@@ -210,6 +210,24 @@ def test_auto_is_one_worker_a_core_and_none_without_a_block() -> None:
     assert worker_count(plan_of("engine.workers=7"), 2) == 7
 
 
+@pytest.mark.parametrize("engine", [["engine.workers=2"], ["engine.kind=ray"]])
+def test_no_workers_start_for_a_run_that_takes_the_first_replies(
+    engine: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their order is that of one process; a fleet's clock knows who is first without it."""
+    first = ["federation.enough=30", "federation.min_replies=29"]
+    one = simulate(plan_of(*first), tmp_path / "one")
+    monkeypatch.setattr("reticent.simulations.simulate.Processes", None)
+    monkeypatch.setattr("reticent.simulations.ray_engine.RayTeam", None)
+    said: list[str] = []
+    many = simulate(plan_of(*first, *engine), tmp_path / "many", say=said.append)
+    assert many.read_summary()["model"] == one.read_summary()["model"]
+    assert figures(many) == figures(one)
+    assert any("trained in this process: federation.enough" in line for line in said)
+    assert worker_count(plan_of(*first, "engine.workers=3"), 4) == 1
+    assert worker_count(plan_of(*first, "engine.workers=3", "fleet.jitter=0.0"), 4) == 3
+
+
 def grown(monkeypatch: pytest.MonkeyPatch, start: float, cores: int = 2) -> list[GrowingTeam]:
     """Make runs see ``cores``, and saving ``start`` seconds enough; return the teams they get."""
     monkeypatch.setattr("reticent.simulations.growing.START", start)

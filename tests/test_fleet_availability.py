@@ -11,12 +11,13 @@ import pytest
 from fleets import fleet_of, plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from reticent.core.errors import DataError, NetworkError
 from reticent.core.fleet import Availability
 from reticent.privacy.randomness import SeededRandomness
-from reticent.server.fleet import LEFT
+from reticent.server.fleet import LEFT, Fleet
 from reticent.server.sampling import Sampler, cohort_in_time
 from reticent.simulations.fleet.availability import Diurnal, Trace
 from reticent.simulations.fleet.traces import read_trace
@@ -237,3 +238,40 @@ def test_a_round_waits_in_virtual_time_until_enough_are_there(tmp_path: Path) ->
     assert (chosen, now) == ([2, 3, 4, 5, 6], 4000.0)
     with pytest.raises(NetworkError, match="are available on the fleet"):
         cohort_in_time(sampler, 1, nodes, {}, fleet, 2e6)
+
+
+LATE_COMERS = "".join(f"{c},1000,1e6\n" for c in range(10))
+
+
+def test_a_poisson_round_waits_while_nobody_at_all_is_there_and_draws_as_without_waiting(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "t.csv").write_text(LATE_COMERS)
+    path = f'fleet.availability={{kind="file",path="{tmp_path / "t.csv"}"}}'
+    plan = plan_of(10, 2, path, "federation.sampling=poisson")
+    fleet, sampler = fleet_of(plan), Sampler(plan, SeededRandomness(0), "run")
+    nodes, sizes = range(2, 12), set[int]()
+    for number in range(1, 41):
+        found = cohort_in_time(sampler, number, nodes, {}, fleet, 3.0)
+        drawn = sampler.cohort(number, nodes, {})
+        assert found == (drawn, 1000.0)  # an empty draw stays empty
+        assert cohort_in_time(sampler, number, nodes, {}, fleet, 1500.0) == (drawn, 1500.0)
+        sizes.add(len(drawn))
+    assert 0 in sizes and len(sizes) > 2
+    with pytest.raises(NetworkError, match="round 1: none of 10 clients is available"):
+        cohort_in_time(sampler, 1, nodes, {}, fleet, 2e6)
+
+
+def test_of_a_million_few_are_looked_up_for_an_empty_poisson_cohort() -> None:
+    plan = plan_of(1_000_000, 1, "fleet.availability.kind=diurnal", "federation.sampling=poisson")
+    fleet, sampler = fleet_of(plan), Sampler(plan, SeededRandomness(0), "run")
+    looked: list[int] = []
+
+    class Counted(Fleet):
+        def available(self, nodes: NDArray[np.int64], time: float) -> NDArray[np.bool_]:
+            looked.append(len(nodes))
+            return fleet.available(nodes, time)
+
+    for number in range(1, 21):
+        cohort_in_time(sampler, number, range(2, 1_000_002), {}, Counted(), 0.0)
+    assert 20 <= sum(looked) < 20_000 and max(looked) > 200

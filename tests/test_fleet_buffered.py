@@ -212,6 +212,10 @@ def test_shares_are_sized_for_the_fewest_updates_of_a_buffer() -> None:
             ["federation.local.scaffold=true"],
             r"local\.scaffold=true: must be false with federation\.buffered: .* newer than it",
         ),
+        (
+            ["federation.enough=5"],
+            r"federation\.enough=5: must be absent with federation\.buffered",
+        ),
         (["federation.buffered.concurrency=51"], "at most task.clients=50"),
         (['updates.delta=["int4"]', "federation.clients_per_round=40"], "different models"),
         (

@@ -52,6 +52,13 @@ def test_a_round_is_that_of_an_event_by_event_simulation(case: str) -> None:
     assert seen >= expected.get(case, set())
 
 
+def test_a_round_that_asks_nobody_lasts_until_the_deadline() -> None:
+    fleet = fleet_of(plan_of(50, 5, "federation.timeout=12", "federation.sampling=poisson"))
+    found = fleet.ask(1, 0, [], 1000.0, 0)
+    assert found == by_events(fleet, 1, [], 1000.0, 0)
+    assert found.ends == 1012.0 and found.energy == 0 == found.bytes_down
+
+
 def test_who_is_lost_before_training_begins_is_not_charged_and_who_after_is() -> None:
     fleet = fleet_of(plan_of(400, 400, "fleet.step_seconds=2", "fleet.runtime_memory=0"))
     found = fleet.ask(1, 0, [node_of(c) for c in range(400)], 0.0, 400)
@@ -141,9 +148,10 @@ def test_a_fleet_that_cannot_be_is_refused(override: str, words: list[str]) -> N
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_ray_cannot_play_a_fleet() -> None:
-    with pytest.raises(PlanError, match=r'engine\.kind="ray"'):
-        plan_of(10, 5, "engine.kind=ray")
+def test_only_engines_whose_nodes_are_the_devices_play_a_fleet() -> None:
+    assert plan_of(10, 5, "engine.kind=ray").engine.kind == "ray"
+    with pytest.raises(PlanError, match=r'engine\.kind="flower-ray": must be "inprocess" or "ray"'):
+        plan_of(10, 5, "engine.kind=flower-ray")
 
 
 def test_a_plan_without_a_fleet_keeps_the_digest_that_it_had() -> None:

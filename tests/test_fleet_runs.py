@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from reticent.privacy.report import (
 from reticent.privacy.schedule import schedule_for
 from reticent.server.app import Settings, run_federation
 from reticent.server.buffered import BufferedAveraging
+from reticent.server.fleet import SURPLUS
 from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.strategy import PrivateAveraging
 from reticent.simulations.audit import audit_plan
@@ -62,6 +64,7 @@ SMALL = [
     'fleet.classes=[{kind="phone",dropout=0.3},{kind="pi4",memory=1e8,share=0.2}]',
 ]
 BUFFERED = ["federation.buffered.concurrency=10", "federation.buffered.max_staleness=3"]
+TWO = parse_plan("", ["engine.workers=2"]).engine
 ALIKE = ['fleet.classes=[{kind="pi5",dropout=0.0}]', "fleet.spread=0.0", "fleet.jitter=0.0"]
 
 
@@ -365,6 +368,31 @@ def shown_of(run: Run) -> list[Any]:
     return [data, *pages, compare(data, data), figures_of(run, point).values, listed]
 
 
+@pytest.mark.parametrize("kind", ["file", "diurnal"])
+def test_a_poisson_run_waits_for_its_devices_and_takes_the_time_of_its_price(
+    kind: str, tmp_path: Path
+) -> None:
+    away = 'fleet.availability={kind="diurnal",low=0.0,high=0.05,zones=1,peak=12}'
+    if kind == "file":
+        (tmp_path / "late.csv").write_text("".join(f"{c},1000,1e6\n" for c in range(24)))
+        away = f'fleet.availability={{kind="file",path="{tmp_path / "late.csv"}"}}'
+    plan = secret("privacy.secret_cohort=false", "federation.rounds=12", away)
+    price = explain_plan(plan)["fleet"]
+    run = simulate(plan, tmp_path / "run")
+    lines, fleet = run.read_metrics(), run.read_summary()["fleet"]
+    # Sizes differ a little from the run's.
+    for key in ("seconds", "energy", "bytes_up", "bytes_down"):
+        assert price[key] == pytest.approx(fleet[key], rel=0.02)
+    assert price["dropped"] == fleet["dropped"]
+    assert price["charged_unused"] == fleet["charged_unused"]
+    assert sum(m["replies"] for m in lines) > 0 and lines[0]["virtual"]["time"] > 1000
+    times = [m["virtual"]["time"] for m in lines]
+    assert all(later > now for now, later in pairwise(times))
+    empty = [m for m in lines if m["asked"] == 0]
+    if kind == "diurnal":
+        assert empty and all(m["virtual"]["seconds"] >= 600 for m in empty)
+
+
 def test_a_poisson_cohort_that_is_not_secret_is_reported_without_amplification(
     tmp_path: Path,
 ) -> None:
@@ -487,6 +515,67 @@ def test_charges_are_those_that_were_used_and_those_in_vain_when_budgets_end(
     assert any("budget" in reason for m in lines for reason in m["dropped"])
     used = sum(m["replies"] + m["virtual"]["charged_unused"] for m in lines)
     assert charges_of(run) == used
+
+
+EARLY = ["federation.min_replies=2", "privacy.trust=local", "federation.retries=9"]
+LOSSY = ['fleet.classes=[{kind="phone",dropout=0.3}]', "federation.timeout=40"]
+LONG = ["fleet.startup=0.0", "fleet.step_seconds=5.0"]
+
+
+def test_of_a_fleet_the_first_enough_replies_by_its_clock_are_used() -> None:
+    """Asking 6 for enough=3 is asking 6 for 3 by over-selection, retries included."""
+    ends: list[tuple[bytes, list[Any]]] = []
+    for cohort, more in (
+        (6, ["federation.enough=3"]),
+        (3, ["fleet.over_selection=2.0"]),
+    ):
+        plan = plan_of(24, cohort, 8, *EARLY, *LOSSY, *LONG, *more)
+        federation = scripted(plan)
+        fleet, now = fleet_for(plan, 36, (200, 200), granting), 0.0
+        federation.run()
+        for number, tally in enumerate(federation.tallies, 1):
+            trips = fleet.trips(np.array(tally.devices) - node_of(0), now, (number, 0))
+            answers = np.where(np.isinf(trips.lost), trips.finish, np.inf)
+            third = np.sort(answers)[2]
+            virtual = tally.virtual
+            assert virtual is not None
+            if third < now + 40:
+                first = {tally.devices[i] for i in np.flatnonzero(answers <= third)}
+                assert tally.accepted == first and virtual.ends == third
+                assert virtual.unused == sum(trips.charged(third)) - 3 > 0
+            now = virtual.ends
+        # Energies are sums in the order of asking, which differs.
+        virtual = [replace(t.virtual, energy=0.0) for t in federation.tallies if t.virtual]
+        figures = [[t.accepted, t.devices, t.dropped] for t in federation.tallies] + virtual
+        ends.append((federation.states[-1].weights.tobytes(), figures))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("devices", [[], ALIKE], ids=["different", "alike"])
+def test_a_run_on_a_fleet_that_closes_early_has_its_price_with_any_number_of_workers(
+    devices: list[str], tmp_path: Path
+) -> None:
+    early = ["federation.enough=4", "federation.sampling=fixed", "privacy.trust=local"]
+    plan = small(*early, *LONG, *devices)
+    price = explain_plan(plan)["fleet"]
+    one = simulate(plan, tmp_path / "one")
+    two = simulate(plan.model_copy(update={"engine": TWO}), tmp_path / "two")
+    fleet, lines = one.read_summary()["fleet"], one.read_metrics()
+    assert price["seconds"] == pytest.approx(fleet["seconds"], rel=1e-3)
+    assert price["charged_unused"] == fleet["charged_unused"] > 0
+    assert price["dropped"] == fleet["dropped"] and fleet["dropped"][SURPLUS] > 0
+    assert all(m["replies"] == 4 for m in lines)
+    assert charges_of(one) == 4 * len(lines) + fleet["charged_unused"]
+    assert two.read_summary()["model"] == one.read_summary()["model"]
+    assert two.read_summary()["fleet"] == fleet
+
+
+def test_of_replies_that_come_at_once_those_of_low_numbers_are_not_preferred() -> None:
+    plan = plan_of(6, 6, 30, *EARLY, *ALIKE, "federation.enough=2")
+    federation = scripted(plan)
+    federation.run()
+    used = Counter(node for tally in federation.tallies for node in tally.accepted)
+    assert sum(used.values()) == 60 and set(used) == set(range(2, 8))
 
 
 @pytest.mark.parametrize("control", [False, True])

@@ -16,6 +16,7 @@ import pytest
 from reticent.core.errors import NetworkError
 from reticent.core.plan import parse_plan
 from reticent.core.run import Run
+from reticent.privacy.ledger import Ledger
 from reticent.simulations.simulate import simulate
 
 pytestmark = [
@@ -48,6 +49,41 @@ def test_a_ray_engine_gives_the_model_of_the_in_process_engine(kind: str, tmp_pa
     there = simulate(parse_plan("", [*SMALL, f"engine.kind={kind}"]), tmp_path / "ray")
     assert there.read_summary()["model"] == here.read_summary()["model"]
     assert len(there.read_metrics()) == 2
+
+
+FLEET = [
+    "task.clients=24",
+    "federation.clients_per_round=10",
+    "federation.min_replies=4",
+    "federation.rounds=3",
+    "federation.timeout=40",
+    "fleet.over_selection=1.5",
+    'fleet.classes=[{kind="phone",dropout=0.3},{kind="pi4"}]',
+]
+FLEETS = {
+    "synchronous": ["federation.sampling=fixed", 'fleet.availability={kind="diurnal",high=0.9}'],
+    "buffered": ["federation.buffered.concurrency=16", "federation.buffered.max_staleness=3"],
+}
+
+
+@pytest.mark.parametrize("kind", FLEETS)
+def test_a_fleet_on_ray_gives_the_run_of_the_in_process_engine(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    plan = [*SMALL, *FLEET, *FLEETS[kind]]
+    here = simulate(parse_plan("", plan), tmp_path / "inprocess")
+    ray = ["engine.kind=ray", "engine.workers=2"]
+    there = simulate(parse_plan("", [*plan, *ray]), tmp_path / "ray")
+    for key in ("model", "fleet"):
+        assert there.read_summary()[key] == here.read_summary()[key]
+    lost = [sum(m["dropped"].values()) for m in here.read_metrics()]
+    assert sum(lost) > 0
+    for mine, theirs in zip(there.read_metrics(), here.read_metrics(), strict=True):
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+    charges: list[list[tuple[tuple[str, ...], float]]] = []
+    for run in (here, there):
+        with Ledger.open(run.ledger) as ledger:
+            charges.append([(row.devices, row.epsilon) for row in ledger.summary(1e-5)])
+    assert charges[0] == charges[1]
 
 
 @pytest.mark.parametrize("kind", ["ray", "flower-ray"])

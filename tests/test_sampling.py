@@ -228,6 +228,10 @@ def test_a_secret_that_is_none_is_refused(overrides: list[str], words: str) -> N
     [
         (["federation.sampling=poisson", "privacy.unit=example"], "sized for a number of replies"),
         (["federation.limit=2"], "must be absent when sampling"),
+        (
+            ["federation.sampling=poisson", "federation.enough=20", "privacy=off"],
+            r'federation\.enough=20: must be absent when federation\.sampling is "poisson"',
+        ),
         (["federation.sampling=fixed", "federation.window=2"], "no effect without limit"),
         (["federation.sampling=fixed", "federation.limit=2"], "at most window=1"),
         (

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from reticent.core.plan import Plan
 
-from .output import Progress, epsilon_text, human_bytes
+from .output import Progress, epsilon_text, human_bytes, human_time
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LABELS = 9  # width of the column of names
@@ -56,6 +56,7 @@ class Board:
         down: Ditto of models and constants.
         replies: Of the last round.
         dropped: Ditto.
+        fleet: Virtual time of a simulated fleet, seconds; None without one.
     """
 
     rounds: int
@@ -68,6 +69,7 @@ class Board:
     down: int = 0
     replies: int = 0
     dropped: int = 0
+    fleet: float | None = None
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def add(self, metrics: dict[str, Any]) -> None:
@@ -77,6 +79,8 @@ class Board:
         self.down += metrics["bytes_down"] + metrics["bytes_constants"]
         self.replies, self.dropped = metrics["replies"], sum(metrics["dropped"].values())
         self._recent.append((metrics["replies"], metrics["seconds"]))
+        if "virtual" in metrics:
+            self.fleet = metrics["virtual"]["time"]
         if metrics["accuracy"] is not None:
             self.accuracies.append(metrics["accuracy"])
             self.epsilon = metrics["epsilon"]
@@ -103,7 +107,8 @@ class Dashboard:
         self._live: Live | None = None
         self._drawn = 0.0
         target = None if private is None else private.epsilon
-        self._board = Board(plan.federation.rounds, target, private is not None)
+        fleet = None if plan.fleet is None else 0.0
+        self._board = Board(plan.federation.rounds, target, private is not None, fleet=fleet)
         for metrics in before:
             self._board.add(metrics)
         self._first: tuple[int, float] | None = None
@@ -153,13 +158,15 @@ def frame_of(board: Board, left: float, width: int) -> Table:
     table.add_column(style="bold", width=_LABELS, no_wrap=True)
     table.add_column(no_wrap=True, overflow="crop")
     bar = 0 if slim else max(10, min(40, width - 40))
-    rows = (
+    rows = [
         ("round", _rounds(board, left, bar)),
         ("accuracy", _accuracy(board, slim, width)),
         ("ε", _epsilon(board, bar)),
         ("bytes", Text(f"{human_bytes(board.up)} up, {human_bytes(board.down)} down")),
         ("clients", Text(_clients(board))),
-    )
+    ]
+    if board.fleet is not None:
+        rows.append(("fleet", Text(human_time(board.fleet))))
     for name, value in rows:
         table.add_row(name, value)
     return table

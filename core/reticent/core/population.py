@@ -64,10 +64,10 @@ def _check_fleet(plan: Plan) -> None:
     fleet, f = plan.fleet, plan.federation
     if fleet is None:
         return
-    if plan.engine.kind == "ray":
+    if plan.engine.kind == "flower-ray":
         raise ValueError(
-            'engine.kind="ray": must be "inprocess" with a fleet: Flower gives nodes new ids in '
-            "each run, and a device is known by its id"
+            'engine.kind="flower-ray": must be "inprocess" or "ray" with a fleet: Flower gives '
+            "nodes ids of its own, anew in each run, and a device is known by its id"
         )
     if f.sampling == "poisson" and fleet.over_selection != 1:
         raise ValueError(

@@ -34,7 +34,7 @@ from .fleet import Fleet
 LONGEST_WAIT = 14 * 86_400.0
 """Seconds of virtual time that a run waits for devices that are away."""
 
-_MANY = 1 << 14
+_FEW, _MANY = 256, 1 << 14
 
 Nodes = NDArray[np.int64]
 Admits = Callable[[Nodes], NDArray[np.bool_]]
@@ -167,6 +167,10 @@ def cohort_in_time(
 ) -> tuple[list[int], float]:
     """Return who is asked in round ``number``, and when: on a fleet, once enough are available.
 
+    A Poisson cohort may be empty. The clock moves on for it while nobody of the whole population
+    is available, which no coin decides: to wait for a cohort that is not empty would make its
+    members likelier than their coins.
+
     Raises:
         NetworkError: If too few may be asked, on a fleet also after two weeks of virtual time.
     """
@@ -175,18 +179,53 @@ def cohort_in_time(
         at = now
         admits = None if fleet is None else lambda some, at=at: fleet.available(some, at)
         chosen = sampler.cohort(number, nodes, asked, admits)
-        if len(chosen) >= federation.quorum:
+        # Whoever was chosen is there, so the population is looked at for empty cohorts only.
+        waits = fleet is not None and not chosen and not _anybody(fleet, nodes, now)
+        if len(chosen) >= federation.quorum and not waits:
             return chosen, now
         now = math.inf if fleet is None else fleet.next_change(now)
         if now - start > LONGEST_WAIT:
-            also = "" if fleet is None else ", and are available on the fleet"
-            if federation.limit is not None:
-                also = f" and in {federation.limit} of any {federation.window}{also}"
-            raise NetworkError(
-                f"round {number}: {len(chosen)} connected clients have been asked in fewer than "
-                f"the {participations(sampler.plan)} rounds that the plan's privacy target allows "
-                f"each{also}; {federation.quorum} are needed"
-            )
+            raise _nobody_comes(sampler.plan, number, len(chosen))
+
+
+def asked_first(plan: Plan, number: int, cohort: Sequence[int]) -> list[int]:
+    """Return a cohort in the order it is asked in.
+
+    Where a round closes early and replies come in that order, or at once by a virtual clock, nobody
+    must be left out more often than others.
+    """
+    if plan.federation.enough is None:
+        return list(cohort)
+    order = numpy_generator(plan.seed, "first", number).permutation(len(cohort))
+    return [cohort[i] for i in order]
+
+
+def _anybody(fleet: Fleet, nodes: Sequence[int], time: float) -> bool:
+    """Return whether any of ``nodes`` is available; a few are looked up before the others."""
+    first, size = 0, _FEW
+    while first < len(nodes):
+        last = min(first + size, len(nodes))
+        if fleet.available(_at(nodes, np.arange(first, last)), time).any():
+            return True
+        first, size = last, _MANY
+    return False
+
+
+def _nobody_comes(plan: Plan, number: int, chosen: int) -> NetworkError:
+    federation = plan.federation
+    if federation.quorum == 0:
+        return NetworkError(
+            f"round {number}: none of {plan.task.clients} clients is available on the fleet, now "
+            f"or within {LONGEST_WAIT / 86_400:g} days of virtual time (fleet.availability)"
+        )
+    also = "" if plan.fleet is None else ", and are available on the fleet"
+    if federation.limit is not None:
+        also = f" and in {federation.limit} of any {federation.window}{also}"
+    return NetworkError(
+        f"round {number}: {chosen} connected clients have been asked in fewer than "
+        f"the {participations(plan)} rounds that the plan's privacy target allows "
+        f"each{also}; {federation.quorum} are needed"
+    )
 
 
 def _at(nodes: Sequence[int], positions: Nodes) -> Nodes:

@@ -16,7 +16,6 @@ from reticent.compression.codec import Codec, build_codec
 from reticent.core.errors import PayloadError, PlanError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order
-from reticent.core.seeds import numpy_generator
 from reticent.core.update import Vector
 from reticent.privacy.schedule import participations
 
@@ -31,7 +30,7 @@ from .optimizer import Floats, ServerState, apply_round
 from .records import Shared, packed, payload_of
 from .robust import combined, needs_all
 from .rounds import RoundPlan, Tally, farthest, too_few
-from .sampling import Sampler, cohort_in_time
+from .sampling import Sampler, asked_first, cohort_in_time
 from .waiting import wait_for_nodes, wait_for_return
 
 Committed = Callable[[ServerState, Tally, float], None]
@@ -185,10 +184,11 @@ class PrivateAveraging(Strategy):
         """Send ``messages`` and fold what comes back, here or, where the grid can, in its workers.
 
         A countersigner judges replies one by one, and its devices are not simulated; and where a
-        round closes early, who is in it follows from the order of the replies.
+        round closes early, who is in it follows from the order of the replies, unless a fleet's
+        clock has decided it.
         """
-        early = self._plan.federation.enough is not None
-        if isinstance(grid, FoldingGrid) and self._countersigner is None and not early:
+        one_by_one = self._countersigner is not None or self._plan.first_come
+        if isinstance(grid, FoldingGrid) and not one_by_one:
             kept = Kept(self._constants.constants, self.state.held)
             for part in grid.fold(messages, self._rules(number), kept):
                 self._tally.merge(part)
@@ -249,7 +249,8 @@ class PrivateAveraging(Strategy):
         self._sent = self._downlink.broadcast(shared, self.state.held, server_round)
         self._control = self._variates.payload(self.state)
         order = ConfigRecord({**self._order(server_round).to_config()})
-        cohort = [n for n in self._asked_first(server_round) if n not in self._tally.accepted]
+        order_of_asking = asked_first(self._plan, server_round, self._cohort)
+        cohort = [n for n in order_of_asking if n not in self._tally.accepted]
         self._tally.asked += len(cohort)
         if self._fleet is not None:
             cohort = self._in_time(server_round, cohort, self._fleet)
@@ -257,17 +258,6 @@ class PrivateAveraging(Strategy):
         messages = self._messages(cohort, order, server_round)
         # Flower's own grids go through the messages twice, so they get a list; records are shared.
         return messages if isinstance(grid, FoldingGrid) else list(messages)
-
-    def _asked_first(self, number: int) -> list[int]:
-        """Return the cohort in the order it is asked in.
-
-        Where a round closes early and replies come in that order, as in a simulation, nobody must
-        be left out more often than others.
-        """
-        if self._plan.federation.enough is None:
-            return self._cohort
-        generator = numpy_generator(self._plan.seed, "first", number)
-        return [self._cohort[i] for i in generator.permutation(len(self._cohort))]
 
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent
@@ -307,7 +297,7 @@ class PrivateAveraging(Strategy):
         Who began to train has charged the round, in time or not, unless its budget refuses it.
         """
         tally, virtual = self._tally, self._tally.virtual or Virtual()
-        want = self._plan.federation.clients_per_round - tally.sum.count
+        want = self._plan.federation.wanted - tally.sum.count
         if self._plan.federation.sampling == "poisson":
             want = len(cohort)
         found = fleet.ask(number, self._attempt, cohort, self._time, want)
@@ -350,6 +340,7 @@ class PrivateAveraging(Strategy):
         """Fold each reply as it arrives; what is broken is dropped and counted by reason.
 
         The round is closed once it has ``federation.enough`` replies; what comes later is not used.
+        On a fleet those are the first by the virtual clock, and nobody else is sent the order.
         Of a node that was asked one reply is read each time it is asked, and of any other none: a
         node can cost the server no more than :attr:`.Federation.retries` + 1 decodings a round.
         """

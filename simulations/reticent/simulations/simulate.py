@@ -140,6 +140,10 @@ def _serve(app: ServerApp, plan: Plan, devices: Devices, say: Callable[[str], No
 def _team(
     plan: Plan, devices: Devices, text: str, say: Callable[[str], None]
 ) -> AbstractContextManager[Team | None]:
+    if plan.first_come:
+        if plan.engine.kind == "ray" or plan.engine.workers not in ("auto", 1):
+            say("clients are trained in this process: federation.enough takes the first replies")
+        return nullcontext()
     if plan.engine.kind == "ray":
         from .ray_engine import RayTeam
 

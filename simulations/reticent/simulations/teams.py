@@ -126,9 +126,10 @@ def usable_cores() -> int:
 def worker_count(plan: Plan, cores: int) -> int:
     """Return how many workers a plan asks for; ``auto`` is one a core, and none without a block.
 
-    It is one where a device other than the CPU computes: this process has it.
+    It is one where a device other than the CPU computes: this process has it; and where the first
+    replies are used, whose order workers would not keep (Flower's engine collects them all).
     """
-    if plan.engine.device != "cpu":
+    if plan.engine.device != "cpu" or (plan.first_come and plan.engine.kind != "flower-ray"):
         return 1
     if plan.engine.workers != "auto":
         return plan.engine.workers

@@ -167,6 +167,11 @@ class Federation(Section):
             return 0
         return self.min_replies or -(-9 * self.clients_per_round // 10)
 
+    @property
+    def wanted(self) -> int:
+        """Replies at which a round closes without waiting for more."""
+        return self.enough or self.clients_per_round
+
     @model_validator(mode="after")
     def _robust_rule_holds(self) -> Self:
         rule = self.robust

@@ -83,6 +83,11 @@ class Plan(Section):
         factor = 1.0 if self.fleet is None else self.fleet.over_selection
         return math.ceil(self.federation.clients_per_round * factor)
 
+    @property
+    def first_come(self) -> bool:
+        """Whether the updates of a round are those that come first, as no virtual clock decides."""
+        return self.federation.enough is not None and self.fleet is None
+
     def _closes_late_enough(self) -> None:
         f, p = self.federation, self.privacy
         if f.enough is None:
@@ -96,6 +101,16 @@ class Plan(Section):
             raise ValueError(
                 f'federation.enough={f.enough}: must be absent when privacy.unit is "client", '
                 "because the sum is divided by clients_per_round whoever replied"
+            )
+        if f.sampling == "poisson":
+            raise ValueError(
+                f'federation.enough={f.enough}: must be absent when federation.sampling is "poisson'
+                '", because the sum is divided by clients_per_round whoever replied'
+            )
+        if f.buffered is not None:
+            raise ValueError(
+                f"federation.enough={f.enough}: must be absent with federation.buffered, which "
+                "waits for nobody: a buffer is full with clients_per_round updates"
             )
 
     def _teachers_fit(self) -> None:

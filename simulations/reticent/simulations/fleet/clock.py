@@ -136,7 +136,8 @@ def closing(found: Trips, want: int, deadline: float) -> tuple[float, NDArray[np
 
     It closes at the earliest of: ``want`` updates have come; every device has answered, with an
     update or a refusal; the deadline. It does not learn that a device was lost. Of updates that
-    come at once it takes those asked first.
+    come at once it takes those asked first. A round in which nobody is asked lasts until the
+    deadline: if it took no time, all that follow would find the same devices awake.
     """
     latest = found.start + deadline
     answered = found.answered() & (found.finish <= latest)
@@ -145,10 +146,10 @@ def closing(found: Trips, want: int, deadline: float) -> tuple[float, NDArray[np
     if len(used) == want and want:
         return float(found.finish[used[-1]]), used
     declined = found.declined() & (found.arrived <= latest)
-    if int(answered.sum() + declined.sum()) < len(found.begin):
+    if not len(found.begin) or int(answered.sum() + declined.sum()) < len(found.begin):
         return latest, used
     ends = np.where(found.traits.fits, found.finish, found.arrived)
-    return float(ends.max(initial=found.start)), used
+    return float(ends.max()), used
 
 
 def reasons(found: Trips, used: NDArray[np.int64], close: float, deadline: float) -> Counter[str]:

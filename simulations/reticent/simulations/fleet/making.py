@@ -16,7 +16,7 @@ from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import participations
 from reticent.server.fleet import Outcome, Release, Virtual
-from reticent.server.sampling import Sampler, cohort_in_time
+from reticent.server.sampling import Sampler, asked_first, cohort_in_time
 
 from ..devices import Devices, device_name, granted
 from ..grid import node_of
@@ -169,8 +169,8 @@ def _asked(
         NetworkError: If there are too few replies after that.
     """
     federation, whole = plan.federation, None
-    wanted = len(cohort) if federation.sampling == "poisson" else federation.clients_per_round
-    left = cohort
+    wanted = len(cohort) if federation.sampling == "poisson" else federation.wanted
+    left = cohort = asked_first(plan, number, cohort)
     for attempt in range(federation.retries + 1):
         replied = () if whole is None else whole.replied
         part = fleet.ask(number, attempt, left, now, wanted - len(replied))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from test_server_strategy import Federation, encoded, honest, plan_of, vector_of
 from test_strategies import kept, start_of, state_of
@@ -21,6 +22,7 @@ from reticent.core.personal import split_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
+from reticent.core.tasks import Examples
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SeededRandomness
@@ -35,7 +37,9 @@ from reticent.privacy.report import (
 from reticent.privacy.schedule import schedule_for
 from reticent.server.app import Settings, run_federation
 from reticent.server.buffered import BufferedAveraging
+from reticent.server.fleet import LEVELS, Virtual, fleet_summary
 from reticent.server.optimizer import ServerState, apply_round
+from reticent.server.public_training import accuracy
 from reticent.server.strategy import PrivateAveraging
 from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import explain_plan
@@ -108,6 +112,28 @@ def test_a_straggler_that_is_not_used_has_charged_its_ledger(synchronous: Run) -
     assert unused > 0
     assert charges_of(synchronous) == used + unused
     assert sum(m["asked"] for m in lines) > used + unused  # some never began to train
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_that_is_reached_exactly_is_reached(level: float) -> None:
+    """With as many of 1,000 test examples right as the level says, and one fewer."""
+    model = torch.nn.Linear(1, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        model.bias.zero_()
+    labels = torch.ones(1000, dtype=torch.int64)
+
+    def reached(right: int) -> dict[str, float]:
+        inputs = torch.ones(1000, 1)
+        inputs[right:] = -1
+        line = {"accuracy": accuracy(model, Examples(inputs, labels)), "dropped": {}}
+        return fleet_summary([line | {"virtual": Virtual(ends=3.0).figures()}])[
+            "seconds_to_accuracy"
+        ]
+
+    right, name = round(1000 * level), f"{level:.0%}"
+    assert reached(right)[name] == 3.0
+    assert name not in reached(right - 1)
 
 
 def test_what_the_fleet_costs_is_in_metrics_summary_and_price(synchronous: Run) -> None:

@@ -227,7 +227,8 @@ def scripted(plan: Plan) -> Federation:
 
 
 @pytest.mark.parametrize("unit", ["example", "client"])
-def test_fedbuff_without_staleness_is_the_synchronous_run_to_the_last_bit(unit: str) -> None:
+def test_fedbuff_without_staleness_has_the_synchronous_cohorts_and_arithmetic(unit: str) -> None:
+    """With the same updates and the same noise, which two plans have in no run of their own."""
     common = [*ALIKE, f"privacy.unit={unit}"]
     plans = [
         plan_of(12, 4, 7, *common),
@@ -246,6 +247,26 @@ def test_fedbuff_without_staleness_is_the_synchronous_run_to_the_last_bit(unit: 
     for end in ends[1:]:
         assert end.weights.tobytes() == ends[0].weights.tobytes()
         assert end.average.tobytes() == ends[0].average.tobytes()
+
+
+def test_fedbuff_without_staleness_has_the_synchronous_times_and_other_draws(
+    tmp_path: Path,
+) -> None:
+    """Draws are by the plan's digest: docs/fleet.md promises the schedule, and not the models."""
+    runs = [
+        simulate(small(*ALIKE, "fleet.over_selection=1.0", "federation.rounds=2", *more), folder)
+        for more, folder in (
+            ([], tmp_path / "synchronous"),
+            (["federation.buffered.concurrency=6"], tmp_path / "buffered"),
+        )
+    ]
+    one, other = (
+        [x for m in run.read_metrics() for x in (m["asked"], m["replies"], m["virtual"]["time"])]
+        for run in runs
+    )
+    assert one == pytest.approx(other)
+    first, second = map(state_of, runs)
+    assert np.abs(first.weights - second.weights).max() > 1e-3
 
 
 def test_a_stale_update_counts_as_much_as_its_weight_says() -> None:

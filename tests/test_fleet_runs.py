@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_server_strategy import Federation, encoded, honest, plan_of, vector_of
+from test_server_strategy import Answer, Federation, encoded, honest, plan_of, refusing, vector_of
 from test_strategies import kept, start_of, state_of
 
 from reticent.cli.main import cli
 from reticent.core.errors import DataError, NetworkError, PlanError, RunError
 from reticent.core.personal import split_of
 from reticent.core.plan import Plan, parse_plan
+from reticent.core.protocol import Refusal
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
 from reticent.core.tasks import Examples
@@ -40,6 +41,7 @@ from reticent.server.buffered import BufferedAveraging
 from reticent.server.fleet import LEVELS, Virtual, fleet_summary
 from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.public_training import accuracy
+from reticent.server.rounds import BudgetsSpent
 from reticent.server.strategy import PrivateAveraging
 from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import explain_plan
@@ -214,9 +216,9 @@ def test_the_ledger_does_not_count_less_than_the_journal(semi: Run, synchronous:
         assert report["promise"]["epsilon"] <= 8.0
 
 
-def scripted(plan: Plan) -> Federation:
+def scripted(plan: Plan, answer: Answer = honest) -> Federation:
     """A federation whose clients answer with made updates, on the plan's fleet if it has one."""
-    federation = Federation(plan, honest)
+    federation = Federation(plan, answer)
     fleet = fleet_for(plan, 36, (200, 200), granting) if plan.fleet else None
     kind = BufferedAveraging if plan.federation.buffered else PrivateAveraging
     constants = replace(federation.rounds, randomness=SeededRandomness(0))
@@ -302,6 +304,17 @@ def test_too_many_dropouts_end_the_run_as_too_few_replies_do(tmp_path: Path) -> 
     with pytest.raises(NetworkError, match=r"4 are needed, asked 2 times .*it dropped out"):
         simulate(plan, tmp_path / "run")
     assert "4 are needed" in explain_plan(plan)["fleet"]["failed"]
+
+
+def test_a_buffer_that_budgets_empty_ends_the_run_and_says_that_each_was_asked_once() -> None:
+    """Whatever ``retries`` is: a buffered run knows none."""
+    plan = plan_of(12, 4, 3, *ALIKE, "federation.buffered.concurrency=4", "federation.retries=2")
+    federation = scripted(plan, refusing(int(Refusal.BUDGET), *range(12)))
+    with pytest.raises(BudgetsSpent) as caught:
+        federation.run()
+    assert "4 are needed, each asked once (4 x " in str(caught.value)
+    assert "asked 3 times" not in str(caught.value)
+    assert len(federation.script.nodes(1)) == 4
 
 
 def test_another_trace_is_refused_on_resume(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import participations, schedule_for
 from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, Release
 from reticent.server.sampling import Sampler
+from reticent.simulations.fleet.buffered import _Desk, schedule
 from reticent.simulations.grid import client_of
 
 
@@ -184,6 +185,63 @@ def test_a_buffer_that_nobody_can_fill_is_given_up_after_two_weeks() -> None:
 def test_devices_that_come_back_are_asked_however_long_others_wait_in_the_buffer() -> None:
     plan = buffered(20, 10, 10, away(0.05, 0.1), "federation.rounds=3", "fleet.over_selection=2.0")
     assert len(releases(plan, 3)) == 3
+
+
+FEW = [*ROUGH, "federation.rounds=400", "fleet.over_selection=2.0"]
+
+
+@pytest.mark.parametrize("awake", [away(0.05, 0.15), "fleet.over_selection=2.0"])
+def test_a_place_stays_free_only_where_nobody_may_be_asked(
+    awake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More places than devices that are awake, or that there are: all of them looked at by hand."""
+    plan = buffered(120, 6, 100, *FEW, awake)
+    fleet, rounds, of_model = fleet_of(plan), Counter[int](), set[int]()
+    everybody = np.arange(2, 122)
+    outcomes = Counter[bool]()
+    choose, renew = _Desk.next, _Desk.next_model
+
+    def watched(self: _Desk, now: float, taken: set[int]) -> int | None:
+        there = fleet.available(everybody, now)
+        able = {node for node, here in zip(everybody.tolist(), there, strict=True) if here}
+        able = {n for n in able - taken - of_model if rounds[n] < participations(plan)}
+        chosen = choose(self, now, taken)
+        assert chosen in able if able else chosen is None
+        outcomes[chosen is None] += 1
+        if chosen is not None:
+            rounds[chosen] += 1
+            of_model.add(chosen)
+        return chosen
+
+    monkeypatch.setattr(_Desk, "next", watched)
+    monkeypatch.setattr(_Desk, "next_model", lambda self: (of_model.clear(), renew(self)))
+    assert len(list(islice(fleet.releases(range(2, 122)), 60))) == 60
+    assert min(outcomes[True], outcomes[False]) > 200
+
+
+def test_that_nobody_is_left_is_found_out_once_a_model_and_not_once_an_event() -> None:
+    """A million devices of which few are awake would take seconds an event otherwise."""
+    clients = 5_000
+    plan = buffered(clients, 10, 60, "federation.rounds=400", "fleet.over_selection=10.0")
+    fleet, looked = fleet_of(plan), 0
+    awake = set(range(2, clients, clients // 40))
+
+    def few(some: np.ndarray, time: float) -> np.ndarray:
+        nonlocal looked
+        looked += len(some)
+        return np.array([node in awake for node in some.tolist()], dtype=bool)
+
+    found = schedule(
+        fleet.dealt,
+        fleet.dealt.stream(range(2, 2 + clients)),
+        clients,
+        few,
+        lambda time: np.inf,
+        lambda node, time, model: fleet.trips(np.array([node - 2]), time, (model + 1, 0)),
+        fleet.work,
+    )
+    assert len(list(islice(found, 10))) == 10
+    assert looked < 5 * clients * 10
 
 
 def test_what_is_in_flight_at_the_end_counts_towards_the_bound() -> None:

@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
-from test_server_strategy import Federation, encoded, honest, plan_of, vector_of
+from test_server_strategy import Answer, Federation, encoded, honest, plan_of, refusing, vector_of
 from test_strategies import kept, start_of, state_of
 
 from reticent.cli.main import cli
 from reticent.core.errors import DataError, NetworkError, PlanError, RunError
 from reticent.core.personal import split_of
 from reticent.core.plan import Plan, parse_plan
+from reticent.core.protocol import Refusal
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
+from reticent.core.tasks import Examples
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.randomness import SeededRandomness
@@ -36,8 +39,10 @@ from reticent.privacy.report import (
 from reticent.privacy.schedule import schedule_for
 from reticent.server.app import Settings, run_federation
 from reticent.server.buffered import BufferedAveraging
-from reticent.server.fleet import SURPLUS
+from reticent.server.fleet import LEVELS, SURPLUS, Virtual, fleet_summary
 from reticent.server.optimizer import ServerState, apply_round
+from reticent.server.public_training import accuracy
+from reticent.server.rounds import BudgetsSpent
 from reticent.server.strategy import PrivateAveraging
 from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import explain_plan
@@ -111,6 +116,28 @@ def test_a_straggler_that_is_not_used_has_charged_its_ledger(synchronous: Run) -
     assert unused > 0
     assert charges_of(synchronous) == used + unused
     assert sum(m["asked"] for m in lines) > used + unused  # some never began to train
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_that_is_reached_exactly_is_reached(level: float) -> None:
+    """With as many of 1,000 test examples right as the level says, and one fewer."""
+    model = torch.nn.Linear(1, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        model.bias.zero_()
+    labels = torch.ones(1000, dtype=torch.int64)
+
+    def reached(right: int) -> dict[str, float]:
+        inputs = torch.ones(1000, 1)
+        inputs[right:] = -1
+        line = {"accuracy": accuracy(model, Examples(inputs, labels)), "dropped": {}}
+        return fleet_summary([line | {"virtual": Virtual(ends=3.0).figures()}])[
+            "seconds_to_accuracy"
+        ]
+
+    right, name = round(1000 * level), f"{level:.0%}"
+    assert reached(right)[name] == 3.0
+    assert name not in reached(right - 1)
 
 
 def test_what_the_fleet_costs_is_in_metrics_summary_and_price(synchronous: Run) -> None:
@@ -191,9 +218,9 @@ def test_the_ledger_does_not_count_less_than_the_journal(semi: Run, synchronous:
         assert report["promise"]["epsilon"] <= 8.0
 
 
-def scripted(plan: Plan) -> Federation:
+def scripted(plan: Plan, answer: Answer = honest) -> Federation:
     """A federation whose clients answer with made updates, on the plan's fleet if it has one."""
-    federation = Federation(plan, honest)
+    federation = Federation(plan, answer)
     fleet = fleet_for(plan, 36, (200, 200), granting) if plan.fleet else None
     kind = BufferedAveraging if plan.federation.buffered else PrivateAveraging
     constants = replace(federation.rounds, randomness=SeededRandomness(0))
@@ -204,7 +231,8 @@ def scripted(plan: Plan) -> Federation:
 
 
 @pytest.mark.parametrize("unit", ["example", "client"])
-def test_fedbuff_without_staleness_is_the_synchronous_run_to_the_last_bit(unit: str) -> None:
+def test_fedbuff_without_staleness_has_the_synchronous_cohorts_and_arithmetic(unit: str) -> None:
+    """With the same updates and the same noise, which two plans have in no run of their own."""
     common = [*ALIKE, f"privacy.unit={unit}"]
     plans = [
         plan_of(12, 4, 7, *common),
@@ -223,6 +251,26 @@ def test_fedbuff_without_staleness_is_the_synchronous_run_to_the_last_bit(unit: 
     for end in ends[1:]:
         assert end.weights.tobytes() == ends[0].weights.tobytes()
         assert end.average.tobytes() == ends[0].average.tobytes()
+
+
+def test_fedbuff_without_staleness_has_the_synchronous_times_and_other_draws(
+    tmp_path: Path,
+) -> None:
+    """Draws are by the plan's digest: docs/fleet.md promises the schedule, and not the models."""
+    runs = [
+        simulate(small(*ALIKE, "fleet.over_selection=1.0", "federation.rounds=2", *more), folder)
+        for more, folder in (
+            ([], tmp_path / "synchronous"),
+            (["federation.buffered.concurrency=6"], tmp_path / "buffered"),
+        )
+    ]
+    one, other = (
+        [x for m in run.read_metrics() for x in (m["asked"], m["replies"], m["virtual"]["time"])]
+        for run in runs
+    )
+    assert one == pytest.approx(other)
+    first, second = map(state_of, runs)
+    assert np.abs(first.weights - second.weights).max() > 1e-3
 
 
 def test_a_stale_update_counts_as_much_as_its_weight_says() -> None:
@@ -258,6 +306,17 @@ def test_too_many_dropouts_end_the_run_as_too_few_replies_do(tmp_path: Path) -> 
     with pytest.raises(NetworkError, match=r"4 are needed, asked 2 times .*it dropped out"):
         simulate(plan, tmp_path / "run")
     assert "4 are needed" in explain_plan(plan)["fleet"]["failed"]
+
+
+def test_a_buffer_that_budgets_empty_ends_the_run_and_says_that_each_was_asked_once() -> None:
+    """Whatever ``retries`` is: a buffered run knows none."""
+    plan = plan_of(12, 4, 3, *ALIKE, "federation.buffered.concurrency=4", "federation.retries=2")
+    federation = scripted(plan, refusing(int(Refusal.BUDGET), *range(12)))
+    with pytest.raises(BudgetsSpent) as caught:
+        federation.run()
+    assert "4 are needed, each asked once (4 x " in str(caught.value)
+    assert "asked 3 times" not in str(caught.value)
+    assert len(federation.script.nodes(1)) == 4
 
 
 def test_another_trace_is_refused_on_resume(tmp_path: Path) -> None:

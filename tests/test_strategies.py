@@ -23,6 +23,7 @@ from reticent.core.tasks import load_task
 from reticent.core.update import Layout
 from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
+from reticent.server.control import ControlVariates
 from reticent.server.folding import Folder
 from reticent.server.journal import Journal
 from reticent.server.optimizer import ServerState
@@ -205,16 +206,72 @@ def test_the_first_round_of_scaffold_is_federated_averaging_exactly(tmp_path: Pa
     assert (state_of(with_it).weights == (world - 0.1 * (moves / 3)).astype(np.float32)).all()
 
 
+def variates_of(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the server's control variate, and the mean of all devices' own."""
+    control = state_of(run).control
+    assert control is not None
+    zeros = np.zeros(len(control), dtype=np.float32)
+    return control, np.mean([kept(run, "control", c, zeros) for c in range(6)], axis=0, dtype="f8")
+
+
+def assert_the_mean_is_the_servers(run: Run) -> None:
+    control, mean = variates_of(run)
+    np.testing.assert_allclose(mean, control, atol=1e-5 * np.linalg.norm(control))
+
+
+def short_cohort(_: PrivateAveraging, number: int, grid: object) -> list[int]:
+    return [node_of(c) for c in cohort(number)[: 3 - number % 2]]
+
+
 def test_the_mean_of_the_devices_variates_is_the_servers(tmp_path: Path) -> None:
     """With rounding codecs both ways, and with a noise that devices add themselves."""
     codecs = ['updates.codec=["dither4","ans"]', 'updates.broadcast=["int8","ans"]']
     run = simulate(parse_plan("", [*SMALL, *LOCAL, *codecs, SCAFFOLD]), tmp_path / "run")
     assert len({m["bytes_up"] for m in run.read_metrics()}) == 1, "lengths tell something"
-    state = state_of(run)
-    assert state.control is not None
-    zeros = np.zeros(len(state.control), dtype=np.float32)
-    mean = np.mean([kept(run, "control", c, zeros) for c in range(6)], axis=0)
-    np.testing.assert_allclose(mean, state.control, atol=1e-5 * np.linalg.norm(state.control))
+    assert_the_mean_is_the_servers(run)
+
+
+@pytest.mark.parametrize("promise", [["privacy=off"], LOCAL])
+def test_the_mean_of_the_devices_variates_is_the_servers_in_poisson_cohorts(
+    promise: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates are divided by ``clients_per_round`` there, and variates by how many there were."""
+    monkeypatch.undo()  # cohorts are the sampler's
+    poisson = [SCAFFOLD, "federation.sampling=poisson", "federation.rounds=8"]
+    plan = parse_plan("", [*SMALL, *promise, "student.quantize.kind=none", *poisson])
+    run = simulate(plan, tmp_path / "run")
+    assert len({m["replies"] for m in run.read_metrics()}) > 2
+    assert_the_mean_is_the_servers(run)
+
+
+def test_the_mean_of_the_devices_variates_is_the_servers_with_fewer_replies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrivateAveraging, "cohort", short_cohort)
+    run = simulate(parse_plan("", [*OFF, SCAFFOLD, "federation.min_replies=2"]), tmp_path / "run")
+    assert [m["replies"] for m in run.read_metrics()] == [2, 3, 2, 3]
+    assert_the_mean_is_the_servers(run)
+
+
+def test_with_unit_client_a_missing_reply_moves_the_servers_variate_as_zeros_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise covers whether a client replied, so the number of replies is not used."""
+    befores: list[NDArray[np.float64]] = []
+    moved = ControlVariates.moved
+
+    def watched(self: ControlVariates, state: ServerState, *given: Any) -> Any:
+        befores.append(np.zeros(len(state.weights)) if state.control is None else state.control)
+        return moved(self, state, *given)
+
+    monkeypatch.setattr(ControlVariates, "moved", watched)
+    monkeypatch.setattr(PrivateAveraging, "cohort", short_cohort)
+    quiet = ["privacy.unit=client", "privacy.noise_multiplier=1e-6", "federation.min_replies=2"]
+    run = simulate(parse_plan("", [*SMALL, *quiet, SCAFFOLD]), tmp_path / "run")
+    missing = sum((3 - size) / 6 * c for size, c in zip([2, 3, 2, 3], befores, strict=True))
+    control, mean = variates_of(run)
+    np.testing.assert_allclose(control, mean - missing, atol=1e-4 * np.linalg.norm(control))
+    assert np.linalg.norm(missing) > 0.05 * np.linalg.norm(control)
 
 
 def test_personal_layers_are_fedper_exactly(tmp_path: Path) -> None:
@@ -380,6 +437,14 @@ SHARES = ["privacy.noise_multiplier=1.0", "federation.steps_per_round=1"]
         ([*LOCAL, "federation.local.proximal=10.1"], r"at most 1 / learning_rate = 10: a step"),
         ([*LOCAL, PROXIMAL, SCAFFOLD], "must be 0 when scaffold is true"),
         ([*SHARES, SCAFFOLD], "different sums of the same shares"),
+        (
+            [*CLIENT, SCAFFOLD, "federation.sampling=poisson"],
+            r"scaffold=true: must be false .*number of replies, which the noise does not cover",
+        ),
+        (
+            [*CLIENT, SCAFFOLD, "federation.sampling=poisson", "privacy.secret_cohort=true"],
+            r"scaffold=true: must be false .*number of replies, which the noise does not cover",
+        ),
         ([*SHARES, PERSONAL], "a personal layer is not broadcast"),
         (["federation.server.adaptivity=1e-3"], 'left out when kind is "sgd"'),
         (["federation.server.second_momentum=0.9"], "forget squared gradients"),

@@ -89,6 +89,25 @@ def test_every_invalid_or_repeated_point_is_named_at_once() -> None:
     assert "seed=0" in message and "are the same plan" in message
 
 
+def test_an_engine_whose_runs_cannot_be_resumed_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    """In the base plan, as a value of the grid, and where the sweep is begun."""
+    flower = 'engine.kind="flower-ray"'
+    base = Base("", (*SETTINGS, flower))
+    why = rf'every point: {flower}: must be "inprocess" or "ray" in a sweep: .* cannot be resumed'
+    for given, grid in ((base, GRID), (BASE, {"engine.kind": ("flower-ray",)})):
+        with pytest.raises(PlanError, match=why) as caught:
+            points_of(given, grid, 2)
+        assert "1 problem" in str(caught.value)
+    grid = {"engine.kind": ("inprocess", "flower-ray"), "privacy.epsilon": ("2",)}
+    with pytest.raises(PlanError, match=rf"engine.kind=flower-ray \S+ seed=0: {flower}: must be"):
+        points_of(BASE, grid, 1)
+    args = ["sweep", "--set", flower, "--seeds", "2", "--run", str(tmp_path / "sweep")]
+    assert isinstance(CliRunner().invoke(cli, args).exception, PlanError)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_points_that_cannot_be_run_are_all_named(tmp_path: Path) -> None:
     grid = {"task.public_examples": ("200", "5000", "6000")}
     points = points_of(BASE, grid, 1)

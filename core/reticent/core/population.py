@@ -29,6 +29,14 @@ def _check_sampling(plan: Plan) -> None:
             '"example" and privacy.trust is "aggregator": a noise share is sized for a number of '
             "replies, which a Poisson cohort does not have"
         )
+    if f.sampling == "poisson" and f.local.scaffold and p != "off" and p.unit == "client":
+        raise ValueError(
+            "federation.local.scaffold=true: must be false when federation.sampling is "
+            '"poisson" and privacy.unit is "client": the server\'s control variate moves with the '
+            "number of replies, which the noise does not cover and which differs from "
+            'clients_per_round in nearly every round; use federation.sampling="passes" or "fixed", '
+            "or federation.local.proximal"
+        )
     if f.limit is not None and plan.task.clients * f.limit < f.window * f.clients_per_round:
         most = plan.task.clients * f.limit // f.window
         raise ValueError(

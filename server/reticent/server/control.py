@@ -2,11 +2,18 @@
 
 SCAFFOLD (Karimireddy et al. 2020, algorithm 1): ``c <- c + |S| / N * mean(c_i_new - c_i)`` over the
 devices S of a round, of N in all. A device that sent ``u`` in K local steps has ``c_i_new - c_i =
-u / K - c``, so the mean of the updates says it all, no device sends anything more and the server
-keeps nothing about any single one.
+u / K - c``, so the sum of the updates and their number say it all, no device sends anything more
+and the server keeps nothing about any single one.
 
-Privacy. The mean is the one that the round releases: with unit ``client`` the noised one, over the
-public number of clients whoever replied. So ``c`` is post-processing, and public like the models.
+Guarantee (privacy off, or unit ``example``). ``c`` stays the mean of all ``c_i``, however many are
+in a round: ``c <- c + (sum u / K - |S| c) / N``. Who takes part is then no part of what is
+protected, so the number of replies may be used.
+
+Guarantee (unit ``client``). What the noise covers of a client is all that it adds to a round, so
+``|S|``, which it adds 1 to by replying, may not be used: ``c`` moves by the noised sum as if it
+were one of ``clients_per_round`` updates, whoever replied. So ``c`` is post-processing, and public
+like the models. A reply that is missing counts as ``u = 0``, which takes ``c / N`` from ``c``. With
+Poisson cohorts nearly every round has another number than that one: the plan refuses them.
 """
 
 from __future__ import annotations
@@ -37,19 +44,23 @@ class ControlVariates:
         generator = numpy_generator(self._plan.seed, "control", state.round)
         return self._codec.encode(values, self._layout.blocks, generator)
 
-    def moved(self, state: ServerState, gradient: Floats, clients: int) -> Floats | None:
+    def moved(
+        self, state: ServerState, gradient: Floats, clients: int, replies: int
+    ) -> Floats | None:
         """Return the control variate after a round, float64 ``(size,)``.
 
         Args:
             state: The state before the round.
-            gradient: Mean of the updates, as the round releases it.
-            clients: How many it is the mean of.
+            gradient: Sum of the updates over ``clients``, as the round releases it.
+            clients: The denominator; at least 1.
+            replies: How many updates the sum is taken to be of; any number from 0.
         """
         payload = self.payload(state)
         if payload is None:
             return None
         sent: Vector = self._codec.decode(payload, self._layout.blocks)
-        change = gradient / self._plan.federation.steps_per_round - sent
+        own = gradient / self._plan.federation.steps_per_round
+        change = own - replies / clients * sent  # with as many replies as clients, exactly sent
         return self._before(state) + clients / self._plan.task.clients * change
 
     def _before(self, state: ServerState) -> Floats:

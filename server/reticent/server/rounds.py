@@ -204,6 +204,8 @@ def too_few(
 ) -> NetworkError:
     """Return the error of a round without a quorum, asked as often as the plan allows.
 
+    With buffered aggregation that is once: the buffer of a release is filled once.
+
     Args:
         number: The round.
         federation: The plan's.
@@ -211,13 +213,14 @@ def too_few(
         silent: Names who was asked last and did not reply, if anybody.
         able: How many could still be asked whose budget has not refused, now or before.
     """
-    asked = federation.retries + 1
+    once = federation.buffered is not None
+    asked = "each asked once" if once else f"asked {federation.retries + 1} times"
     reasons = ", ".join(f"{count} x {why}" for why, count in tally.dropped.most_common())
     silence = f", at last without a reply of {silent}" if silent else ""
     kept = f"rounds 1 to {number - 1} are kept" if number > 1 else "no round was committed yet"
     text = (
         f"round {number}: {tally.sum.count} of {federation.clients_per_round} clients gave a "
-        f"valid reply, {federation.quorum} are needed, asked {asked} times "
+        f"valid reply, {federation.quorum} are needed, {asked} "
         f"({reasons or 'no reply at all'}){silence}; {kept}"
     )
     enough = tally.sum.count + len(tally.spent) >= federation.quorum

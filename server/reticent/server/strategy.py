@@ -206,7 +206,7 @@ class PrivateAveraging(Strategy):
             # A Poisson cohort has a public denominator too: its own size is random, or zero.
             if federation.sampling == "poisson":
                 clients = federation.clients_per_round
-                return self._stepped(tally.sum.total() / clients, clients)
+                return self._stepped(tally.sum.total() / clients, clients, tally.sum.count)
             return self._stepped(tally.sum.mean(), tally.sum.count)
         noised = self._mechanism.release(
             tally.sum.total(), tally.sum.count, tally.inside, self._clip, number
@@ -215,10 +215,14 @@ class PrivateAveraging(Strategy):
         state = self._stepped(noised.mean, federation.clients_per_round)
         return replace(state, clip=noised.next_clip)
 
-    def _stepped(self, gradient: Floats, clients: int) -> ServerState:
-        """Return the state after a step along ``gradient``, the mean of ``clients`` updates."""
+    def _stepped(self, gradient: Floats, clients: int, replies: int | None = None) -> ServerState:
+        """Return the state after a step along ``gradient``, a sum of updates over ``clients``.
+
+        ``replies`` is how many updates the control variate takes it to be of; ``clients`` if None.
+        """
         federation, whole = self._plan.federation, self._constants.spread(gradient)
-        control = self._variates.moved(self.state, gradient, clients)
+        summed = clients if replies is None else replies
+        control = self._variates.moved(self.state, gradient, clients, summed)
         state = apply_round(self.state, whole, federation.server, federation.average)
         if not np.isfinite(state.average).all() or not np.isfinite(state.weights).all():
             raise PlanError(

@@ -113,7 +113,8 @@ def points_of(base: Base, grid: Mapping[str, Sequence[str]], seeds: int) -> list
     Seeds count up from the plan's own.
 
     Raises:
-        PlanError: Naming *every* point that is not a plan, and every plan that occurs twice.
+        PlanError: Naming *every* point that is not a plan, every plan that occurs twice, and every
+            point that could not be resumed.
     """
     if "seed" in grid and seeds != 1:
         raise PlanError("--seeds: cannot be used with --grid seed=…: both choose seeds")
@@ -128,7 +129,7 @@ def points_of(base: Base, grid: Mapping[str, Sequence[str]], seeds: int) -> list
             made += _seeded(base, settings, seeds)
         except PlanError as error:
             problems.append(f"{_words(settings)}: {error}")
-    problems += _duplicates(made)
+    problems += [*_duplicates(made), *_not_resumable(made)]
     _refuse(problems, PlanError)
     return made
 
@@ -154,6 +155,19 @@ def _duplicates(made: Sequence[Point]) -> list[str]:
         f"{digest[:12]} (engine does not count, but for its device: it cannot change any result)"
         for digest, group in same.items()
         if len(group) > 1
+    ]
+
+
+def _not_resumable(made: Sequence[Point]) -> list[str]:
+    """Name the points that a sweep which was stopped could not go on with; together, as one."""
+    found = [point.label for point in made if point.plan.engine.kind == "flower-ray"]
+    if not found:
+        return []
+    who = "every point" if len(found) == len(made) else " and ".join(found)
+    return [
+        f'{who}: engine.kind="flower-ray": must be "inprocess" or "ray" in a sweep: a run on '
+        "Flower's own Ray engine cannot be resumed, so a sweep that was stopped could never be "
+        "finished"
     ]
 
 

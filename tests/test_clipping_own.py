@@ -179,7 +179,7 @@ def row_of(kind: str, counts: Sequence[int], clip: float | None) -> NDArray[np.f
 def test_an_owner_whose_examples_go_through_two_passes_gets_its_sum(clip: float | None) -> None:
     model = made("group-norm")
     layout = Layout.of(model)
-    weights, batch, counts = weights_of(layout, 3), batch_of("group-norm", 150, 0), (70, 65, 15)
+    weights, batch, counts = weights_of(layout, 3), batch_of("group-norm", 300, 0), (130, 135, 35)
     found = OwnGradients(model, layout).sums(weights, *batch, counts, distilling, clip)
     single = OwnGradients(model, layout, 1).sums(weights, *batch, counts, distilling, clip)
     close(found, single)

@@ -52,7 +52,7 @@ class OwnGradients:
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, microbatch: int = 128, clipping: Clipping = "flat"
+        self, model: nn.Module, layout: Layout, microbatch: int = 256, clipping: Clipping = "flat"
     ) -> None:
         """Prepare for ``model``; ``microbatch`` bounds the memory of one pass.
 

@@ -40,11 +40,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 
-if TYPE_CHECKING:
-    from flwr.superlink.grid.http_grid import HttpGrid
-
 from .reasons import Unusable, UnusableReply
 from .records import packed
+
+if TYPE_CHECKING:
+    from flwr.superlink.grid.http_grid import HttpGrid
 
 _MOST_OBJECTS = 4
 """A message, the record of its records, an update and a statement."""

@@ -28,7 +28,7 @@ faults: $(STAMP)  ## kill real processes, damage their network, and compare the 
 	$(BIN)/python -m pytest -q -s -m faults
 
 test-all: $(STAMP)  ## run every test, also those that need Ray and those that build packages
-	$(BIN)/python -m pip install --quiet '.[simulation]'
+	$(BIN)/python -m pip install --quiet -e '.[simulation]'
 	$(BIN)/python -m pytest -q
 
 lint: $(STAMP)  ## check style, types and import directions

@@ -141,8 +141,17 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
+def test_every_row_of_a_table_is_in_its_table() -> None:
+    for page in [*sorted(DOCS.rglob("*.md")), *DOCS.parent.glob("*.md")]:
+        lines = re.sub(r"(?ms)^ *```.*?^ *```", "", page.read_text(encoding="utf-8")).split("\n")
+        for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+            begins = line.startswith("|") and not before.startswith("|")
+            assert not begins or re.fullmatch(r"\|[ :|-]+\|", after), f"{page.name}: {line}"
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = [*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md"]
+    pages = [*sorted(DOCS.rglob("*.md")), *DOCS.parent.glob("*.md")]
+    pages += sorted((DOCS.parent / "examples").rglob("*.md"))
     assert len(pages) >= 12
     for page in pages:
         text = page.read_text(encoding="utf-8")

@@ -49,9 +49,9 @@ def examples() -> Examples:
 def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
     plan = plan_of("teacher.device=cuda")
     words = r'teacher\.device="cuda": must be "cpu" on this machine: torch .* sees no GPU'
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(DependencyError, match=words):
         check_plan(plan)
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(DependencyError, match=words):
         simulate(plan, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -60,7 +60,7 @@ class PayloadError(ReticentError):
 
 
 class DependencyError(ReticentError):
-    """An optional dependency is missing; the message holds the command that installs it."""
+    """An extra or a GPU is missing; the message says how to install it, or to go without."""
 
     exit_code = 10
 

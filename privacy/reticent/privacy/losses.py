@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reticent.core.errors import DependencyError
-
 from .events import PoissonGaussian
 
 if TYPE_CHECKING:
@@ -52,13 +50,9 @@ def step(event: PoissonGaussian, interval: float) -> PrivacyLossDistribution:
 
 @lru_cache(maxsize=64)
 def _step(rate: float, noise: float, relation: str, interval: float) -> PrivacyLossDistribution:
-    try:
-        from dp_accounting import NeighboringRelation
-        from dp_accounting.pld import privacy_loss_distribution
-    except ImportError as error:  # pragma: no cover
-        raise DependencyError(
-            "dp-accounting is not installed: pip install 'reticent[server]'"
-        ) from error
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
     relations = {
         "add-or-remove-one": NeighboringRelation.ADD_OR_REMOVE_ONE,
         "replace-one": NeighboringRelation.REPLACE_ONE,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from reticent.core.errors import DependencyError, PlanError
+from reticent.core.errors import DependencyError
 from reticent.core.plan import Plan
 
 
@@ -54,8 +54,8 @@ def require_means(plan: Plan) -> None:
     """Check that this machine has what the plan's teacher is trained with.
 
     Raises:
-        PlanError: If it is to be trained on a GPU and torch sees none.
-        DependencyError: If DeepSpeed is needed and not installed.
+        DependencyError: If it is to be trained on a GPU and torch sees none, or DeepSpeed is
+            needed and not installed.
     """
     section = plan.teacher
     if section.offload == "zero" and importlib.util.find_spec("deepspeed") is None:
@@ -65,7 +65,7 @@ def require_means(plan: Plan) -> None:
         )
     if section.device == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        raise PlanError(
+        raise DependencyError(
             'teacher.device="cuda": must be "cpu" on this machine: torch '
             f"{torch.__version__} ({built}) sees no GPU"
         )

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from engines import has_vnni
 from torch import nn
 
+from reticent.cli.main import cli
 from reticent.compression.artifact import load_artifact
+from reticent.compression.backends.base import Backend, Deployed, deploy
 from reticent.compression.backends.profiles import NO_LIMITS
+from reticent.compression.deployable import Spec
 from reticent.compression.dynamic import DynamicGraph
 from reticent.compression.integer import IntegerModel
 from reticent.compression.packing import unpack
@@ -20,6 +24,7 @@ from reticent.core.errors import ArtifactError, PlanError
 from reticent.core.plan import parse_plan
 from reticent.core.run import Run
 from reticent.core.signing import read_public_key
+from reticent.server import bench
 from reticent.server.bench import bench_run
 from reticent.server.export import export_run
 from reticent.simulations.simulate import simulate
@@ -95,6 +100,24 @@ def test_every_kind_of_teacher_is_measured(tmp_path: Path, overrides: tuple[str,
     rows = {row["model"]: row for row in bench_run(run, 10, NO_LIMITS)}
     assert rows.keys() == {"teacher", "fp32", "int8"}
     assert all(row["median_us"] > 0 for row in rows.values())
+
+
+def test_a_backend_that_has_no_form_of_the_model_here_is_named_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deployed(spec: Spec, backend: Backend, shape: tuple[int, ...]) -> Deployed:
+        if backend.name == "x86":
+            raise ArtifactError("sums would saturate")
+        return deploy(spec, backend, shape)
+
+    monkeypatch.setattr(bench, "deploy", deployed)
+    run = run_of(tmp_path, "bits=8")
+    rows = {row["backend"]: row for row in bench_run(run, 10, NO_LIMITS)}
+    assert (rows["x86"]["misfit"], rows["x86"]["bytes"]) == ("sums would saturate", None)
+    assert rows["qnnpack"]["median_us"] > 0
+    result = CliRunner().invoke(cli, ["bench", str(run.folder), "--repeats", "10"])
+    assert result.exit_code == 0
+    assert "int8 on x86 has no form here: sums would saturate" in result.output
 
 
 def test_a_student_without_a_dynamic_form_is_refused_before_training(tmp_path: Path) -> None:

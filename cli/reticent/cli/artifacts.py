@@ -119,7 +119,8 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
     click.echo(table(headers, [_row(r) for r in rows]))
     for row in rows:
         if row["misfit"]:
-            click.echo(f"{row['model']} on {row['backend']} does not fit: {row['misfit']}")
+            how = "has no form here" if row["bytes"] is None else "does not fit"
+            click.echo(f"{row['model']} on {row['backend']} {how}: {row['misfit']}")
     for name in sorted(set(BACKEND_NAMES) - {row["backend"] for row in rows}) if of_run else ():
         if not installed(BACKENDS[name]):
             click.echo(f"{name} is not installed: pip install 'reticent[{name}]'")
@@ -129,7 +130,7 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
 
 def _row(row: dict[str, Any]) -> list[str]:
     accuracy = row["accuracy"]
-    measured = ["does not fit", "", "", ""]
+    measured = ["none" if row["bytes"] is None else "does not fit", "", "", ""]
     if not row["misfit"]:
         measured = [
             f"{row['median_us']:.0f} µs",
@@ -140,7 +141,7 @@ def _row(row: dict[str, Any]) -> list[str]:
     return [
         row["model"],
         row["backend"],
-        f"{row['bytes']:,}",
+        "" if row["bytes"] is None else f"{row['bytes']:,}",
         *measured,
         "" if accuracy is None else f"{accuracy:.2%}",
     ]

@@ -46,7 +46,7 @@ def bench_run(run: Run, repeats: int, profile: Profile) -> list[dict[str, Any]]:
         job.start.layout.write(job.start.student, state.average)
         teacher, final = job.start.teacher, cast(nn.Sequential, merged(job.start.student))
         spec, _ = quantized(final, job.task.public().inputs, job.plan.student.quantize)
-        int8 = _deployed(job, spec)
+        int8, refused = _deployed(job, spec)
         floats = _floats(job, teacher, final, spec)
         subjects = [*floats, *(Subject.of(d) for d in int8)]
         example = job.task.public().inputs[:1].numpy()
@@ -62,23 +62,26 @@ def bench_run(run: Run, repeats: int, profile: Profile) -> list[dict[str, Any]]:
                 _row("int8", d.backend.name, len(d.data), m, accuracy(d.model, test))
                 for d, m in zip(int8, measured[len(floats) :], strict=True)
             ),
+            *(_refused(name, reason) for name, reason in refused.items()),
         ]
 
 
-def _deployed(job: Job, spec: Spec) -> list[Deployed]:
-    """Return the model on every backend that is installed and has a form of it on this machine."""
+def _deployed(job: Job, spec: Spec) -> tuple[list[Deployed], dict[str, str]]:
+    """Return the model on every installed backend, and why others have no form of it here."""
     own, shape = job.plan.student.quantize.backend, tuple(job.task.input_shape)
     found: list[Deployed] = []
+    refused: dict[str, str] = {}
     for backend in BACKENDS.values():
         fits = backend.dynamic or isinstance(spec, IntegerSpec)
         if not fits or not installed(backend):
             continue
         try:
             found.append(deploy(spec, backend, shape))
-        except ArtifactError:
+        except ArtifactError as error:
             if backend.name == own:
                 raise
-    return found
+            refused[backend.name] = str(error)
+    return found, refused
 
 
 def _floats(job: Job, teacher: nn.Module, final: nn.Module, spec: Spec) -> list[Subject]:
@@ -119,6 +122,11 @@ def _weights(model: nn.Module) -> bytes:
     # Cloned, because safetensors refuses arrays that share memory (tied weights).
     state = model.state_dict()
     return safetensors.torch.save({n: v.contiguous().clone() for n, v in state.items()})
+
+
+def _refused(backend: str, reason: str) -> dict[str, Any]:
+    nothing = ("bytes", "median_us", "p95_us", "memory_bytes", "process_bytes", "accuracy")
+    return {"model": "int8", "backend": backend, **dict.fromkeys(nothing), "misfit": reason}
 
 
 def _row(

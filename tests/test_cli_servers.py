@@ -172,6 +172,9 @@ def test_a_run_that_is_there_is_not_begun_again(
     run.summary.write_text("{}")
     assert call(monkeypatch, "run", "--run", run.folder, "--resume") == 8
     assert "has finished" in capsys.readouterr().err
+    own = f"federation.rounds={load_plan(PLAN).federation.rounds}"  # of the run's plan, no other
+    assert call(monkeypatch, "run", "--run", run.folder, "--resume", "--set", own) == 8
+    assert "has finished" in capsys.readouterr().err
     assert call(monkeypatch, "status", "--run", run.folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["run"]["state"] == "finished"
 

@@ -12,7 +12,7 @@ import click
 
 from .output import Progress, emit, epsilon_text, human_bytes, table
 from .servers import device_table, directory_option, server, superlink_nodes
-from .simulations import overrides_option, read_plan
+from .simulations import overrides_option, plan_of
 
 
 @server.command()
@@ -67,16 +67,11 @@ def run(
     A ServerApp or SuperLink that dies is started again, and the run goes on at the next round. The
     exit status is 0 only if the run came to its end.
     """
-    from reticent.core.errors import PlanError
-    from reticent.core.run import open_run
     from reticent.server.exposition import exposed
     from reticent.server.home import open_home
     from reticent.server.operate import prepare_operation
 
-    if resume and where is None:
-        raise PlanError("--resume: needs --run, the directory of the run to continue")
-    own = resume and plan_file is None and not overrides
-    plan = open_run(where).plan() if own and where else read_plan(plan_file, overrides)
+    plan = plan_of(plan_file, overrides, where, resume)
     home = open_home(folder)
     name = f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}"
     target = (where or home.folder / "runs" / name).absolute()

@@ -59,7 +59,7 @@ def simulate(
     from reticent.server.rounds import BudgetsSpent
     from reticent.simulations.sinks import Feed
 
-    plan = _plan(plan_file, overrides, folder, resume)
+    plan = plan_of(plan_file, overrides, folder, resume)
     run = Run(folder or Path("runs") / f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}")
     show = progress_for(plan, as_json, _committed(run) if resume else ())
     feed = Feed(run, plan, show.say, tensorboard, mlflow)
@@ -119,9 +119,15 @@ def _committed(run: Run) -> list[dict[str, Any]]:
         return []
 
 
-def _plan(
+def plan_of(
     plan_file: Path | None, overrides: tuple[str, ...], folder: Path | None, resume: bool
 ) -> Plan:
+    """Return the plan of a command; a run that goes on has its own where no file is given.
+
+    Raises:
+        PlanError: If it is malformed, or a run is to go on and none is named.
+        RunError: If ``folder`` is no run that can go on.
+    """
     if not resume:
         return read_plan(plan_file, overrides)
     if folder is None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from reticent.core.errors import NetworkError, PlanError, RunError
+from reticent.cli.main import cli
+from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
@@ -21,6 +23,7 @@ from reticent.simulations.devices import Devices
 from reticent.simulations.growing import GrowingTeam, saved
 from reticent.simulations.player import Player
 from reticent.simulations.processes import Processes
+from reticent.simulations.runs import describe
 from reticent.simulations.simulate import simulate
 from reticent.simulations.teams import LOSSES, Backlog, Task, worker_count
 from reticent.simulations.workers import WINDOW
@@ -185,8 +188,19 @@ def test_a_run_whose_workers_keep_dying_ends_with_the_reason() -> None:
     backlog = Backlog()
     for _ in range(LOSSES):
         backlog.lost((b"", b""), "with exit code -9")
-    with pytest.raises(RunError, match=r"11 workers ended .* exit code -9; committed rounds"):
+    with pytest.raises(NetworkError, match=r"11 workers ended .* exit code -9; committed rounds"):
         backlog.lost(None, "with exit code -9")
+
+
+def test_reticent_runs_shows_why_workers_ended_a_run(
+    tmp_path: Path, team_of: Callable[..., None]
+) -> None:
+    team_of(2, lambda count: True)
+    keys = [part for key in SMALL for part in ("--set", key)]
+    done = CliRunner().invoke(cli, ["simulate", "--run", str(tmp_path / "run"), *keys])
+    assert isinstance(done.exception, NetworkError) and done.exception.exit_code == 6
+    row = describe(tmp_path / "run")
+    assert row["state"] == "failed" and "workers ended" in row["problem"]
 
 
 def test_lost_tasks_are_done_before_new_ones_are_begun() -> None:

@@ -36,7 +36,7 @@ class LedgerError(PrivacyError):
 
 
 class NetworkError(ReticentError):
-    """Too few clients answered, or a connection could not be made."""
+    """Too few clients answered, workers kept ending, or a connection could not be made."""
 
     exit_code = 6
 

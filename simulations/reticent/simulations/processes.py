@@ -107,7 +107,7 @@ class Processes:
         """Yield the partial sum of each task, in the order in which they are done.
 
         Raises:
-            RunError: If processes ended too often.
+            NetworkError: If processes ended too often.
         """
         self._backlog.begin(tasks)
         busy: dict[Connection, tuple[int, Task]] = {}

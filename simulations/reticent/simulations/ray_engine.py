@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from reticent.core.errors import NetworkError, RunError
+from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan
 
 from .devices import Devices
@@ -110,7 +110,7 @@ class RayTeam:
         """Yield the partial sum of each task, in the order in which they are done.
 
         Raises:
-            RunError: If actors were lost too often, or none finds a place.
+            NetworkError: If actors were lost too often, or none finds a place.
         """
         self._backlog.begin(tasks)
         latest: Task | None = None
@@ -141,7 +141,7 @@ class RayTeam:
 
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=_PATIENCE)
         if not done and all(call.task is None for call in self._calls.values()):
-            raise RunError(
+            raise NetworkError(
                 f"no actor found a free core on the Ray cluster within {_PATIENCE:g} s; committed "
                 "rounds are kept, continue with --resume"
             )

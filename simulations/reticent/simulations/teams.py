@@ -10,7 +10,7 @@ from typing import Protocol
 
 from flwr.app import Message
 
-from reticent.core.errors import DependencyError, RunError
+from reticent.core.errors import DependencyError, NetworkError
 from reticent.core.plan import Plan
 from reticent.server.folding import Kept, Rules
 from reticent.server.partial import decode_tally
@@ -45,7 +45,7 @@ class Team(Protocol):
         """Yield the partial sum of each task as it is done, taking tasks only as workers are free.
 
         Raises:
-            RunError: If workers were lost more often than :data:`LOSSES` times.
+            NetworkError: If workers were lost more often than :data:`LOSSES` times.
         """
         ...
 
@@ -106,11 +106,11 @@ class Backlog:
         """Count a lost worker, and take back what it was playing.
 
         Raises:
-            RunError: If it is one too many.
+            NetworkError: If it is one too many.
         """
         self._losses += 1
         if self._losses > LOSSES:
-            raise RunError(
+            raise NetworkError(
                 f"{self._losses} workers ended before their work was done, the last one {how}; "
                 "committed rounds are kept, continue with --resume"
             )

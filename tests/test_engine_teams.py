@@ -76,7 +76,7 @@ class Here:
         return
 
     def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
-        backlog = Backlog()
+        backlog = Backlog(self.size)
         backlog.begin(tasks)
         while task := backlog.next():
             self._count += 1
@@ -90,6 +90,7 @@ class Here:
                 self._players[index] = self._new(), b""
                 backlog.lost(task, "in a test")
             else:
+                backlog.done()
                 yield part
 
 
@@ -185,11 +186,30 @@ def test_killed_worker_processes_are_replaced_and_the_model_is_the_same(
 
 
 def test_a_run_whose_workers_keep_dying_ends_with_the_reason() -> None:
-    backlog = Backlog()
-    for _ in range(LOSSES):
+    backlog = Backlog(2)
+    for _ in range(2 + LOSSES):
         backlog.lost((b"", b""), "with exit code -9")
-    with pytest.raises(NetworkError, match=r"11 workers ended .* exit code -9; committed rounds"):
+    with pytest.raises(NetworkError, match=r"13 workers ended .* exit code -9; committed rounds"):
         backlog.lost(None, "with exit code -9")
+
+
+def test_a_machine_that_takes_its_workers_along_does_not_end_a_run_that_goes_on() -> None:
+    """Sixteen at once, again and again: a share was done in between."""
+    backlog = Backlog(32)
+    for _ in range(5):
+        for _ in range(16):
+            backlog.lost((b"", b""), "in a test")
+        backlog.done()
+
+
+def test_a_share_that_ends_every_worker_ends_the_run(
+    tmp_path: Path, team_of: Callable[..., None]
+) -> None:
+    """The others are done in between, until it is all that is left of the round."""
+    team_of(2, lambda count: count > 3)
+    with pytest.raises(NetworkError, match="13 workers ended"):
+        simulate(plan_of(), tmp_path / "run")
+    assert len(Run(tmp_path / "run").read_metrics()) == 1
 
 
 def test_reticent_runs_shows_why_workers_ended_a_run(
@@ -204,7 +224,7 @@ def test_reticent_runs_shows_why_workers_ended_a_run(
 
 
 def test_lost_tasks_are_done_before_new_ones_are_begun() -> None:
-    backlog = Backlog()
+    backlog = Backlog(1)
     backlog.begin([(b"w", b"1"), (b"w", b"2")])
     first = backlog.next()
     backlog.lost(first, "in a test")

@@ -67,7 +67,7 @@ class Processes:
         """Start ``size`` processes; they import while the server prepares."""
         self._about = devices, plan_json
         self._context = multiprocessing.get_context("spawn")
-        self._backlog = Backlog()
+        self._backlog = Backlog(size)
         self._workers = [_start(self._context, devices, plan_json) for _ in range(size)]
 
     def __enter__(self) -> Processes:
@@ -107,7 +107,7 @@ class Processes:
         """Yield the partial sum of each task, in the order in which they are done.
 
         Raises:
-            NetworkError: If processes ended too often.
+            NetworkError: If processes keep ending and nothing is done.
         """
         self._backlog.begin(tasks)
         busy: dict[Connection, tuple[int, Task]] = {}
@@ -132,6 +132,7 @@ class Processes:
                 except (EOFError, OSError):
                     self._replace(index, task)
                 else:
+                    self._backlog.done()
                     yield part
 
     def _replace(self, index: int, task: Task) -> None:

@@ -81,7 +81,7 @@ class RayTeam:
         self.size = worker_count(plan, int(ray.cluster_resources().get("CPU", 1)))
         self.where = f"{sum(node['Alive'] for node in ray.nodes())} Ray node(s)"
         self._about = devices, plan_json
-        self._backlog = Backlog()
+        self._backlog = Backlog(self.size)
         self._works = 0
         self._idle: list[Any] = []
         self._calls: dict[Any, _Call] = {}
@@ -110,7 +110,7 @@ class RayTeam:
         """Yield the partial sum of each task, in the order in which they are done.
 
         Raises:
-            NetworkError: If actors were lost too often, or none finds a place.
+            NetworkError: If actors are lost and nothing is done, or none finds a place.
         """
         self._backlog.begin(tasks)
         latest: Task | None = None
@@ -157,6 +157,7 @@ class RayTeam:
                 continue
             self._idle.append(call.actor)
             if call.task is not None:
+                self._backlog.done()
                 yield part
 
     def _start(self) -> None:

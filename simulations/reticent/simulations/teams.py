@@ -25,7 +25,7 @@ Task = tuple[bytes, bytes]
 """The work of a round, one object for all of its shares, and one share."""
 
 LOSSES = 10
-"""How many workers may be lost in a run before it is given up."""
+"""How many workers, beyond one loss of the whole team, may be lost without a share being done."""
 
 
 class Team(Protocol):
@@ -45,7 +45,7 @@ class Team(Protocol):
         """Yield the partial sum of each task as it is done, taking tasks only as workers are free.
 
         Raises:
-            NetworkError: If workers were lost more often than :data:`LOSSES` times.
+            NetworkError: If too many workers were lost and nothing was done (:data:`LOSSES`).
         """
         ...
 
@@ -86,10 +86,16 @@ def shares(window: Sequence[Message], workers: int) -> Iterator[Sequence[Message
 
 
 class Backlog:
-    """Tasks that no worker has finished, and how many workers were lost over them in a run."""
+    """Tasks that no worker has finished, and how many workers were lost since one was.
 
-    def __init__(self) -> None:
-        """Begin a run."""
+    A run is not given up for what it lost, however long it is, but for losing workers and doing
+    nothing: as many as the team has, since a machine takes all of its own with it, and
+    :data:`LOSSES` more. A share that ends every worker is found too: in the end it is all there is.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Begin a run with ``size`` workers."""
+        self._most = size + LOSSES
         self._tasks: Iterator[Task] = iter(())
         self._again: list[Task] = []
         self._losses = 0
@@ -102,6 +108,10 @@ class Backlog:
         """Return a task to be done, lost ones first; None when there is none."""
         return self._again.pop() if self._again else next(self._tasks, None)
 
+    def done(self) -> None:
+        """Note that a task was finished."""
+        self._losses = 0
+
     def lost(self, task: Task | None, how: str) -> None:
         """Count a lost worker, and take back what it was playing.
 
@@ -109,10 +119,10 @@ class Backlog:
             NetworkError: If it is one too many.
         """
         self._losses += 1
-        if self._losses > LOSSES:
+        if self._losses > self._most:
             raise NetworkError(
-                f"{self._losses} workers ended before their work was done, the last one {how}; "
-                "committed rounds are kept, continue with --resume"
+                f"{self._losses} workers ended one after another and none did its work, the last "
+                f"one {how}; committed rounds are kept, continue with --resume"
             )
         if task is not None:
             self._again.append(task)

@@ -19,6 +19,7 @@ from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
 from reticent.simulations.admission import check_engine
+from reticent.simulations.cores import quota, usable_cores
 from reticent.simulations.devices import Devices
 from reticent.simulations.growing import GrowingTeam, saved
 from reticent.simulations.player import Player
@@ -26,7 +27,7 @@ from reticent.simulations.processes import Processes
 from reticent.simulations.runs import describe
 from reticent.simulations.simulate import simulate
 from reticent.simulations.teams import LOSSES, Backlog, Task, worker_count
-from reticent.simulations.workers import WINDOW
+from reticent.simulations.workers import BLOCK, WINDOW
 
 SMALL = [
     "task.name=digits",
@@ -97,7 +98,7 @@ class Here:
 @pytest.fixture
 def team_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def use(size: int, loses: Callable[[int], bool] = lambda count: False) -> None:
-        def team(plan: Plan, devices: Devices, text: str, say: object) -> Here:
+        def team(plan: Plan, devices: Devices, text: str, say: object, rounds: int) -> Here:
             return Here(devices, text, size, loses)
 
         monkeypatch.setattr("reticent.simulations.simulate._team", team)
@@ -293,6 +294,83 @@ def test_a_team_that_grows_while_it_plays_gives_the_model_of_one_process(
     assert run.read_summary()["model"] == one.read_summary()["model"]
     assert figures(run) == figures(one)
     assert spending(run) == spending(one)
+
+
+def test_a_team_whose_processes_end_before_they_begin_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those do of a script that is not guarded by ``if __name__ == "__main__"``."""
+    one = simulate(plan_of(), tmp_path / "one")
+    teams = grown(monkeypatch, 0.0)
+    monkeypatch.setattr("reticent.simulations.processes._work", slice)  # returns at once
+    lines: list[str] = []
+
+    def wait(metrics: dict[str, Any]) -> None:
+        deadline = time.monotonic() + 60
+        while not any("ended" in line for line in lines) and time.monotonic() < deadline:
+            assert teams[0].size == 1
+            time.sleep(0.05)
+
+    plan = plan_of("engine.workers=auto")
+    run = simulate(plan, tmp_path / "alone", say=lines.append, progress=wait)
+    (said,) = (line for line in lines if "ended" in line)
+    assert said.startswith("a worker ended with exit code 0 before it began")
+    assert run.read_summary()["model"] == one.read_summary()["model"]
+    assert spending(run) == spending(one)
+
+
+def test_a_resumed_run_starts_processes_for_the_rounds_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def saved(clients: int, pace: float, workers: int) -> float:
+        left.append(clients)
+        return 0.0
+
+    monkeypatch.setattr("reticent.simulations.growing.saved", saved)
+    grown(monkeypatch, 0.0)
+    plan = plan_of("engine.workers=auto")
+    with pytest.raises(InterruptedError):
+        simulate(plan, tmp_path / "run", progress=_stop)
+    begun = len(left)
+    simulate(plan, tmp_path / "run", resume=True)
+    first = 2 * BLOCK
+    assert (left[0], left[begun]) == (3 * 52 - first, 2 * 52 - first)
+
+
+@pytest.mark.parametrize(
+    ("limits", "cores"),
+    [
+        ({}, 2.0**20),
+        ({"a/b": "max 100000"}, 2.0**20),
+        ({"a/b": "150000 100000"}, 1.5),
+        ({"a": "50000 100000", "a/b": "max 100000"}, 0.5),
+        ({"a": "300000 100000", "a/b": "200000 100000", "": "100000 50000"}, 2.0),
+        ({"a/b": "1 0"}, 2.0**20),
+        ({"a/b": "?"}, 2.0**20),
+    ],
+)
+def test_a_quota_is_the_least_of_all_groups_above(
+    limits: dict[str, str], cores: float, tmp_path: Path
+) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("1:cpu:/x\n0::/a/b\n")
+    for name in ("", "a", "a/b"):
+        (tmp_path / "fs" / name).mkdir(parents=True, exist_ok=True)
+    for name, text in limits.items():
+        (tmp_path / "fs" / name / "cpu.max").write_text(text + "\n")
+    assert quota(tmp_path / "fs", own) == cores
+    own.write_text("1:cpu:/x\n")  # version 1 alone
+    assert quota(tmp_path / "fs", own) == 2.0**20
+    assert quota(tmp_path / "fs", tmp_path / "none") == 2.0**20
+
+
+def test_a_quota_below_one_core_leaves_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, cores in ((0.5, 1), (1.9, 1), (2.0**20, 4)):
+        monkeypatch.setattr("reticent.simulations.cores.quota", lambda *_, found=found: found)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+        assert usable_cores() == cores
 
 
 def test_more_processes_start_only_when_they_save_more_than_they_take() -> None:

@@ -28,9 +28,10 @@ from reticent.server.shrinking import constants_of, sketch
 
 from .accelerators import require_suited
 from .admission import check_codecs, check_engine
+from .cores import usable_cores
 from .fleet import SimulatedFleet, check_fleet, fleet_for, granting, priced
 from .fleet.fleet import Charge
-from .teams import usable_cores, worker_count
+from .teams import worker_count
 
 _TRIALS = 5
 

@@ -7,8 +7,9 @@ from flwr.serverapp import ServerApp
 from reticent.client.app import build_client_app
 from reticent.core.plan import Plan
 
+from .cores import usable_cores
 from .devices import Devices
-from .teams import require_ray, usable_cores, worker_count
+from .teams import require_ray, worker_count
 
 
 def serve_with_flower_ray(app: ServerApp, plan: Plan, devices: Devices) -> None:

@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 
+from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan
 
 from .devices import Devices
@@ -26,12 +27,19 @@ class GrowingTeam:
 
     The first shares are played here, on one thread, and timed. Once the clients that are left, at
     the measured pace, take so long that more processes would save :data:`START`, these are started,
-    and shares are played here until all are there. Where shares are played changes no result
-    (:class:`.TeamGrid`), so neither does a measurement.
+    and shares are played here until all are there. If one of them ends instead, there will be no
+    others. Where shares are played changes no result (:class:`.TeamGrid`), so neither does a
+    measurement.
     """
 
     def __init__(
-        self, devices: Devices, plan_json: str, plan: Plan, most: int, say: Callable[[str], None]
+        self,
+        devices: Devices,
+        plan_json: str,
+        plan: Plan,
+        most: int,
+        rounds: int,
+        say: Callable[[str], None],
     ) -> None:
         """Begin alone.
 
@@ -40,15 +48,17 @@ class GrowingTeam:
             plan_json: The plan, as workers get it.
             plan: The plan.
             most: Processes to become.
-            say: Gets a line when the team grows.
+            rounds: How many are left of the run.
+            say: Gets a line when the team grows, or cannot.
         """
         self._about, self._most, self._say = (devices, plan_json), most, say
-        self._left = plan.federation.rounds * plan.federation.clients_per_round
+        self._left = rounds * plan.federation.clients_per_round
         self._cohort = plan.federation.clients_per_round
         self._pace = float("inf")
         self._player: Player | None = None
         self._work = b""
         self._others: Processes | None = None
+        self._grown = False
         self._open = ExitStack()
 
     def __enter__(self) -> GrowingTeam:
@@ -60,19 +70,21 @@ class GrowingTeam:
     @property
     def size(self) -> int:
         """How many workers there are."""
-        return self._others.size if self._others and self._others.ready else 1
+        others = self._team()
+        return others.size if others else 1
 
     @property
     def window(self) -> int:
         """How many clients to deal at a time: few until the pace is known."""
         if self._pace == float("inf"):
             return 2 * BLOCK
-        return WINDOW * self.size if self._others is None or self._others.ready else 4 * BLOCK
+        waiting = self._team() is None and self._others is not None
+        return 4 * BLOCK if waiting else WINDOW * self.size
 
     def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
         """Yield the partial sum of each task, here until there are others."""
         pending = iter(tasks)
-        while self._others is None or not self._others.ready:
+        while (others := self._team()) is None:
             clients = min(self.window, self._cohort)
             task = next(pending, None)
             if task is None:
@@ -82,7 +94,19 @@ class GrowingTeam:
             self._consider(clients, perf_counter() - begun)
             yield part
         self._player = None
-        yield from self._others.play(pending)
+        yield from others.play(pending)
+
+    def _team(self) -> Processes | None:
+        """Return the others once all can begin: from then on they play."""
+        if self._others is None or self._grown:
+            return self._others
+        try:
+            self._grown = self._others.ready()
+        except NetworkError as error:
+            self._say(f"{error}; clients go on being trained in this process")
+            self._open.__exit__(type(error), error, None)  # ends those that are still starting
+            self._others, self._most = None, 1
+        return self._others if self._grown else None
 
     def _here(self, task: Task) -> bytes:
         work, share = task

@@ -11,6 +11,8 @@ from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
+from reticent.core.errors import NetworkError
+
 from .devices import Devices
 from .player import Player
 from .teams import Backlog, Task
@@ -28,19 +30,19 @@ class _Worker:
     work: bytes = field(default=b"")
     greeted: bool = False
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has imported everything, or has ended."""
-        return self.greeted or self.pipe.poll()
+    def greet(self, wait: bool) -> bool:
+        """Return whether it has imported everything; EOFError or OSError if it has ended before."""
+        if not self.greeted and (wait or self.pipe.poll()):
+            self.pipe.recv_bytes()
+            self.greeted = True
+        return self.greeted
 
     def give(self, task: Task) -> None:
         """Send a task, and its work unless the worker has that; OSError or EOFError if it is gone.
 
         Waits until the worker is ready.
         """
-        if not self.greeted:
-            self.pipe.recv_bytes()
-            self.greeted = True
+        self.greet(wait=True)
         work, share = task
         if self.work is not work:
             self.pipe.send_bytes(b"")
@@ -93,10 +95,19 @@ class Processes:
         """How many clients to deal at a time."""
         return WINDOW * self.size
 
-    @property
     def ready(self) -> bool:
-        """Whether all processes can begin at once."""
-        return all(worker.ready for worker in self._workers)
+        """Return whether all processes have imported everything, and can begin at once.
+
+        Raises:
+            NetworkError: If one has ended instead, telling how.
+        """
+        for worker in self._workers:
+            try:
+                if not worker.greet(wait=False):
+                    return False
+            except (EOFError, OSError):
+                raise NetworkError(f"a worker ended {worker.bury()} before it began") from None
+        return True
 
     @property
     def pids(self) -> list[int]:

@@ -24,9 +24,10 @@ import numpy as np
 from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan
 
+from .cores import usable_cores
 from .devices import Devices
 from .player import Player
-from .teams import Backlog, Task, require_ray, usable_cores, worker_count
+from .teams import Backlog, Task, require_ray, worker_count
 from .workers import WINDOW
 
 _PATIENCE = 300.0  # seconds until some actor must have found a place on the cluster

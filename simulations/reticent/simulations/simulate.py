@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from reticent.server.preparation import Prepared
 
 from .accelerators import require_accelerator
 from .charging import Clerk
+from .cores import usable_cores
 from .devices import Devices, devices_for
 from .explain import check_plan, planned_fleet, sketched_constants
 from .fleet import SimulatedFleet, charging_to
 from .grid import InProcessGrid, serve
 from .growing import GrowingTeam
 from .processes import Processes
-from .teams import Team, TeamGrid, usable_cores, worker_count
+from .teams import Team, TeamGrid, worker_count
 from .workers import Inline
 
 
@@ -46,6 +47,8 @@ def simulate(
 
     With ``prepared``, one for many runs, models that these share are trained on public data once.
     The ServerApp and the ClientApp are those of a deployment; only the grid between them is ours.
+    Worker processes import the script that calls this, so it must do so below
+    ``if __name__ == "__main__":``.
 
     Raises:
         ReticentError: Whatever went wrong; committed rounds are kept and ``resume=True`` continues
@@ -67,8 +70,15 @@ def simulate(
             Ledger.open(run.ledger).close()  # walks the whole chain, once for all that open it now
         # Made in the thread that the engine runs the ServerApp in: SQLite asks for that.
         app = build_server_app(lambda _: _settings(run, plan, devices, say, progress, prepared))
-        _serve(app, plan, devices, say)
+        _serve(app, plan, devices, say, plan.federation.rounds - (_committed(run) if resume else 0))
     return run
+
+
+def _committed(run: Run) -> int:
+    """Return how many rounds a run has, as far as its file tells; the journal may know more."""
+    with suppress(RunError):
+        return len(run.read_metrics())
+    return 0
 
 
 def _resumable(folder: Path, plan: Plan) -> Run:
@@ -121,14 +131,16 @@ def _fleet(plan: Plan, constants: bytes, devices: Devices, ledger: Ledger) -> Si
     return planned_fleet(plan, task, trainer, len(constants), charging_to(plan, devices, ledger))
 
 
-def _serve(app: ServerApp, plan: Plan, devices: Devices, say: Callable[[str], None]) -> None:
+def _serve(
+    app: ServerApp, plan: Plan, devices: Devices, say: Callable[[str], None], rounds: int
+) -> None:
     if plan.engine.kind == "flower-ray":
         from .flower_ray import serve_with_flower_ray
 
         serve_with_flower_ray(app, plan, devices)
         return
     text = plan.canonical()
-    with Inline(devices, text) as here, _team(plan, devices, text, say) as team:
+    with Inline(devices, text) as here, _team(plan, devices, text, say, rounds) as team:
         if team is None:
             grid = InProcessGrid(plan.task.clients, here)
         else:
@@ -138,7 +150,7 @@ def _serve(app: ServerApp, plan: Plan, devices: Devices, say: Callable[[str], No
 
 
 def _team(
-    plan: Plan, devices: Devices, text: str, say: Callable[[str], None]
+    plan: Plan, devices: Devices, text: str, say: Callable[[str], None], rounds: int
 ) -> AbstractContextManager[Team | None]:
     if plan.first_come:
         if plan.engine.kind == "ray" or plan.engine.workers not in ("auto", 1):
@@ -154,7 +166,7 @@ def _team(
     if workers == 1:
         return nullcontext()
     if plan.engine.workers == "auto":
-        return GrowingTeam(devices, text, plan, workers, say)
+        return GrowingTeam(devices, text, plan, workers, rounds, say)
     return Processes(devices, text, workers)
 
 

@@ -1,7 +1,8 @@
 """A Ray cluster of two nodes on loopback that loses a worker, and then a whole node, mid-round.
 
 Run with ``python benchmarks/ray_cluster.py [--json]``. The plan is run in one process first; exits
-with status 1 unless the cluster gives the same model each time.
+with status 1 unless the cluster gives the same model each time, and lost what it was meant to lose
+in the round that it was meant to.
 """
 
 from __future__ import annotations
@@ -22,28 +23,53 @@ from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 from small_runs import SMALL, model_of
 
 PLAN = [*SMALL, "federation.rounds=4", "federation.retries=0"]
-DELAY = 0.1  # seconds after a round was begun
+PLAN += ["privacy.trust=local", "federation.steps_per_round=30"]  # rounds of some seconds
+STRUCK, DELAY = 3, 0.25  # the round, and seconds after it was begun
 QUICK_TO_NOTICE = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: where, what happened to it, its model, and how long it took."""
+    """One run: where, what happened to it, what it said of that, its model, and how long it took.
+
+    ``rounds`` are the seconds of its rounds.
+    """
 
     where: str
     event: str
+    said: str
     model: str
+    rounds: list[float]
     seconds: float
 
 
-def during(round: int, strike: Callable[[], None]) -> Callable[[dict[str, Any]], None]:
-    """Return what strikes shortly after round ``round`` was begun."""
+class Blow:
+    """Strikes shortly after a round was begun, and hears what the run says of it before its end."""
 
-    def progress(metrics: dict[str, Any]) -> None:
-        if metrics["round"] == round - 1:
-            threading.Timer(DELAY, strike).start()
+    def __init__(self, strike: Callable[[], None]) -> None:
+        self.said: list[str] = []
+        self.rounds: list[float] = []
+        self.problem = "it was not struck"
+        self._strike = strike
 
-    return progress
+    def say(self, line: str) -> None:
+        """Take a line that the run says."""
+        if line.startswith("a worker ended") and len(self.rounds) == STRUCK - 1:
+            self.said.append(line)
+
+    def progress(self, metrics: dict[str, Any]) -> None:
+        """Take the end of a round, and strike in the next if that is the one."""
+        self.rounds.append(metrics["seconds"])
+        if metrics["round"] == STRUCK - 1:
+            threading.Timer(DELAY, self._fall).start()
+
+    def _fall(self) -> None:
+        try:
+            self._strike()
+        except Exception as error:
+            self.problem = f"it could not be struck: {error!r}"
+        else:
+            self.problem = ""
 
 
 def nothing() -> None:
@@ -51,16 +77,21 @@ def nothing() -> None:
 
 
 def kill_an_actor() -> None:
-    """Kill the process of one of our actors."""
-    os.kill(titled("ray::_Actor")[0], signal.SIGKILL)
+    """Kill the process of one of our actors, while it plays."""
+    os.kill(titled("ray::_Actor.play")[0], signal.SIGKILL)
 
 
 def run(where: str, event: str, overrides: list[str], strike: Callable[[], None]) -> Row:
     """Run the plan and let ``strike`` happen in its third round."""
-    began = time.perf_counter()
-    model = model_of([*PLAN, *overrides], progress=during(3, strike))
+    began, blow = time.perf_counter(), Blow(strike)
+    model = model_of([*PLAN, *overrides], progress=blow.progress, say=blow.say)
     print(f"{where}, {event}: {model[:16]}", file=sys.stderr, flush=True)
-    return Row(where, event, model, time.perf_counter() - began)
+    if blow.problem:
+        sys.exit(f"{where}, {event}: {blow.problem}")
+    if bool(blow.said) != (strike is not nothing):
+        sys.exit(f"{where}, {event}: in round {STRUCK} the run said {blow.said} of lost workers")
+    said = "; ".join(blow.said)
+    return Row(where, event, said, model, blow.rounds, time.perf_counter() - began)
 
 
 def measure() -> list[Row]:
@@ -85,8 +116,11 @@ def measure() -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Return ``rows`` as aligned text."""
-    lines = [f"{'where':<15}{'event in round 3':<18}{'model':<18}{'seconds':>8}"]
-    lines += [f"{r.where:<15}{r.event:<18}{r.model[:16]:<18}{r.seconds:>8.1f}" for r in rows]
+    rounds = "".join(f"{f'round {k + 1}':>9}" for k in range(len(rows[0].rounds)))
+    lines = [f"{'where':<15}{'event in round 3':<18}{'model':<18}{rounds}{'all, s':>9}  it said"]
+    for row in rows:
+        times = "".join(f"{seconds:>9.1f}" for seconds in [*row.rounds, row.seconds])
+        lines.append(f"{row.where:<15}{row.event:<18}{row.model[:16]:<18}{times}  {row.said}")
     return "\n".join(lines)
 
 

@@ -45,6 +45,7 @@ def model_of(
     *,
     stop: int | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Run a plan to its end in a folder of its own and return the hash of the final model.
 
@@ -52,6 +53,7 @@ def model_of(
         overrides: Of the default plan.
         stop: Stop after this round, and go on.
         progress: Called after each round.
+        say: Gets the lines that the run says.
     """
     plan = parse_plan("", overrides)
     with TemporaryDirectory() as folder:
@@ -62,4 +64,4 @@ def model_of(
             except Stopped:
                 done: Run = simulate(plan, run, resume=True)
                 return str(done.read_summary()["model"])
-        return str(simulate(plan, run, progress=progress).read_summary()["model"])
+        return str(simulate(plan, run, progress=progress, say=say).read_summary()["model"])

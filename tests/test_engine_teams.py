@@ -77,7 +77,7 @@ class Here:
         return
 
     def play(self, tasks: Iterable[Task]) -> Iterator[bytes]:
-        backlog = Backlog(self.size)
+        backlog = Backlog(self.size, print)
         backlog.begin(tasks)
         while task := backlog.next():
             self._count += 1
@@ -180,14 +180,18 @@ def test_killed_worker_processes_are_replaced_and_the_model_is_the_same(
             threading.Timer(0.5, os.kill, (first, signal.SIGKILL)).start()
             os.kill(second, signal.SIGKILL)
 
-    run = simulate(plan_of("engine.workers=2"), tmp_path / "two", progress=strike)
+    lines: list[str] = []
+    two = plan_of("engine.workers=2")
+    run = simulate(two, tmp_path / "two", progress=strike, say=lines.append)
+    lost = "a worker ended with exit code -9; its share is played again"
+    assert [line for line in lines if "ended" in line] == [lost, lost]
     assert run.read_summary()["model"] == one.read_summary()["model"]
     assert figures(run) == figures(one)
     assert spending(run) == spending(one), "a share that was played again was charged again"
 
 
 def test_a_run_whose_workers_keep_dying_ends_with_the_reason() -> None:
-    backlog = Backlog(2)
+    backlog = Backlog(2, print)
     for _ in range(2 + LOSSES):
         backlog.lost((b"", b""), "with exit code -9")
     with pytest.raises(NetworkError, match=r"13 workers ended .* exit code -9; committed rounds"):
@@ -196,7 +200,7 @@ def test_a_run_whose_workers_keep_dying_ends_with_the_reason() -> None:
 
 def test_a_machine_that_takes_its_workers_along_does_not_end_a_run_that_goes_on() -> None:
     """Sixteen at once, again and again: a share was done in between."""
-    backlog = Backlog(32)
+    backlog = Backlog(32, print)
     for _ in range(5):
         for _ in range(16):
             backlog.lost((b"", b""), "in a test")
@@ -225,11 +229,17 @@ def test_reticent_runs_shows_why_workers_ended_a_run(
 
 
 def test_lost_tasks_are_done_before_new_ones_are_begun() -> None:
-    backlog = Backlog(1)
+    said: list[str] = []
+    backlog = Backlog(1, said.append)
     backlog.begin([(b"w", b"1"), (b"w", b"2")])
     first = backlog.next()
     backlog.lost(first, "in a test")
     assert [backlog.next(), backlog.next(), backlog.next()] == [first, (b"w", b"2"), None]
+    backlog.lost(None, "while it started")
+    assert said == [
+        "a worker ended in a test; its share is played again",
+        "a worker ended while it started; another is started",
+    ]
 
 
 def test_files_that_clients_keep_are_not_looked_for_on_another_machine() -> None:

@@ -107,6 +107,27 @@ def test_a_cluster_that_loses_an_actor_and_a_node_gives_the_same_model() -> None
     rows = json.loads(done.stdout[done.stdout.index("[\n") :])
     assert [row["event"] for row in rows] == ["none", "none", "an actor killed", "a node killed"]
     assert len({row["model"] for row in rows}) == 1
+    assert [row["said"] == "" for row in rows] == [True, True, False, False]
+    assert all("a worker ended" in row["said"] for row in rows[2:])
+
+
+def test_a_blow_that_misses_its_round_or_its_aim_is_no_proof(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    import ray_cluster
+
+    monkeypatch.setattr(ray_cluster, "DELAY", 0.0)
+    blow = ray_cluster.Blow(lambda: [][0])
+    for number in (1, 2, 3):
+        blow.say(f"a worker ended before the end of round {number}")
+        blow.progress({"round": number, "seconds": 1.0})
+    blow.say("a worker ended after it")
+    assert blow.said == ["a worker ended before the end of round 3"]
+    deadline = time.monotonic() + 10
+    while "IndexError" not in blow.problem and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert blow.problem.startswith("it could not be struck: IndexError")
 
 
 def test_an_address_where_no_cluster_answers_is_an_error(tmp_path: Path) -> None:

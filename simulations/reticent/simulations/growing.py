@@ -127,7 +127,7 @@ class GrowingTeam:
                 f"{self._most} worker processes of one thread each: one would take another "
                 f"{self._left * self._pace:.0f} s"
             )
-            self._others = self._open.enter_context(Processes(*self._about, self._most))
+            self._others = self._open.enter_context(Processes(*self._about, self._most, self._say))
 
 
 def saved(clients: int, pace: float, workers: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
@@ -65,11 +65,16 @@ class Processes:
     One that is killed is started anew, and what it was playing is played again.
     """
 
-    def __init__(self, devices: Devices, plan_json: str, size: int) -> None:
-        """Start ``size`` processes; they import while the server prepares."""
+    def __init__(
+        self, devices: Devices, plan_json: str, size: int, say: Callable[[str], None]
+    ) -> None:
+        """Start ``size`` processes; they import while the server prepares.
+
+        ``say`` gets a line for each that is lost.
+        """
         self._about = devices, plan_json
         self._context = multiprocessing.get_context("spawn")
-        self._backlog = Backlog(size)
+        self._backlog = Backlog(size, say)
         self._workers = [_start(self._context, devices, plan_json) for _ in range(size)]
 
     def __enter__(self) -> Processes:

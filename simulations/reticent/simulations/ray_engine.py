@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -68,8 +68,12 @@ class RayTeam:
     playing is played by whichever actor is free next.
     """
 
-    def __init__(self, devices: Devices, plan_json: str, plan: Plan) -> None:
+    def __init__(
+        self, devices: Devices, plan_json: str, plan: Plan, say: Callable[[str], None]
+    ) -> None:
         """Connect to Ray, or start it here, and begin to start the actors.
+
+        ``say`` gets a line for each that is lost.
 
         Raises:
             DependencyError: If Ray is not installed.
@@ -82,7 +86,7 @@ class RayTeam:
         self.size = worker_count(plan, int(ray.cluster_resources().get("CPU", 1)))
         self.where = f"{sum(node['Alive'] for node in ray.nodes())} Ray node(s)"
         self._about = devices, plan_json
-        self._backlog = Backlog(self.size)
+        self._backlog = Backlog(self.size, say)
         self._works = 0
         self._idle: list[Any] = []
         self._calls: dict[Any, _Call] = {}
@@ -153,7 +157,7 @@ class RayTeam:
             except RayTaskError:
                 raise
             except RayError as error:
-                self._backlog.lost(call.task, f"as {type(error).__name__}")
+                self._backlog.lost(call.task, f"with {type(error).__name__}")
                 self._start()
                 continue
             self._idle.append(call.actor)

@@ -159,7 +159,7 @@ def _team(
     if plan.engine.kind == "ray":
         from .ray_engine import RayTeam
 
-        team = RayTeam(devices, text, plan)
+        team = RayTeam(devices, text, plan, say)
         say(f"{team.size} Ray actors of one thread each on {team.where}")
         return team
     workers = worker_count(plan, usable_cores())
@@ -167,7 +167,7 @@ def _team(
         return nullcontext()
     if plan.engine.workers == "auto":
         return GrowingTeam(devices, text, plan, workers, rounds, say)
-    return Processes(devices, text, workers)
+    return Processes(devices, text, workers, say)
 
 
 def _quiet_flower() -> None:

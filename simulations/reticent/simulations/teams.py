@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -92,9 +92,9 @@ class Backlog:
     :data:`LOSSES` more. A share that ends every worker is found too: in the end it is all there is.
     """
 
-    def __init__(self, size: int) -> None:
-        """Begin a run with ``size`` workers."""
-        self._most = size + LOSSES
+    def __init__(self, size: int, say: Callable[[str], None]) -> None:
+        """Begin a run with ``size`` workers; ``say`` gets a line for each that is lost."""
+        self._most, self._say = size + LOSSES, say
         self._tasks: Iterator[Task] = iter(())
         self._again: list[Task] = []
         self._losses = 0
@@ -125,6 +125,8 @@ class Backlog:
             )
         if task is not None:
             self._again.append(task)
+        then = "another is started" if task is None else "its share is played again"
+        self._say(f"a worker ended {how}; {then}")
 
 
 def worker_count(plan: Plan, cores: int) -> int:

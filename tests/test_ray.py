@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from reticent.core.errors import NetworkError
+from reticent.core.errors import DependencyError, NetworkError
 from reticent.core.plan import parse_plan
 from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
+from reticent.simulations.alike import own_marks
 from reticent.simulations.simulate import simulate
 
 pytestmark = [
@@ -39,6 +41,7 @@ SMALL = [
 ]
 
 
+ENGINE = "reticent.simulations.ray_engine"
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -128,6 +131,21 @@ def test_a_blow_that_misses_its_round_or_its_aim_is_no_proof(
     while "IndexError" not in blow.problem and time.monotonic() < deadline:
         time.sleep(0.01)
     assert blow.problem.startswith("it could not be struck: IndexError")
+
+
+def test_nodes_with_other_code_are_refused_and_of_another_kind_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from here: what is changed is what this process takes itself for."""
+    pytest.importorskip("ray")
+    plan, own = parse_plan("", [*SMALL, "engine.kind=ray", "engine.workers=2"]), own_marks()
+    lines: list[str] = []
+    monkeypatch.setattr(f"{ENGINE}.own_marks", lambda: replace(own, kernels="another"))
+    simulate(plan, tmp_path / "kind", say=lines.append)
+    assert len([line for line in lines if "need not give the same model" in line]) == 1
+    monkeypatch.setattr(f"{ENGINE}.own_marks", lambda: replace(own, code="0.0.9"))
+    with pytest.raises(DependencyError, match=r"this machine has reticent 0\.0\.9"):
+        simulate(plan, tmp_path / "code")
 
 
 def test_an_address_where_no_cluster_answers_is_an_error(tmp_path: Path) -> None:

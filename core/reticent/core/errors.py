@@ -60,7 +60,7 @@ class PayloadError(ReticentError):
 
 
 class DependencyError(ReticentError):
-    """An extra or a GPU is missing; the message says how to install it, or to go without."""
+    """An extra or a GPU is missing, or a Ray node has other code; the message says what to do."""
 
     exit_code = 10
 

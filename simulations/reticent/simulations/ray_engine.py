@@ -24,6 +24,7 @@ import numpy as np
 from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan
 
+from .alike import compared, own_marks
 from .cores import usable_cores
 from .devices import Devices
 from .player import Player
@@ -41,9 +42,9 @@ class _Actor:
         self._player = Player(devices, plan_json)
         self._number = 0
 
-    def ready(self) -> bool:
-        """Tell that the actor has found a place and has imported everything."""
-        return True
+    def ready(self) -> tuple[str, ...]:
+        """Tell that the actor has found a place and has imported everything, and what it is."""
+        return own_marks().plain()
 
     def play(self, number: int, work: Any, share: bytes) -> bytes:
         """Play a share of work ``number``; ``work`` lies in the node's object store."""
@@ -73,7 +74,7 @@ class RayTeam:
     ) -> None:
         """Connect to Ray, or start it here, and begin to start the actors.
 
-        ``say`` gets a line for each that is lost.
+        ``say`` gets a line for each that is lost, and one if some compute in another way.
 
         Raises:
             DependencyError: If Ray is not installed.
@@ -88,6 +89,8 @@ class RayTeam:
         self._about = devices, plan_json
         self._backlog = Backlog(self.size, say)
         self._works = 0
+        self._say = say
+        self._unlike = ""
         self._idle: list[Any] = []
         self._calls: dict[Any, _Call] = {}
         for _ in range(self.size):
@@ -116,6 +119,7 @@ class RayTeam:
 
         Raises:
             NetworkError: If actors are lost and nothing is done, or none finds a place.
+            DependencyError: If a node has another reticent or another torch.
         """
         self._backlog.begin(tasks)
         latest: Task | None = None
@@ -161,9 +165,18 @@ class RayTeam:
                 self._start()
                 continue
             self._idle.append(call.actor)
-            if call.task is not None:
+            if call.task is None:
+                self._compare(part)
+            else:
                 self._backlog.done()
                 yield part
+
+    def _compare(self, marks: Any) -> None:
+        """Refuse a node that has other code; say once that one is of another kind."""
+        unlike = compared(own_marks(), marks)
+        if unlike and not self._unlike:
+            self._say(unlike)
+        self._unlike = self._unlike or unlike
 
     def _start(self) -> None:
         import ray  # pyright: ignore[reportMissingImports]

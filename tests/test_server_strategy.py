@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +104,41 @@ class Federation:
         """Run every round and return what arrived in the last."""
         self.strategy.start(self.grid)
         return self.tallies[-1]
+
+
+@pytest.mark.parametrize("first", [[], ["federation.enough=7", "federation.min_replies=5"]])
+def test_messages_are_made_as_a_lazy_grid_takes_them(
+    first: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many are there does not depend on the cohort, and nothing else on when they were made."""
+    made: list[weakref.ref[Message]] = []
+    alive: list[int] = []
+    make = PrivateAveraging._messages
+
+    def watched(*arguments: Any) -> Iterator[Message]:
+        for message in make(*arguments):
+            made.append(weakref.ref(message))
+            yield message
+
+    def answer(message: Message) -> list[Message]:
+        alive.append(sum(one() is not None for one in made))
+        return honest(message)
+
+    monkeypatch.setattr(PrivateAveraging, "_messages", watched)
+    found = []
+    for lazy in (True, False):
+        if not lazy:
+            monkeypatch.delattr(InProcessGrid, "lazy")
+        made.clear()
+        alive.clear()
+        federation = Federation(plan_of(40, 40, 2, *first), answer)
+        tally = federation.run()
+        assert len(made) == len(alive) == 80
+        assert max(alive) <= 2 * Script.window if lazy else max(alive) == 40
+        figures = tally.accepted, tally.asked, tally.bytes_down, tally.first_bytes_down
+        found.append((figures, federation.states[-1].weights.tobytes()))
+    assert found[0] == found[1]
+    assert len(found[0][0][0]) == (7 if first else 40)
 
 
 def round_in(message: Message) -> int:

@@ -141,7 +141,7 @@ class BufferedAveraging(PrivateAveraging):
         self._sent = self._broadcast(given)
         order = ConfigRecord({**self._order(given + 1).to_config()})
         self._waiting = set(nodes)
-        self._gather(number, list(self._messages(nodes, order, number)), grid)
+        self._gather(number, self._messages_for(grid, nodes, order, number), grid)
 
     def _broadcast(self, given: int) -> Broadcast:
         if given not in self._models:

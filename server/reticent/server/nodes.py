@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -18,6 +19,16 @@ a device makes while it answers: devices that are all asked in one moment wait f
 and the SuperLink gives up on some of them (measured with 100 and 200; see docs/deployment.md)."""
 
 Gather = Callable[[Grid, Iterable[Message], float, Callable[[], bool], int], Iterable[Message]]
+
+
+@runtime_checkable
+class LazyGrid(Protocol):
+    """A grid that goes through the messages it is given once, as it needs them.
+
+    So they need not all be there at a time; Flower's own grids go through them twice.
+    """
+
+    lazy: bool
 
 
 def at_once(

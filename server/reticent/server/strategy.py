@@ -25,7 +25,7 @@ from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
 from .fleet import Fleet, Virtual
 from .folding import Folder, FoldingGrid, Kept, Rules, largest_payload
-from .nodes import Nodes
+from .nodes import LazyGrid, Nodes
 from .optimizer import Floats, ServerState, apply_round
 from .records import Shared, packed, payload_of
 from .robust import combined, needs_all
@@ -259,9 +259,14 @@ class PrivateAveraging(Strategy):
         if self._fleet is not None:
             cohort = self._in_time(server_round, cohort, self._fleet)
         self._waiting = set(cohort)
-        messages = self._messages(cohort, order, server_round)
-        # Flower's own grids go through the messages twice, so they get a list; records are shared.
-        return messages if isinstance(grid, FoldingGrid) else list(messages)
+        return self._messages_for(grid, cohort, order, server_round)
+
+    def _messages_for(
+        self, grid: Grid, cohort: list[int], order: ConfigRecord, number: int
+    ) -> Iterable[Message]:
+        """Return the messages to ``cohort``, made as a lazy grid takes them; records are shared."""
+        messages = self._messages(cohort, order, number)
+        return messages if isinstance(grid, LazyGrid) else list(messages)
 
     def _messages(self, cohort: list[int], order: ConfigRecord, number: int) -> Iterator[Message]:
         sent = self._sent

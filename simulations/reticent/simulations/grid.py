@@ -69,8 +69,11 @@ class InProcessGrid(Grid):
     """A grid whose nodes are the clients of a simulation.
 
     ``send_and_receive`` is lazy: replies are computed as they are consumed, a window of messages at
-    a time, so memory does not depend on the cohort. Replies come in the order of the messages.
+    a time, so memory does not depend on the cohort. Replies come in the order of the messages. It
+    is a :class:`~reticent.server.nodes.LazyGrid`.
     """
+
+    lazy = True
 
     def __init__(self, clients: int, backend: Backend) -> None:
         """Serve ``clients`` nodes through ``backend``."""

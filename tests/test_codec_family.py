@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import product
 
 import numpy as np
@@ -16,7 +19,7 @@ from reticent.compression.codec.dither import dither
 from reticent.compression.codec.frame import unseal
 from reticent.compression.codec.hadamard import Rotated, pieces_of, transform
 from reticent.compression.codec.lloyd import POSITIVE_LEVELS, NormalLevels
-from reticent.compression.codec.low_rank import LowRank
+from reticent.compression.codec.low_rank import LowRank, orthonormal
 from reticent.core.errors import PayloadError
 from reticent.core.update import Layout, Vector
 
@@ -223,6 +226,44 @@ def test_low_rank_is_a_projection_of_each_matrix_and_exact_at_its_rank() -> None
     assert lost < 0.9 * energy
     assert len(pruned.encode(kept, layout.blocks, generator)) == 17 + 4 * (2 * (20 + 30) + 6)
     assert np.array_equal(decoded[-6:], kept[-6:])
+
+
+def test_low_rank_gives_the_same_bits_with_any_number_of_threads() -> None:
+    """Before float32 hides nearly all of what a BLAS with other threads rounds to."""
+    code = (
+        "import hashlib, numpy as np\n"
+        "from reticent.compression.codec.low_rank import LowRank\n"
+        "from reticent.core.update import Layout\n"
+        "quantizer = LowRank(4, Layout(('w',), ((1000, 1000),)))\n"
+        "matrix = np.random.default_rng(0).standard_normal((1000, 1000))\n"
+        "factors = quantizer._factors(matrix, np.random.default_rng(1))\n"
+        "product = quantizer._product(0, factors)\n"
+        "print(hashlib.sha256(factors.tobytes() + product.tobytes()).hexdigest())\n"
+    )
+    found = set[str]()
+    for threads in ("1", "2", "4"):
+        variables = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+        )
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_an_orthonormal_basis_spans_what_the_vectors_span(rank: int) -> None:
+    """Of vectors that depend on each other some become zero; LAPACK's projection is the same."""
+    generator = np.random.default_rng(rank)
+    vectors = generator.normal(size=(6, rank)) @ generator.normal(size=(rank, 40))
+    vectors *= np.logspace(-8, 8, 6)[:, None]
+    basis = orthonormal(vectors)
+    lengths = np.linalg.norm(basis, axis=1)
+    assert np.allclose(sorted(lengths), [0] * (6 - rank) + [1] * rank, atol=1e-14)
+    products = basis @ basis.T
+    assert np.abs(products - np.diag(lengths**2)).max() < 1e-14
+    right = np.linalg.svd(vectors / np.linalg.norm(vectors, axis=1)[:, None])[2][:rank]
+    assert np.allclose(basis.T @ basis, right.T @ right, atol=1e-12)
+    assert not orthonormal(np.zeros((2, 5))).any()
 
 
 def test_low_rank_without_its_layout_is_refused() -> None:

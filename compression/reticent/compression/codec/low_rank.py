@@ -9,12 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reticent.core.errors import PayloadError
+from reticent.core.norms import l2_norm
 from reticent.core.update import Layout, Vector
 
 from .base import Blocks, Coded, Dependence, check_finite, no_flags, to_float32
 from .plain import floats_from
 
 Wide = NDArray[np.float64]
+
+_DEPENDENT = 1e-12
+"""What is left of a vector, as a share of it, that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class LowRank:
     on both sides). What is decoded is P P^T M, a projection, so the error is never longer than M;
     it is biased and depends on the input. Vectors, and matrices that two factors would not make
     smaller, are sent as they are. Pruned coordinates count as zero and are not decoded.
+
+    Guarantee: the bits do not depend on the number of threads. Products are ``einsum``'s, which
+    calls no BLAS, and the basis is :func:`orthonormal`'s, which calls no LAPACK.
     """
 
     rank: int
@@ -109,11 +116,31 @@ class LowRank:
 
     def _factors(self, matrix: Wide, generator: np.random.Generator) -> Wide:
         start = generator.standard_normal((matrix.shape[1], self.rank))
-        basis = np.linalg.qr(matrix @ start)[0]
-        return np.concatenate([basis.ravel(), (matrix.T @ basis).ravel()])
+        # Factors lie here as rows, so that the innermost loops are along memory.
+        basis = orthonormal(np.einsum("ij,kj->ki", matrix, np.ascontiguousarray(start.T)))
+        image = np.einsum("ij,ki->kj", matrix, basis)
+        return np.concatenate([basis.T.ravel(), image.T.ravel()])
 
     def _product(self, i: int, part: Wide) -> Wide:
         rows, columns = self._shapes[i]
         basis = part[: rows * self.rank].reshape(rows, self.rank)
         image = part[rows * self.rank :].reshape(columns, self.rank)
-        return (basis @ image.T).ravel()[self._kept[i]]
+        product = np.einsum("ik,kj->ij", basis, np.ascontiguousarray(image.T))
+        return product.ravel()[self._kept[i]]
+
+
+def orthonormal(vectors: Wide) -> Wide:
+    """Return an orthonormal basis of the rows of ``vectors``, float64 ``(k, n)``, as rows.
+
+    Gram and Schmidt's, twice for each vector, which is enough for orthogonality to rounding (Giraud
+    et al. 2005). Who depends on those before, to rounding, becomes zero.
+    """
+    basis = np.zeros_like(vectors)
+    for k, vector in enumerate(vectors):
+        rest, before = vector, basis[:k]
+        for _ in range(2):
+            rest = rest - np.einsum("k,kn->n", np.einsum("kn,n->k", before, rest), before)
+        length = l2_norm(rest)
+        if length > _DEPENDENT * l2_norm(vector):
+            basis[k] = rest / length
+    return basis

@@ -1,7 +1,8 @@
 """The contenders of ``round.py``; one process runs one of them and prints a line of JSON.
 
-Every contender trains the same clients' data for the same expected number of steps and batch. Those
-that are private clip each example to 1 and add noise of multiplier 1 at every step, except pfl,
+Every contender trains on the same clients' data, about one epoch. ``pfl`` and ``flower-as-written``
+process a client's n examples once on average, the others 8/7 n, in four Poisson batches. Those
+that are private clip each example to 1 and add noise of multiplier 0.5 at every step, except pfl,
 which clips and noises whole updates.
 """
 

@@ -226,6 +226,42 @@ def test_a_sweep_may_grow_but_not_change(tmp_path: Path) -> None:
     assert len(read_manifest(tmp_path / "s").points) == 6
 
 
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"privacy.epsilon": ("2.0", "8"), "privacy.clip": ("0.50",)},  # spelled otherwise
+        {"privacy.clip": ("1", "0.5"), "privacy.epsilon": ("2", "8")},  # another key and order
+    ],
+)
+def test_a_point_keeps_its_run_however_its_grid_is_written(
+    tmp_path: Path, now: dict[str, tuple[str, ...]]
+) -> None:
+    """By the digest of its plan: 0.5 is the default of privacy.clip."""
+    first = open_sweep(tmp_path / "s", manifest(seeds=1))
+    folders = {point.plan.digest: point.folder for point in first.manifest.points}
+    assert run_sweep(first, Show()) == {}
+    begun: list[str] = []
+    for _ in range(2):  # as it is given, and as it is read again
+        grown = open_sweep(tmp_path / "s", manifest(now, seeds=1))
+        assert run_sweep(grown, Show(begins=lambda _, point: begun.append(point.plan.digest))) == {}
+        same = {p.plan.digest: p.folder for p in read_manifest(tmp_path / "s").points}
+        assert folders.items() <= same.items()
+    assert sorted(begun) == sorted(same.keys() - folders.keys())
+    assert len(find_runs(tmp_path / "s")) == len(same) == len(now["privacy.clip"]) * 2
+    assert [row.seeds for row in collect_results(grown).rows] == [(0,)] * len(same)
+
+
+@pytest.mark.parametrize("name", ["../other", "/tmp", "..", ".hidden", "a/b", "", 3])
+def test_a_manifest_whose_folders_lead_elsewhere_is_damaged(tmp_path: Path, name: Any) -> None:
+    write_manifest(tmp_path, manifest())
+    path = tmp_path / "sweep.json"
+    data = json.loads(path.read_text())
+    data["points"][1]["folder"] = name
+    path.write_text(json.dumps(data))
+    with pytest.raises(RunError, match=r"sweep\.json: damaged: ValueError: folder="):
+        read_manifest(tmp_path)
+
+
 def test_a_grown_sweep_counts_the_new_runs_in_old_reports(tmp_path: Path) -> None:
     first = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=1))
     run_sweep(first, Show())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .points import Base, Grid, Point, points_of
 
 MANIFEST = "sweep.json"
 VERSION = 1
+_FOLDER = re.compile(r"[A-Za-z0-9+_-][A-Za-z0-9.+_-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
         grid, seeds = _typed(data)
         base = Base(str(data["plan"]), tuple(data["overrides"]), str(path))
         known = [str(row["plan"]) for row in data["points"]]
+        folders = [_folder(row["folder"]) for row in data["points"]]
         _require_count(grid, seeds, len(known))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from error
@@ -103,7 +106,23 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: its plans have other digests than this version of reticent gives them: it "
             "was altered, or begun by another version; start a new sweep"
         )
-    return manifest
+    return placed(manifest, dict(zip(known, folders, strict=True)))
+
+
+def placed(manifest: Manifest, folders: Mapping[str, str]) -> Manifest:
+    """Return the manifest with the run directories that its points have, by digest of the plan.
+
+    A name is made of spelling and order of the grid, which may change while the plan does not.
+    """
+    points = (replace(p, kept=folders.get(p.plan.digest)) for p in manifest.points)
+    return replace(manifest, points=tuple(points))
+
+
+def _folder(name: Any) -> str:
+    """Return a point's folder, if it is a name that a sweep gives: it leads nowhere else."""
+    if not isinstance(name, str) or not _FOLDER.fullmatch(name):
+        raise ValueError(f"folder={name!r:.80}: must be a name beside {MANIFEST}")
+    return name
 
 
 def _typed(data: dict[str, Any]) -> tuple[Grid, int]:
@@ -131,7 +150,8 @@ def require_grown(folder: Path, before: Manifest, now: Manifest) -> None:
     """Accept a sweep that has every point that it had before, and maybe more.
 
     More seeds, more values of a key, or another key whose values include what was run: finished
-    runs are kept. Leaving a point out would leave a run out of what choosing among them costs.
+    runs are kept in their folders, whatever the order and spelling of the grid. Leaving a point
+    out would leave a run out of what choosing among them costs.
 
     Raises:
         RunError: Naming the difference, if a point of before is not among those of now.

@@ -32,11 +32,13 @@ class Point:
         settings: ``(key, value)`` of every key of the grid.
         seed: The seed of its plan.
         plan: Its plan.
+        kept: Name of its run directory, if a sweep has it already; it may spell settings otherwise.
     """
 
     settings: Settings
     seed: int
     plan: Plan
+    kept: str | None = None
 
     @property
     def label(self) -> str:
@@ -46,6 +48,8 @@ class Point:
     @property
     def folder(self) -> str:
         """Name of its run directory: safe characters only, unique by the plan's digest."""
+        if self.kept is not None:
+            return self.kept
         short = [f"{key.rpartition('.')[2]}-{value}" for key, value in self.settings]
         parts = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-") for part in short]
         safe = "_".join([*parts, f"seed-{self.seed}"])

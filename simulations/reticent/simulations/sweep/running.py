@@ -19,7 +19,7 @@ from reticent.server.preparation import Prepared
 
 from ..runs import FAILURE, forget_failure, record_failure
 from ..simulate import simulate
-from .manifest import MANIFEST, Manifest, read_manifest, require_grown, write_manifest
+from .manifest import MANIFEST, Manifest, placed, read_manifest, require_grown, write_manifest
 from .points import Point, checked
 
 FAILURES = "failures.json"
@@ -64,28 +64,35 @@ class Show:
 def open_sweep(folder: Path, manifest: Manifest) -> Sweep:
     """Check every point and write ``sweep.json``; a sweep that is there must only grow.
 
+    A point that is there already keeps its folder, and so its run, however it is spelled now.
+
     Raises:
         RunError: If the folder holds something else, or a sweep with other points, or another
             process is running it; nothing is written then.
         ReticentError: Naming every point that cannot be run; nothing is written then.
     """
     _require_growth(folder, manifest)
-    sweep = Sweep(folder, manifest, tuple(checked(manifest.points)))
+    candidates = tuple(checked(manifest.points))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
     with locked(Run(folder)):
-        _require_growth(folder, manifest)  # again: another process may have begun it meanwhile
+        # Again: another process may have begun it meanwhile.
+        manifest = placed(manifest, _require_growth(folder, manifest))
         write_manifest(folder, manifest)
-    return sweep
+    return Sweep(folder, manifest, candidates)
 
 
-def _require_growth(folder: Path, manifest: Manifest) -> None:
+def _require_growth(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Refuse a sweep that does not grow what is there; return that one's folders, by digest."""
     if (folder / MANIFEST).exists():
-        require_grown(folder, read_manifest(folder), manifest)
-    elif folder.exists() and (not folder.is_dir() or any(_others(folder))):
+        before = read_manifest(folder)
+        require_grown(folder, before, manifest)
+        return {point.plan.digest: point.folder for point in before.points}
+    if folder.exists() and (not folder.is_dir() or any(_others(folder))):
         raise RunError(f"{folder}: already exists and is no sweep: choose another --run")
+    return {}
 
 
 def _others(folder: Path) -> list[Path]:

@@ -275,6 +275,43 @@ def test_a_grown_sweep_counts_the_new_runs_in_old_reports(tmp_path: Path) -> Non
     verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, RunError])
+def test_a_stop_before_a_report_is_written_leaves_no_signed_one_that_counts_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    first = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=1))
+    run_sweep(first, Show())
+    run = first.run_of(first.manifest.points[0])
+    grown = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=2))
+
+    def stopped(run: Run) -> list[Path]:
+        raise fault("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reticent.simulations.sweep.running.write_reports", stopped)
+        with pytest.raises(fault, match="stopped"):
+            run_sweep(grown, Show())
+    assert json.loads((run.folder / "report.json").read_text())["tuning"]["runs"] == 1
+    assert not (run.folder / "report.sig").exists()
+    assert run_sweep(grown, Show()) == {}
+    assert json.loads((run.folder / "report.json").read_text())["tuning"]["runs"] == 2
+    verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
+
+
+def test_old_reports_count_the_new_runs_before_the_first_of_them_begins(tmp_path: Path) -> None:
+    first = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=1))
+    run_sweep(first, Show())
+    report = first.run_of(first.manifest.points[0]).folder / "report.json"
+    grown = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2",)}, seeds=2))
+
+    def begins(number: int, point: Any) -> None:
+        assert json.loads(report.read_text())["tuning"]["runs"] == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(grown, Show(begins=begins))
+
+
 def test_a_failed_point_is_recorded_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

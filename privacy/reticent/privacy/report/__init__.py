@@ -4,7 +4,6 @@ from .collect import collect
 from .compare import compare
 from .render import (
     KINDS,
-    SIGNATURE,
     render,
     render_comparison,
     render_html,
@@ -13,6 +12,7 @@ from .render import (
     write_reports,
 )
 from .schema import schema_text
+from .signing import SIGNATURE
 from .verify import public_key_path, verify_report
 
 __all__ = [

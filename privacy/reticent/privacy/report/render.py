@@ -17,11 +17,10 @@ from .checklist import audit_text, gdp_text, randomness_text
 from .collect import collect
 from .drawn import LEFT_OUT, drawn_in_secret
 from .plain import delta_note
-from .signing import sign
+from .signing import SIGNATURE, sign
 from .tuning import tuning_note
 
 KINDS = ("html", "json", "md")
-SIGNATURE = "report.sig"
 MOST_ROWS = 25
 
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from reticent.core.errors import ArtifactError
 from reticent.core.signing import SIGNATURE_BYTES, is_signed
 
+SIGNATURE = "report.sig"
 FIRST_LINE = "reticent privacy report, signature 1"
 LARGEST = 4096
 _LINE = re.compile(r"(plan|model|signature|report\.[a-z]+) ([0-9a-f]+)")

@@ -16,6 +16,7 @@ from ..accounting import epsilon
 from ..events import Event, NonPrivate, event_from_json
 from ..schedule import Schedule
 from ..selection import in_terms_of, selection_epsilon
+from .signing import SIGNATURE
 from .words import count_text, delta_text, epsilon_text, portable
 
 TUNING = "tuning.json"
@@ -83,6 +84,10 @@ def sweep_digest(plans: Iterable[str]) -> str:
 def write_tuning(run: Run, candidates: Sequence[Candidate]) -> bool:
     """Write ``tuning.json`` of a run among ``candidates``; return whether it said something else.
 
+    Guarantee: a signed report in the folder counts what ``tuning.json`` counts, whatever stops the
+    process and whatever cannot be written. The signature of a report of other candidates is removed
+    before the file says so; a report without one is to be written again.
+
     Raises:
         RunError: If it cannot be written.
     """
@@ -99,6 +104,7 @@ def write_tuning(run: Run, candidates: Sequence[Candidate]) -> bool:
     try:
         if path.is_file() and path.read_bytes() == content:
             return False
+        (run.folder / SIGNATURE).unlink(missing_ok=True)
         write_atomic(path, content)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error

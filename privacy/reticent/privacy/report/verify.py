@@ -15,9 +15,9 @@ from reticent.core.run import Run
 from reticent.core.signing import PUBLIC_KEY
 
 from .collect import collect, worded
-from .render import KINDS, SIGNATURE, render_data
+from .render import KINDS, render_data
 from .schema import problems
-from .signing import Signature, digest, read_signature
+from .signing import SIGNATURE, Signature, digest, read_signature
 from .writer import code_digest
 
 TOLERANCE = 1e-6

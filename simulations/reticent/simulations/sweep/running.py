@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,10 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
 
     A point that fails, one that budgets ended among them, is recorded and the others go on; the
     next call tries it again. When the process is stopped, whatever was committed is kept and the
-    next call continues after it. Models that points share are trained on public data once. When
-    this returns, the report of every run with a summary says what choosing among *all* points of
-    its task costs.
+    next call continues after it. Models that points share are trained on public data once. The
+    report of every run with a summary says what choosing among *all* points of its task costs:
+    before the first run begins, so that an old one does not count too few while a sweep grows, and
+    when this returns.
 
     Raises:
         RunError: If another process is running the sweep, or the folder cannot be written.
@@ -117,6 +119,8 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     with locked(Run(sweep.folder)):
         if read_manifest(sweep.folder).digest != sweep.manifest.digest:
             raise RunError(f"{sweep.folder}: another process has changed the sweep; run it again")
+        with suppress(Exception):  # said at the end: a damaged run must not cost the others
+            _report_all(sweep)
         for number, point in enumerate(sweep.manifest.points, 1):
             run = sweep.run_of(point)
             if finished(run, point):
@@ -132,9 +136,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
             _write_failures(sweep.folder, failures)
             show.ended(point, outcome, time.monotonic() - began)
         _write_failures(sweep.folder, failures)
-        for point in sweep.manifest.points:
-            if _summary(sweep.run_of(point), point) is not None:  # also of what budgets ended
-                _report(sweep.run_of(point), sweep.rivals(point))
+        _report_all(sweep)
     return failures
 
 
@@ -204,6 +206,19 @@ def _has_charged(run: Run) -> bool:
     # Opening it ends what a kill cut short of its making, and refuses a ledger that lost entries.
     with Ledger.open(run.ledger) as ledger:
         return ledger.head().sequence > 0
+
+
+def _report_all(sweep: Sweep) -> None:
+    """Bring the reports up to date, of what budgets ended too; the first that cannot be raises."""
+    broken: list[Exception] = []
+    for point in sweep.manifest.points:
+        if _summary(sweep.run_of(point), point) is not None:
+            try:
+                _report(sweep.run_of(point), sweep.rivals(point))
+            except Exception as error:  # the reports of the others count as well
+                broken.append(error)
+    if broken:
+        raise broken[0]
 
 
 def _report(run: Run, rivals: Sequence[Candidate]) -> None:

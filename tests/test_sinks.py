@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from reticent.core.plan import parse_plan
 from reticent.core.run import Run
 from reticent.simulations.sinks import Feed, values_of
 from reticent.simulations.sinks.sink import date_of, final_values, parameters_of
+from reticent.simulations.sinks.tensorboard import TensorBoard
 
 SUMMARY = {
     "accuracy": {"fp32": 0.8, "public_only": math.nan},
@@ -157,12 +159,55 @@ def test_tensorboard_has_every_round_once(run: Run, tmp_path: Path) -> None:
         reason="the extra tensorboard is not installed",
     )
     stopped_then_resumed(run, tensorboard=tmp_path / "boards")
-    events = module.EventAccumulator(str(tmp_path / "boards" / "run"))
+    (board,) = (tmp_path / "boards").iterdir()
+    assert board.name == f"run-{run.plan().digest[:8]}"
+    events = module.EventAccumulator(str(board))
     events.Reload()
     assert [e.step for e in events.Scalars("bytes_down")] == [1, 2, 3, 4]
     assert [e.step for e in events.Scalars("accuracy")] == [2, 4]
     assert events.Scalars("accuracy")[1].value == pytest.approx(0.8)
     assert events.Scalars("accuracy")[1].wall_time > 1e9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_keeps_two_plans_whose_folders_have_one_name_apart(tmp_path: Path) -> None:
+    module = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra tensorboard is not installed",
+    )
+    for parent, seed in (("a", 1), ("b", 2)):
+        made = build(tmp_path / parent / "run", f"seed={seed}")
+        feed = Feed(made, made.plan(), pytest.fail, tensorboard=tmp_path / "boards")
+        for metrics in made.read_metrics():
+            feed.round(metrics)
+        feed.close()
+    boards = sorted((tmp_path / "boards").iterdir())
+    assert len(boards) == 2
+    for board in boards:
+        events = module.EventAccumulator(str(board))
+        events.Reload()
+        assert [e.step for e in events.Scalars("bytes_down")] == [1, 2, 3, 4]
+
+
+def test_the_board_of_a_run_is_known_by_name_and_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            opened.append(folder)
+
+        def add_text(self, *_: Any) -> None:
+            """Take the plan."""
+
+    module = "reticent.simulations.sinks.tensorboard.import_module"
+    monkeypatch.setattr(module, lambda name: SimpleNamespace(SummaryWriter=Writer))
+    plan, other = parse_plan(PLAN), parse_plan(PLAN, ["seed=2"])
+    own = f"demo-{plan.digest[:8]}"
+    for name, given in (("demo", plan), ("demo", other), (own, plan)):
+        TensorBoard(tmp_path, given, name)
+    assert opened[0] == opened[2] == str(tmp_path / own) != opened[1]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -174,7 +219,8 @@ def test_tensorboard_goes_on_without_bytes_where_the_draw_is_secret(
         reason="the extra tensorboard is not installed",
     )
     stopped_then_resumed(secret, tensorboard=tmp_path / "boards")
-    events = module.EventAccumulator(str(tmp_path / "boards" / "run"))
+    (board,) = (tmp_path / "boards").iterdir()
+    events = module.EventAccumulator(str(board))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"accuracy", "epsilon"}
     # A date would tell how long the clients of the round took, and so how many they were.

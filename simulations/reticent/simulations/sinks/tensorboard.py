@@ -1,4 +1,4 @@
-"""TensorBoard, through torch: an event file in a folder of the run's name."""
+"""TensorBoard, through torch: an event file in a folder of the run's name and plan."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ class TensorBoard:
     """Scalars of rounds; the plan as a text."""
 
     def __init__(self, folder: Path, plan: Plan, name: str) -> None:
-        """Open ``folder/name`` and find where it ends."""
-        self._folder, self._plan = folder / name, plan
+        """Open the folder of the run in ``folder`` and find where it ends.
+
+        Its name ends with the plan's digest: the rounds of another run whose folder has the same
+        name would otherwise be taken for rounds of this one.
+        """
+        short = plan.digest[:8]
+        self._folder = folder / (name if name.endswith(short) else f"{name}-{short}")
+        self._plan = plan
         self._last = self._kept()
         self._writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(
             str(self._folder)

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
 from reticent.cli.main import cli
-from reticent.core.errors import LedgerError, NetworkError, PlanError, RunError
+from reticent.core.errors import (
+    DataError,
+    DependencyError,
+    LedgerError,
+    NetworkError,
+    PlanError,
+    RunError,
+)
 from reticent.core.plan import Plan
 from reticent.core.run import Run, create_run, locked
 from reticent.core.signing import read_public_key
@@ -117,6 +125,34 @@ def test_points_that_cannot_be_run_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="5000"):
         open_sweep(tmp_path / "none", manifest(grid, 1))
     assert not (tmp_path / "none").exists()
+
+
+def test_missing_data_are_found_before_anything_starts_and_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETICENT_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("reticent.core.tasks.sources.SYSTEM", tmp_path / "none")
+    grid = {"task.name": ("fashion-full", "digits"), "privacy.epsilon": ("2", "8")}
+    with pytest.raises(DataError, match=r"1 problem, .*\s+task\.name=fashion-full privacy\.eps"):
+        open_sweep(tmp_path / "s", manifest(grid))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_found_before_anything_starts(tmp_path: Path) -> None:
+    grid = {"engine.device": ("cpu", "cuda")}
+    with pytest.raises(DependencyError, match=r"engine\.device=cuda seed=0: .* finds no GPU here"):
+        open_sweep(tmp_path / "s", manifest(grid, 1))
+    assert not (tmp_path / "s").exists()
+
+
+def test_reports_that_could_not_be_written_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(DependencyError, match=r"Jinja2 is not installed: pip install"):
+        open_sweep(tmp_path / "s", manifest())
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_sweep_that_another_process_runs_is_left_as_it_is(tmp_path: Path) -> None:

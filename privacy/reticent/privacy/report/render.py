@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .tuning import tuning_note
 
 KINDS = ("html", "json", "md")
 MOST_ROWS = 25
+_NO_TEMPLATES = "Jinja2 is not installed: pip install 'reticent[server]'"
 
 
 def write_reports(run: Run) -> list[Path]:
@@ -139,6 +141,16 @@ def thinned(rows: list[Any], most: int = MOST_ROWS) -> list[Any]:
     return [rows[round(k * (len(rows) - 1) / (most - 1))] for k in range(most)]
 
 
+def require_templates() -> None:
+    """Check that pages can be written, before what they are to report is run.
+
+    Raises:
+        DependencyError: If Jinja2 is not installed.
+    """
+    if find_spec("jinja2") is None:
+        raise DependencyError(_NO_TEMPLATES)
+
+
 def filled(
     template: str, values: dict[str, Any], escaped: bool, package: str = __package__ or __name__
 ) -> str:
@@ -151,7 +163,7 @@ def filled(
         from jinja2 import Environment, FunctionLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
-        raise DependencyError("Jinja2 is not installed: pip install 'reticent[server]'") from error
+        raise DependencyError(_NO_TEMPLATES) from error
     environment = Environment(
         loader=FunctionLoader(lambda name: _source(package, name)),
         autoescape=escaped,

@@ -11,9 +11,12 @@ from itertools import product
 
 from reticent.core.errors import PlanError, ReticentError
 from reticent.core.plan import Plan, parse_plan
+from reticent.core.tasks import Task
+from reticent.privacy.report.render import require_templates
 from reticent.privacy.report.tuning import Candidate, candidate
 
-from ..explain import check_plan
+from ..accelerators import require_accelerator
+from ..explain import check_plan, sketched_constants
 
 MOST_POINTS = 10_000
 _LONGEST = 100
@@ -176,24 +179,44 @@ def _not_resumable(made: Sequence[Point]) -> list[str]:
 
 
 def checked(made: Sequence[Point]) -> list[Candidate]:
-    """Check every point as ``reticent plan check`` does, and return what each may spend.
+    """Check every point as ``reticent simulate`` does, and return what each may spend.
+
+    Each data set is looked for once: where it is missing, the first point on it is named.
 
     Raises:
+        DependencyError: If the reports could not be written.
         ReticentError: Naming *every* point that cannot be run; of the class of what is wrong, or
             a PlanError where classes differ.
     """
+    require_templates()
+    tested: set[str] = set()
     found: list[Candidate] = []
     problems: list[str] = []
     kinds: set[type[ReticentError]] = set()
     for point in made:
         try:
-            _, schedule = check_plan(point.plan)
+            task, schedule = check_plan(point.plan)
             found.append(candidate(point.plan, schedule))
+            _require_means(point.plan, task, tested)
         except ReticentError as error:
             problems.append(f"{point.label}: {error}")
             kinds.add(type(error))
     _refuse(problems, kinds.pop() if len(kinds) == 1 else PlanError)
     return found
+
+
+def _require_means(plan: Plan, task: Task, tested: set[str]) -> None:
+    """Check that data and device of a plan are there; data of a section ``task`` once.
+
+    Raises:
+        ReticentError: Saying what is not.
+    """
+    section = plan.task.model_dump_json()
+    if section not in tested:
+        tested.add(section)
+        task.test()
+    if plan.engine.device != "cpu":
+        require_accelerator(plan, task, sketched_constants(plan, task))
 
 
 def _refuse(problems: Sequence[str], kind: type[ReticentError]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ def board(rounds: int = 3, target: float | None = 8.0, private: bool = True) -> 
     for number in range(1, rounds + 1):
         made.add(metrics(number))
     return made
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> Callable[[], list[str]]:
+    """Make standard output a terminal; return what gives the live lines that it was sent."""
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    return lambda: [re.sub(r"\x1b\[[0-9]*K", "", t) for t in out.getvalue().split("\r")[1:]]
 
 
 def drawn(frame: object, width: int) -> list[str]:
@@ -111,6 +122,31 @@ def test_what_is_not_known_is_said_to_be_so() -> None:
     assert "not tested yet" in words and "not known" in words
     assert "privacy is off" in " ".join(drawn(frame_of(board(1, None, False), 0.0, 80), 80))
     assert "no target" in " ".join(drawn(frame_of(board(1, None), 0.0, 80), 80))
+
+
+def test_epsilon_is_that_of_the_last_round_also_between_tests() -> None:
+    made = Board(10, 8.0, True)
+    made.add(metrics(1, accuracy=None))
+    words = " ".join(drawn(frame_of(made, 0.0, 80), 80))
+    assert "1.00" in words and "not tested yet" in words and "not known" not in words
+    made.add(metrics(2))
+    made.add(metrics(3, accuracy=None))
+    assert "3.00" in " ".join(drawn(frame_of(made, 0.0, 80), 80))
+
+
+def test_the_live_line_says_epsilon_of_the_last_round_also_between_tests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = on_a_terminal(monkeypatch, 120)
+    progress = Progress(10, False)
+    for number, accuracy in ((1, None), (2, 0.2), (3, None)):
+        progress.round(metrics(number, accuracy=accuracy))
+    first, second, third = shown()
+    assert "ε 1.00" in first and "accuracy" not in first
+    assert "accuracy 20.0%   ε 2.00" in second and "accuracy 20.0%   ε 3.00" in third
+    off = Progress(10, False)
+    off.round(metrics(1, epsilon=None))
+    assert "ε = ∞" in shown()[-1]
 
 
 def test_a_sparkline_is_the_shape_of_its_values() -> None:

@@ -50,7 +50,7 @@ class Board:
         target: Epsilon that the plan allows; None where it gives none.
         private: Whether privacy is on.
         number: The last committed round.
-        epsilon: As it was after the last tested round; None before.
+        epsilon: As it was after the last round; None before, and where privacy is off.
         accuracies: Of every tested round.
         up: Encoded bytes of updates, of the whole run.
         down: Ditto of models and constants.
@@ -81,9 +81,10 @@ class Board:
         self._recent.append((metrics["replies"], metrics["seconds"]))
         if "virtual" in metrics:
             self.fleet = metrics["virtual"]["time"]
+        if metrics["epsilon"] is not None:
+            self.epsilon = metrics["epsilon"]
         if metrics["accuracy"] is not None:
             self.accuracies.append(metrics["accuracy"])
-            self.epsilon = metrics["epsilon"]
 
     @property
     def rate(self) -> float:
@@ -193,7 +194,7 @@ def _epsilon(board: Board, bar: int) -> Table | Text:
     if not board.private:
         return Text("∞ (privacy is off)")
     if board.epsilon is None:
-        return Text("not known before the first test")
+        return Text("not known before the first round")
     spent = epsilon_text(board.epsilon)
     if board.target is None:
         return Text(f"{spent} (no target)")

@@ -47,9 +47,10 @@ class Progress:
         if self._first is None:
             self._first = (number, time.monotonic())
         if metrics["accuracy"] is not None:
-            self._tested = f"accuracy {metrics['accuracy']:.1%}   {_epsilon(metrics['epsilon'])}"
+            self._tested = f"accuracy {metrics['accuracy']:.1%}   "
+        # Epsilon is that of this round: an older one would be too small.
         line = (
-            f"round {number:>4}/{self._rounds}   {self._tested}   "
+            f"round {number:>4}/{self._rounds}   {self._tested}{_epsilon(metrics['epsilon'])}   "
             f"{metrics['replies']} replies{_dropped(metrics)}   {human_bytes(self._bytes)} sent"
             f"{_virtual(metrics)}"
         )

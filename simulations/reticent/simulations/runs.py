@@ -64,7 +64,7 @@ def describe(folder: Path) -> dict[str, Any]:
     ``state`` is ``finished``, ``ended`` (by budgets, before the last round), ``running``,
     ``failed``, ``stopped`` or ``damaged``; a figure that is not known is None, an infinite epsilon
     ``"infinity"``. Epsilon is that of the client that spent
-    most; before the end, what the schedule had allowed after the last tested round.
+    most; before the end, what the schedule had allowed after the last committed round.
     """
     run = Run(folder)
     row = {"run": str(folder), **_EMPTY}

@@ -30,9 +30,11 @@ from reticent.core.errors import (
 from reticent.core.plan import Plan
 from reticent.core.run import Run, create_run, locked
 from reticent.core.signing import read_public_key
+from reticent.privacy.accounting import epsilon
 from reticent.privacy.events import PoissonGaussian
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.report import verify_report
+from reticent.privacy.schedule import schedule_for
 from reticent.simulations.runs import describe, find_runs, record_failure
 from reticent.simulations.simulate import simulate
 from reticent.simulations.sweep import (
@@ -203,6 +205,18 @@ def test_reports_state_what_choosing_costs_and_verify(done: Path) -> None:
         assert data["tuning"]["epsilon"] == pytest.approx(results["tuning"][0]["epsilon"])
         assert data["tuning"]["epsilon"] > 8 >= data["promise"]["epsilon"]
         verify_report(run, read_public_key(run.keys / "signing_key.pub.pem"))
+
+
+def test_points_of_tasks_that_may_share_people_are_counted_together(tmp_path: Path) -> None:
+    """``fashion`` is 12,000 of the images of ``fashion-full``: one person may be in both."""
+    noise = "privacy.noise_multiplier=1.5"
+    base = Base("", (*SETTINGS, noise))
+    sweep = open_sweep(tmp_path, manifest_of(base, {"task.name": ("digits", "fashion")}, 1))
+    (tuning,) = collect_results(sweep).tuning
+    schedules = [schedule_for(point.plan) for point in sweep.manifest.points]
+    events = [s.over(s.round_event(), s.participations) for s in schedules if s]
+    assert tuning["runs"] == len(events) == 2
+    assert tuning["epsilon"] == epsilon(events, 1e-5) > epsilon(events[:1], 1e-5)
 
 
 def test_results_hold_every_figure_with_its_n(done: Path) -> None:

@@ -110,7 +110,7 @@ def _person_remark(accounting: dict[str, Any]) -> str:
 def _chosen(tuning: dict[str, Any]) -> str:
     return (
         f"the numbers of the promise are of this run by itself, which is one of {tuning['runs']:,} "
-        "on the same private data: whoever picks the best of them spends up to ε = "
+        "that were planned together: whoever picks the best of them spends up to ε = "
         f"{epsilon_text(tuning['epsilon'])} against readers of the models"
     )
 

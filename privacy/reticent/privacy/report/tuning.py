@@ -55,7 +55,8 @@ def figures(candidates: Sequence[Candidate], own: Plan) -> dict[str, Any]:
     """Return what choosing among ``candidates`` costs, in the terms of one plan's promise.
 
     All of them are counted, as if the same people took part in each as often as its schedule
-    allows: a plan's seed decides who holds which example, so nothing less can be ruled out. What
+    allows: a plan's seed decides who holds which example, and tasks of different names may hold
+    the same people, so nothing less can be ruled out. What
     is the best of them, and all of them, is a function of all of them, so its epsilon is at most
     that of their composition; ``selection`` is that of another procedure, which was not run.
     """
@@ -173,11 +174,11 @@ def _composed(tuning: dict[str, Any]) -> str:
     if tuning["delta"] is not None:
         at = f" (δ = {delta_text(tuning['delta'])}, one {tuning['unit']}, {tuning['relation']})"
     return (
-        f"{count_text(tuning['runs'], 'run')} were planned on the same private data (sweep "
+        f"{count_text(tuning['runs'], 'run')} were planned together (sweep "
         f"{tuning['sweep'][:12]}). Picking one of them by its accuracy is not free: together they "
         f"spend at most ε = {epsilon_text(tuning['epsilon'])} against readers of the models and "
-        f"{epsilon_text(tuning['server_epsilon'])} against the server{at}, composed over all runs "
-        "as if the same people took part in each."
+        f"{epsilon_text(tuning['server_epsilon'])} against the server{at}, composed over all runs, "
+        "of other tasks too, as if the same people took part in each."
     )
 
 

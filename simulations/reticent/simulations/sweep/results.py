@@ -77,9 +77,8 @@ class Results:
         sweep: The sweep.
         rows: One for each setting, in the grid's order.
         failures: Reason by point's folder, of points that failed.
-        tuning: For each task and distinct promise (unit, relation, delta) among the points, what
-            choosing among *all* points of the task costs in its terms; see
-            :mod:`reticent.privacy.report.tuning`.
+        tuning: For each distinct promise (unit, relation, delta) among the points, what choosing
+            among *all* points costs in its terms; see :mod:`reticent.privacy.report.tuning`.
     """
 
     sweep: Sweep
@@ -158,15 +157,16 @@ def _known(value: Any) -> float | None:
 
 
 def _tuning(sweep: Sweep) -> tuple[dict[str, Any], ...]:
-    """Return the cost of choosing, for each task and in the terms of each promise on it."""
+    """Return the cost of choosing among all points, in the terms of each promise."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rivals = sweep.candidates
+    which = {"sweep": sweep_digest(c.plan for c in rivals), "runs": len(rivals)}
     for point in sweep.manifest.points:
-        private, rivals = point.plan.private, sweep.rivals(point)
+        private = point.plan.private
         if private is None:
             continue
-        terms = (point.plan.task.name, private.unit, private.relation, private.delta)
+        terms = (private.unit, private.relation, private.delta)
         if terms not in found:
-            which = {"sweep": sweep_digest(c.plan for c in rivals), "runs": len(rivals)}
             found[terms] = {**which, **figures(rivals, point.plan)}
     return tuple(found.values())
 

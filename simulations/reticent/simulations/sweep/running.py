@@ -35,7 +35,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that may begin: its folder, what it is, and what each of its points may spend."""
+    """A sweep that may begin: its folder, what it is, and what each of its points may spend.
+
+    A run of it was chosen from all ``candidates``, those of other tasks too: tasks may hold the
+    same people, as ``fashion`` does some of those of ``fashion-full``, and no name tells.
+    """
 
     folder: Path
     manifest: Manifest
@@ -44,12 +48,6 @@ class Sweep:
     def run_of(self, point: Point) -> Run:
         """Return the run directory of a point."""
         return Run(self.folder / point.folder)
-
-    def rivals(self, point: Point) -> tuple[Candidate, ...]:
-        """Return all points on the data of ``point``, itself too: those that it was chosen from."""
-        pairs = zip(self.manifest.points, self.candidates, strict=True)
-        name = point.plan.task.name
-        return tuple(candidate for other, candidate in pairs if other.plan.task.name == name)
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     A point that fails, one that budgets ended among them, is recorded and the others go on; the
     next call tries it again. When the process is stopped, whatever was committed is kept and the
     next call continues after it. Models that points share are trained on public data once. The
-    report of every run with a summary says what choosing among *all* points of its task costs:
+    report of every run with a summary says what choosing among *all* points costs:
     before the first run begins, so that an old one does not count too few while a sweep grows, and
     when this returns.
 
@@ -174,7 +172,7 @@ def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str
         point.plan, run.folder, resume=resume, say=show.say, progress=show.round, prepared=prepared
     )
     forget_failure(run)
-    _report(run, sweep.rivals(point))
+    _report(run, sweep.candidates)
     return run.read_summary()
 
 
@@ -214,7 +212,7 @@ def _report_all(sweep: Sweep) -> None:
     for point in sweep.manifest.points:
         if _summary(sweep.run_of(point), point) is not None:
             try:
-                _report(sweep.run_of(point), sweep.rivals(point))
+                _report(sweep.run_of(point), sweep.candidates)
             except Exception as error:  # the reports of the others count as well
                 broken.append(error)
     if broken:

@@ -19,7 +19,7 @@ from reticent.cli import main as command
 from reticent.cli.output import epsilon_text, table
 from reticent.core.errors import ArtifactError
 from reticent.core.plan import load_plan
-from reticent.core.run import Run
+from reticent.core.run import Run, create_run
 
 SETTINGS = (
     "task.name=digits",
@@ -208,6 +208,25 @@ def test_run_directories_that_cannot_be_used(plan: Path, run: Path, capsys: Capt
     message = fails(capsys, 8, "simulate", "--run", run, "--resume", *changed)
     assert "federation.rounds (3 before, 4 now)" in message
     assert "--run" in fails(capsys, 3, "simulate", "--resume")
+
+
+def test_why_a_run_failed_is_kept_in_its_own_folder_alone(
+    plan: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETICENT_DATA", str(tmp_path))
+    monkeypatch.setattr("reticent.core.tasks.sources.SYSTEM", tmp_path / "none")
+    missing = ["--set", "task.name=fashion-full"]
+    mine, others, own = (tmp_path / name for name in ("mine", "others", "own"))
+    mine.mkdir()
+    shutil.copy(plan, mine / "plan.toml")  # somebody's plan is no run
+    fails(capsys, 4, "simulate", mine / "plan.toml", *missing, "--run", mine)
+    create_run(others, load_plan(plan))
+    fails(capsys, 4, "simulate", plan, *missing, "--run", others, "--resume")
+    create_run(own, load_plan(plan, ["task.name=fashion-full"]))
+    fails(capsys, 4, "simulate", plan, *missing, "--run", own)  # it did not go on
+    assert not list(tmp_path.glob("*/failure.json"))
+    fails(capsys, 4, "simulate", "--run", own, "--resume")
+    assert "RETICENT_DATA" in json.loads((own / "failure.json").read_text())["reason"]
 
 
 def test_an_unfinished_run_has_no_report(run: Path, tmp_path: Path, capsys: Capture) -> None:

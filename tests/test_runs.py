@@ -14,7 +14,8 @@ from report_runs import build
 from reticent.cli.main import cli
 from reticent.cli.runs import SORTS
 from reticent.core.errors import RunError
-from reticent.core.run import Run
+from reticent.core.plan import parse_plan
+from reticent.core.run import Run, create_run
 from reticent.simulations.runs import (
     describe,
     differing_keys,
@@ -22,6 +23,7 @@ from reticent.simulations.runs import (
     record_failure,
     sort_rows,
 )
+from reticent.simulations.simulate import simulate
 
 
 def finished(folder: Path, *settings: str) -> Path:
@@ -79,6 +81,23 @@ def test_states_of_runs_that_are_not_finished(tmp_path: Path) -> None:
     record_failure(run, "too few clients")
     row = describe(run.folder)
     assert (row["state"], row["problem"], row["round"]) == ("failed", "too few clients", 0)
+
+
+def test_a_run_that_went_on_and_was_stopped_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["task.name=digits", "task.clients=10", "federation.clients_per_round=10"]
+    plan = parse_plan("", settings)
+    record_failure(create_run(tmp_path / "a", plan), "too few clients")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reticent.simulations.simulate._serve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(plan, tmp_path / "a", resume=True)
+    row = describe(tmp_path / "a")
+    assert (row["state"], row["problem"]) == ("stopped", None)
 
 
 @pytest.mark.parametrize(

@@ -91,24 +91,35 @@ def simulate(
 
 
 def _run(plan: Plan, run: Run, resume: bool, show: Progress | Dashboard, feed: Feed) -> None:
-    """Run the federation; why it failed is kept in its folder, for ``reticent runs``."""
-    from reticent.simulations.runs import forget_failure, record_failure
+    """Run the federation; why it failed is kept in its folder, for ``reticent runs``.
+
+    A folder that held a run, or anything else, before a run was to begin there is left as it is.
+    """
+    from reticent.simulations.runs import record_failure
     from reticent.simulations.simulate import simulate as run_simulation
 
     def committed(metrics: dict[str, Any]) -> None:
         feed.round(metrics)
         show.round(metrics)
 
+    begins = resume or not _is_run_of(run, plan)
     try:
         run_simulation(plan, run.folder, resume=resume, say=show.say, progress=committed)
     except RunError:
         raise  # it is about a folder that is another run's, or that cannot be written
     except ReticentError as error:
-        if run.plan_file.is_file():
+        if begins and _is_run_of(run, plan):
             record_failure(run, " ".join(str(error).split()))
         raise
-    forget_failure(run)
     feed.end(run.read_summary())
+
+
+def _is_run_of(run: Run, plan: Plan) -> bool:
+    """Return whether the folder holds a run of this plan; a plan file alone is no run."""
+    try:
+        return run.plan().digest == plan.digest
+    except RunError:
+        return False
 
 
 def _committed(run: Run) -> list[dict[str, Any]]:

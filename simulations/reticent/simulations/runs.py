@@ -196,7 +196,7 @@ def record_failure(run: Run, reason: str) -> None:
 
 
 def forget_failure(run: Run) -> None:
-    """Remove what :func:`record_failure` wrote: the run went on."""
+    """Remove what :func:`record_failure` wrote: the run goes on."""
     with suppress(OSError):
         (run.folder / FAILURE).unlink(missing_ok=True)
 

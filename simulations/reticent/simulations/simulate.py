@@ -30,6 +30,7 @@ from .fleet import SimulatedFleet, charging_to
 from .grid import InProcessGrid, serve
 from .growing import GrowingTeam
 from .processes import Processes
+from .runs import forget_failure
 from .teams import Team, TeamGrid, worker_count
 from .workers import Inline
 
@@ -64,6 +65,7 @@ def simulate(
     if reason and plan.engine.kind != "flower-ray":
         say(f"clients are trained one by one: {reason}")
     with locked(run):
+        forget_failure(run)  # it goes on: whatever stops it now is another reason
         _quiet_flower()
         devices = devices_for(plan, run.ledger)
         if resume:

@@ -18,7 +18,7 @@ from reticent.privacy.report import SIGNATURE, write_reports
 from reticent.privacy.report.tuning import Candidate, write_tuning
 from reticent.server.preparation import Prepared
 
-from ..runs import FAILURE, forget_failure, record_failure
+from ..runs import FAILURE, record_failure
 from ..simulate import simulate
 from .manifest import MANIFEST, Manifest, placed, read_manifest, require_grown, write_manifest
 from .points import Point, checked
@@ -171,7 +171,6 @@ def _run(sweep: Sweep, point: Point, prepared: Prepared, show: Show) -> dict[str
     simulate(
         point.plan, run.folder, resume=resume, say=show.say, progress=show.round, prepared=prepared
     )
-    forget_failure(run)
     _report(run, sweep.candidates)
     return run.read_summary()
 

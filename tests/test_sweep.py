@@ -266,6 +266,14 @@ def test_finished_points_are_not_repeated(done: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in done.glob("*/summary.json")} == before
 
 
+def test_json_is_one_object_a_line_and_last_the_results(done: Path) -> None:
+    result = CliRunner().invoke(cli, ["sweep", "--run", str(done), "--resume", "--json"])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert all(set(line) == {"message"} for line in lines[:-1])
+    assert lines[-1] == json.loads((done / "results.json").read_text())
+
+
 def test_a_sweep_may_grow_but_not_change(tmp_path: Path) -> None:
     open_sweep(tmp_path / "s", manifest(seeds=1))
     open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2", "4", "8")}, seeds=2))

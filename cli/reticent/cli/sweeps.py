@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 
 from reticent.core.errors import PlanError, RunError
 
-from .output import Progress, emit, epsilon_text, table
+from .output import Progress, epsilon_text, table
 from .simulations import overrides_option
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def sweep(
     results = collect_results(opened, failures)
     written = write_results(results)
     if as_json:
-        emit(to_json(results))
+        click.echo(json.dumps(to_json(results)))
     else:
         click.echo(_closing(results, written[-1]))
     if failures:

@@ -167,6 +167,38 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatc
     assert not isinstance(progress_for(plan, False), Progress)
 
 
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_a_terminal_that_cannot_redraw_gets_plain_lines_of_the_tested_rounds(
+    monkeypatch: pytest.MonkeyPatch, term: str | None
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout", out)
+    if term is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", term)
+    progress = progress_for(parse_plan("", ["federation.rounds=3"]), False)
+    for number, accuracy in ((1, 0.1), (2, None), (3, 0.3)):
+        progress.round(metrics(number, accuracy=accuracy))
+    progress.clear()
+    assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/3", "3/3"]
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_a_live_line_is_never_as_wide_as_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    shown = on_a_terminal(monkeypatch, width)
+    progress = Progress(10_000, False)
+    for number in (1, 2, 3):
+        progress.round(metrics(number, virtual={"time": 610.0}))
+    last = shown()[-1]
+    assert all(len(line) < width for line in shown())
+    assert last.endswith("s left") if width == 200 else len(last) == width - 1
+
+
 class Terminal:
     """``reticent simulate`` under a pseudo-terminal of a given size."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from reticent.core.plan import Plan
 
-from .output import Progress, epsilon_text, human_bytes, human_time
+from .output import Progress, epsilon_text, human_bytes, human_time, redraws
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LABELS = 9  # width of the column of names
@@ -35,8 +34,7 @@ def progress_for(
 
     ``before`` are the rounds that a run that goes on has committed.
     """
-    able = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
-    if as_json or not able:
+    if as_json or not redraws():
         return Progress(plan.federation.rounds, as_json)
     return Dashboard(plan, before)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 import textwrap
 import time
@@ -13,18 +15,23 @@ from typing import Any
 import click
 
 
+def redraws() -> bool:
+    """Return whether standard output is a terminal that can redraw lines."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", None)
+
+
 class Progress:
     """Shows committed rounds.
 
-    On a terminal one line is rewritten; elsewhere a line is printed for each tested round; with
-    ``as_json`` every round is one JSON line.
+    On a terminal that can redraw, one line is rewritten, cut to its width; elsewhere a line is
+    printed for each tested round; with ``as_json`` every round is one JSON line.
     """
 
     def __init__(self, rounds: int, as_json: bool) -> None:
         """Start the clock."""
         self._rounds = rounds
         self._json = as_json
-        self._live = sys.stdout.isatty() and not as_json
+        self._live = redraws() and not as_json
         self._first: tuple[int, float] | None = None
         self._tested = ""
         self._bytes = 0
@@ -55,7 +62,8 @@ class Progress:
             f"{_virtual(metrics)}"
         )
         if self._live:
-            click.echo(f"\r\x1b[2K{line}{self._eta(number)}", nl=False)
+            width = shutil.get_terminal_size().columns - 1  # a full line would wrap on some
+            click.echo(f"\r\x1b[2K{f'{line}{self._eta(number)}'[:width]}", nl=False)
         elif metrics["accuracy"] is not None:
             click.echo(line)
 

@@ -199,6 +199,16 @@ def test_a_live_line_is_never_as_wide_as_the_terminal(
     assert last.endswith("s left") if width == 200 else len(last) == width - 1
 
 
+def test_bytes_are_of_the_whole_run_also_on_plain_lines_of_one_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    plan = parse_plan("", ["federation.rounds=3"])
+    progress_for(plan, False, [metrics(1), metrics(2)]).round(metrics(3))
+    assert "10.5 kB sent" in out.getvalue()
+
+
 class Terminal:
     """``reticent simulate`` under a pseudo-terminal of a given size."""
 

@@ -35,7 +35,7 @@ def progress_for(
     ``before`` are the rounds that a run that goes on has committed.
     """
     if as_json or not redraws():
-        return Progress(plan.federation.rounds, as_json)
+        return Progress(plan.federation.rounds, as_json, before)
     return Dashboard(plan, before)
 
 

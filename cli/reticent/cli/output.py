@@ -27,14 +27,14 @@ class Progress:
     printed for each tested round; with ``as_json`` every round is one JSON line.
     """
 
-    def __init__(self, rounds: int, as_json: bool) -> None:
-        """Start the clock."""
+    def __init__(self, rounds: int, as_json: bool, before: Sequence[dict[str, Any]] = ()) -> None:
+        """Start the clock; ``before`` are the rounds that a run that goes on has committed."""
         self._rounds = rounds
         self._json = as_json
         self._live = redraws() and not as_json
         self._first: tuple[int, float] | None = None
         self._tested = ""
-        self._bytes = 0
+        self._bytes = sum(map(_sent, before))
 
     def say(self, line: str) -> None:
         """Print a line of its own."""
@@ -50,7 +50,7 @@ class Progress:
             click.echo(json.dumps(metrics))
             return
         number = metrics["round"]
-        self._bytes += metrics["bytes_up"] + metrics["bytes_down"] + metrics["bytes_constants"]
+        self._bytes += _sent(metrics)
         if self._first is None:
             self._first = (number, time.monotonic())
         if metrics["accuracy"] is not None:
@@ -98,6 +98,11 @@ def epsilon_text(value: float | str) -> str:
 
 def _epsilon(value: float | None) -> str:
     return "ε = ∞" if value is None else f"ε {epsilon_text(value)}"
+
+
+def _sent(metrics: dict[str, Any]) -> int:
+    # A line that lacks one is damaged, which the run says, or the report.
+    return sum(metrics.get(key, 0) for key in ("bytes_up", "bytes_down", "bytes_constants"))
 
 
 def _dropped(metrics: dict[str, Any]) -> str:

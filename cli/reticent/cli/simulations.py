@@ -61,7 +61,7 @@ def simulate(
 
     plan = plan_of(plan_file, overrides, folder, resume)
     run = Run(folder or Path("runs") / f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}")
-    show = progress_for(plan, as_json, _committed(run) if resume else ())
+    show = progress_for(plan, as_json, committed_rounds(run) if resume else ())
     feed = Feed(run, plan, show.say, tensorboard, mlflow)
     began = time.monotonic()
     show.say(f"plan {plan.digest[:12]}: {_headline(plan)}")
@@ -122,7 +122,7 @@ def _is_run_of(run: Run, plan: Plan) -> bool:
         return False
 
 
-def _committed(run: Run) -> list[dict[str, Any]]:
+def committed_rounds(run: Run) -> list[dict[str, Any]]:
     """Return the rounds that a run to be continued has; what is damaged is said by the run."""
     try:
         return run.read_metrics()

@@ -11,10 +11,10 @@ import click
 from reticent.core.errors import PlanError, RunError
 
 from .output import Progress, epsilon_text, table
-from .simulations import overrides_option
+from .simulations import committed_rounds, overrides_option
 
 if TYPE_CHECKING:
-    from reticent.simulations.sweep import Manifest, Point, Results
+    from reticent.simulations.sweep import Manifest, Point, Results, Sweep
 
 
 @click.command()
@@ -52,7 +52,7 @@ def sweep(
     manifest = _manifest(plan_file, overrides, grids, seeds, folder, resume)
     where = folder or Path("runs") / f"sweep-{manifest.digest[:8]}"
     opened = open_sweep(where, manifest)
-    show = _Show(manifest, as_json)
+    show = _Show(opened, as_json)
     show.say(_headline(manifest, where))
     try:
         failures = run_sweep(opened, show.told())
@@ -122,8 +122,8 @@ def _headline(manifest: Manifest, where: Path) -> str:
 class _Show:
     """Tells a person, or a machine, how the sweep goes."""
 
-    def __init__(self, manifest: Manifest, as_json: bool) -> None:
-        self._manifest, self._json = manifest, as_json
+    def __init__(self, sweep: Sweep, as_json: bool) -> None:
+        self._sweep, self._json = sweep, as_json
         self._progress = Progress(1, as_json)
 
     def told(self) -> Any:
@@ -141,8 +141,9 @@ class _Show:
         self._progress.clear()
 
     def _begins(self, number: int, point: Point) -> None:
-        self._progress = Progress(point.plan.federation.rounds, self._json)
-        self._progress.say(f"[{number}/{len(self._manifest.points)}] {point.label}")
+        before = committed_rounds(self._sweep.run_of(point))
+        self._progress = Progress(point.plan.federation.rounds, self._json, before)
+        self._progress.say(f"[{number}/{len(self._sweep.manifest.points)}] {point.label}")
 
     def _round(self, metrics: dict[str, Any]) -> None:
         if self._progress.live:  # a log has one line a run; each run's rounds are in its folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from reticent.core.errors import DependencyError
 from reticent.core.plan import parse_plan
 from reticent.core.run import Run
 from reticent.simulations.sinks import Feed, values_of
+from reticent.simulations.sinks.mlflow import MLflow
 from reticent.simulations.sinks.sink import date_of, final_values, parameters_of
 from reticent.simulations.sinks.tensorboard import TensorBoard
 
@@ -112,7 +115,7 @@ class Broken:
         return 4
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
-        raise ConnectionError("gone")
+        raise ConnectionError("gone: http://user:secret@host.example/api?a@b")
 
     def end(self, values: Mapping[str, float]) -> None:
         raise AssertionError("left out")
@@ -132,7 +135,8 @@ def test_a_sink_that_fails_is_left_out_and_costs_nothing(
         feed.round({**rounds(run)[0], "round": number})
     feed.end(SUMMARY)
     feed.close()
-    assert len(said) == 1 and "left out" in said[0] and "gone" in said[0]
+    assert len(said) == 1 and "left out" in said[0]
+    assert said[0].endswith("gone: http://host.example/api?a@b")
 
 
 def stopped_then_resumed(run: Run, **where: Any) -> None:
@@ -248,6 +252,104 @@ def test_mlflow_goes_on_with_one_run(run: Run, tmp_path: Path, kind: str) -> Non
     assert kept.data.params["task.name"] == "digits"
     assert kept.data.metrics["final_accuracy_fp32"] == 0.8
     assert kept.data.tags["reticent.plan"] == run.plan().digest
+
+
+class Server:
+    """What the sink asks of MLflow's client, and the modules that it comes with."""
+
+    def __init__(self) -> None:
+        self.begun, self.continued = 0, list[str]()
+
+    def module(self, name: str) -> Any:
+        return SimpleNamespace(MlflowClient=lambda tracking_uri: self, Param=lambda k, v: (k, v))
+
+    def get_experiment_by_name(self, name: str) -> None:
+        """There is none."""
+
+    def create_experiment(self, name: str) -> str:
+        return "1"
+
+    def create_run(self, number: str, **_: Any) -> Any:
+        self.begun += 1
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"id-{self.begun}"))
+
+    def log_batch(self, *_: Any, **__: Any) -> None:
+        """Take it."""
+
+    def update_run(self, known: str, status: str) -> None:
+        self.continued.append(known)
+
+    def get_metric_history(self, *_: str) -> list[Any]:
+        return []
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    made = Server()
+    monkeypatch.setattr("reticent.simulations.sinks.mlflow.import_module", made.module)
+    return made
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://user:secret@host.example:5000/path",
+        "postgresql://user:secret@host.example/db?password=secret#secret",
+        "sqlite:////folder/ml.db",
+        "folder/ml",
+    ],
+)
+def test_the_file_that_knows_mlflows_run_holds_no_password(
+    run: Run, server: Server, uri: str
+) -> None:
+    MLflow(uri, run.plan(), run)
+    kept = (run.folder / "mlflow.json").read_text()
+    assert "secret" not in kept and "user" not in kept
+    assert uri in kept or "secret" in uri
+    MLflow(uri, run.plan(), run)
+    MLflow(uri.replace("user:secret@", "other:new@"), run.plan(), run)  # the same store
+    assert (server.begun, server.continued) == (1, ["id-1", "id-1"])
+    MLflow(uri.replace("folder", "another").replace("host", "another"), run.plan(), run)
+    assert server.begun == 2
+
+
+def test_a_file_of_before_is_found_and_loses_its_password(run: Run, server: Server) -> None:
+    uri = "https://user:secret@host.example"
+    path = run.folder / "mlflow.json"
+    path.write_text(json.dumps({uri: "old", "sqlite:///ml.db": "other"}))
+    MLflow(uri, run.plan(), run)
+    assert (server.begun, server.continued) == (0, ["old"])
+    known = json.loads(path.read_text())
+    assert known == {"https://host.example": "old", "sqlite:///ml.db": "other"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_that_does_not_answer_is_given_up_soon(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow reads the patience from the environment, where a user's own words come first."""
+    variables = pytest.importorskip(
+        "mlflow.environment_variables", reason="the extra mlflow is not installed"
+    )
+    names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(names[1], "7")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    said: list[str] = []
+    disabled = logging.root.manager.disable
+    try:
+        feed = Feed(run, run.plan(), said.append, mlflow=f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+        feed.round(rounds(run)[0])
+        feed.close()
+        assert [getattr(variables, name).get() for name in names] == [2, 7]
+    finally:
+        logging.disable(disabled)
+        for name in names:
+            os.environ.pop(name, None)
+    assert len(said) == 1 and "left out" in said[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ from reticent.core.plan import Plan
 from reticent.core.run import Run
 
 from .sink import Sink, final_values, require, values_of
+
+_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
+"""User and password of a URI: what is said of an error may end up in a log."""
 
 
 class Feed:
@@ -85,7 +89,7 @@ class Feed:
         try:
             yield
         except Exception as error:
-            words = " ".join(str(error).split())[:300]
+            words = _LOGIN.sub("", " ".join(str(error).split()))[:300]
             self._say(f"--{name} is left out from here: {type(error).__name__}: {words}")
             if self._sinks is not None:
                 self._sinks.pop(name, None)

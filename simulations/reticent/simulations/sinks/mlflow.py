@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,10 @@ from .sink import EVERY_ROUND, date_of, parameters_of
 EXPERIMENT = "reticent"
 IDS = "mlflow.json"
 _BATCH = 100  # parameters in one request: the most that servers take
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""A run waits while its server does not answer; by MLflow's own defaults, for many minutes."""
+_SECRET = re.compile(r"(?<=://)[^:/?#@]*(:[^@]*)?@|[?#].*", re.DOTALL)
+"""User and password of a URI (some stores allow any sign in it but @), and all after its path."""
 
 
 class MLflow:
@@ -31,6 +36,8 @@ class MLflow:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         # A store in a folder is what was asked for; MLflow 3.13 and later want to hear it again.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         self._entities: Any = import_module("mlflow.entities")
         self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=uri)
         self._ended, self._plan = False, plan
@@ -39,9 +46,13 @@ class MLflow:
         self._last = max((kept.step for history in histories for kept in history), default=0)
 
     def _continued(self, run: Run, uri: str) -> str | None:
-        known = _ids(run).get(uri)
+        ids = _ids(run)
+        known = ids.get(_key(uri)) or ids.get(uri)
         if known is None:
             return None
+        if uri != _key(uri) and uri in ids:  # as it was written once, with what is secret in it
+            del ids[uri]
+            _keep(run, {**ids, _key(uri): known})
         self._client.update_run(known, status="RUNNING")
         return known
 
@@ -54,7 +65,7 @@ class MLflow:
         params = [self._entities.Param(k, v[:500]) for k, v in parameters_of(plan).items()]
         for first in range(0, len(params), _BATCH):
             self._client.log_batch(made, params=params[first : first + _BATCH])
-        write_atomic(run.folder / IDS, json.dumps({**_ids(run), uri: made}).encode() + b"\n")
+        _keep(run, {**_ids(run), _key(uri): made})
         return made
 
     def last(self) -> int:
@@ -82,6 +93,18 @@ class MLflow:
         date = int(1000 * (time.time() if date is None else date))
         metrics = [self._entities.Metric(k, v, date, step) for k, v in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
+
+
+def _key(uri: str) -> str:
+    """Return what a store is known by in the run's folder: its URI without user and password.
+
+    Its query and fragment, where a password may be too, are left out as well.
+    """
+    return _SECRET.sub("", uri) if "://" in uri else uri
+
+
+def _keep(run: Run, ids: Mapping[str, str]) -> None:
+    write_atomic(run.folder / IDS, json.dumps(ids).encode() + b"\n")
 
 
 def _ids(run: Run) -> dict[str, str]:

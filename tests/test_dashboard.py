@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pty
 import re
@@ -154,6 +155,13 @@ def test_a_sparkline_is_the_shape_of_its_values() -> None:
     assert sparkline([3.0, 2.0, 1.0], 10) == "█▅▁"
     assert sparkline([0.5] * 5, 10) == "▁" * 5
     assert len(sparkline([k / 100 for k in range(100)], 12)) == 12
+
+
+def test_an_accuracy_that_is_no_number_does_not_end_the_live_view() -> None:
+    assert sparkline([math.nan], 8) == "" and sparkline([0.0, math.nan, 1.0], 8) == "▁█"
+    made = Board(10, 8.0, True)
+    made.add(metrics(1, accuracy=math.nan))
+    assert "nan" in " ".join(drawn(frame_of(made, 0.0, 80), 80))
 
 
 def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from reticent.compression.distill import Ensemble
+from reticent.core.errors import DataError
 from reticent.core.models import student as student_of
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.tasks import Examples, Task, load_task
@@ -193,6 +194,17 @@ def test_a_start_is_read_back_from_the_journal(overrides: list[str]) -> None:
     assert made.constants == read.constants and not read.teacher.training
     assert accuracy(made.teacher, TASK.test()) == accuracy(read.teacher, TASK.test())
     assert_equal_structure(plan, TASK, made.teacher)
+
+
+@pytest.mark.parametrize("part", ["public", "test"])
+def test_a_task_without_public_or_test_examples_is_refused(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Accuracy on no examples is no number."""
+    task, public = load_task(PLAN.task, PLAN.seed), TASK.public()
+    monkeypatch.setattr(task, part, lambda: Examples(public.inputs[:0], public.labels[:0]))
+    with pytest.raises(DataError, match=rf"task digits: {part}\(\) has no examples"):
+        prepare(PLAN, task, Drawer(), lambda _: None)  # pyright: ignore[reportArgumentType]
 
 
 def assert_equal_structure(plan: Plan, task: Task, teacher: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -223,9 +224,14 @@ def _clock(seconds: float) -> str:
 def sparkline(values: Sequence[float], most: int) -> str:
     """Return a curve of at most ``most`` letters: means of equal stretches, low to high.
 
+    Values that are no number are left out.
+
     >>> sparkline([0.0, 0.5, 1.0], 8), sparkline([0.7], 8)
     ('▁▅█', '▁')
     """
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
     count = min(most, len(values))
     edges = [round(k * len(values) / count) for k in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -90,7 +90,8 @@ def prepare(
 
     Raises:
         PlanError: If the student cannot be what the plan says.
-        DataError: If a model that the task makes was trained before.
+        DataError: If a model that the task makes was trained before, or the task has no public or
+            no test examples.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
@@ -137,6 +138,8 @@ def _made(plan: Plan, task: Task, say: Say, prepared: Prepared | None) -> Start:
     public = task.public()
     if not len(public.labels):
         raise DataError(f"task {task.name}: public() has no examples: the student starts from them")
+    if not len(task.test().labels):
+        raise DataError(f"task {task.name}: test() has no examples: accuracy is counted on them")
     if plan.student.reshaped:
         # What cannot be done is refused now rather than after training.
         constants_of(plan, task, sketch(plan, task), b"", np.zeros((0, 0), dtype=np.float32))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from reticent.simulations.sweep import (
     write_results,
 )
 from reticent.simulations.sweep.manifest import Manifest, manifest_of, write_manifest
+from reticent.simulations.sweep.plots import _baseline
 from reticent.simulations.sweep.points import Base, checked, points_of
 from reticent.simulations.sweep.results import figures_of, to_json
 from reticent.simulations.sweep.running import Show, _begin_anew
@@ -243,6 +245,27 @@ def test_the_page_is_self_contained_and_has_the_plots(done: Path) -> None:
     assert page.count('class="error"') >= 4
     for name in ("accuracy-epsilon", "accuracy-bytes", "accuracy-time"):
         assert (done / f"{name}.svg").read_text().startswith("<svg")
+
+
+def test_the_line_of_public_data_is_of_the_form_that_the_points_are_in(done: Path) -> None:
+    """Seed by seed: a row that lacks a seed begins with the same students as the others."""
+    results = collect_results(open_sweep(done, manifest()))
+    own = {}
+    for path in done.glob("epsilon-8_*/summary.json"):
+        seed = int(path.parent.name.split("_")[1].removeprefix("seed-"))
+        own[seed] = json.loads(path.read_text())["accuracy"]["public_only_int8"]
+    assert results.rows[0].baselines == results.rows[1].baselines == own
+    (line,) = _baseline(results)
+    assert line.y == pytest.approx(sum(own.values()) / 2)
+    apart = {0: 0.25, 1: 0.75}
+
+    def lines(first: dict[int, float], second: dict[int, float]) -> list[float]:
+        pairs = zip(results.rows, (first, second), strict=True)
+        rows = tuple(replace(row, baselines=baselines) for row, baselines in pairs)
+        return [rule.y for rule in _baseline(replace(results, rows=rows))]
+
+    assert lines(apart, apart) == lines(apart, {0: 0.25}) == lines({1: 0.75}, {0: 0.25}) == [0.5]
+    assert lines(apart, {0: 0.3}) == lines({}, {}) == []
 
 
 def test_nothing_that_a_sweep_shows_tells_how_many_a_secret_draw_gave(tmp_path: Path) -> None:

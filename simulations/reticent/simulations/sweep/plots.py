@@ -153,10 +153,15 @@ def _spot(row: Row, x: Estimate | None) -> Spot | None:
 
 
 def _baseline(results: Results) -> tuple[Rule, ...]:
-    """Return the student of public data alone, if all rows begin with the same one."""
-    known = [row.estimates["public_only"] for row in results.rows]
-    means = {round(value.mean, 3) for value in known if value is not None}
-    if len(means) != 1:
-        return ()
-    mean = estimate([value.mean for value in known if value is not None])
+    """Return the student of public data alone, if all rows begin each seed with the same one.
+
+    It is in the form that the points are in, int8 where these are, and its mean is over all seeds
+    of any row: a row may lack some.
+    """
+    found: dict[int, float] = {}
+    for row in results.rows:
+        for seed, value in row.baselines.items():
+            if round(found.setdefault(seed, value), 3) != round(value, 3):
+                return ()
+    mean = estimate([*found.values()])
     return (Rule(f"public data only {percent_text(mean.mean)}", mean.mean),) if mean else ()

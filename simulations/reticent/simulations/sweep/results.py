@@ -32,11 +32,14 @@ class Figures:
         values: Accuracies (``fp32``, ``int8``, ``public_only``), bytes of one client and round
             (``up``, ``down``) and of the whole run (``total``), and ``seconds`` of its rounds;
             None where the run has no such figure.
+        baseline: Accuracy of the student of public data alone in the form that is deployed, int8
+            or fp32; None where it is not known.
     """
 
     point: Point
     epsilons: dict[str, float]
     values: dict[str, float | None]
+    baseline: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Row:
         seeds: Seeds whose runs are finished.
         epsilons: The largest epsilon of any seed, by adversary; empty if nothing is finished.
         estimates: By :data:`MEASURED`; None where no run has that figure.
+        baselines: :attr:`Figures.baseline` of each finished seed that has it.
     """
 
     settings: Settings
@@ -56,6 +60,7 @@ class Row:
     seeds: tuple[int, ...]
     epsilons: dict[str, float]
     estimates: dict[str, Estimate | None]
+    baselines: dict[int, float]
 
     @property
     def label(self) -> str:
@@ -127,6 +132,7 @@ def _row(sweep: Sweep, settings: Settings, points: Sequence[Point]) -> Row:
         tuple(point.seed for point in done),
         {name: max(f.epsilons.get(name, 0.0) for f in found) for name in names},
         {key: estimate([f.values[key] for f in found]) for key in MEASURED},
+        {f.point.seed: f.baseline for f in found if f.baseline is not None},
     )
 
 
@@ -149,6 +155,7 @@ def figures_of(run: Run, point: Point) -> Figures:
             **traffic(metrics, plan),
             "seconds": duration(metrics, plan),
         },
+        _known(accuracy.get("public_only_int8" if "int8" in accuracy else "public_only")),
     )
 
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from reticent.cli import main as command
 from reticent.cli.output import epsilon_text, table
 from reticent.core.errors import ArtifactError
-from reticent.core.plan import load_plan
+from reticent.core.plan import Plan, load_plan
 from reticent.core.run import Run, create_run
 
 SETTINGS = (
@@ -227,6 +227,21 @@ def test_why_a_run_failed_is_kept_in_its_own_folder_alone(
     assert not list(tmp_path.glob("*/failure.json"))
     fails(capsys, 4, "simulate", "--run", own, "--resume")
     assert "RETICENT_DATA" in json.loads((own / "failure.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_ctrl_c_says_how_to_go_on_only_where_a_run_began(
+    plan: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    def interrupted(given: Plan, folder: Path, **_: object) -> None:
+        if begun:
+            create_run(folder, given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reticent.simulations.simulate.simulate", interrupted)
+    assert call("simulate", plan, "--run", tmp_path / "run") == 130
+    said = capsys.readouterr().err
+    assert ("--resume" in said) == begun and ("before the run began" in said) != begun
 
 
 def test_an_unfinished_run_has_no_report(run: Path, tmp_path: Path, capsys: Capture) -> None:

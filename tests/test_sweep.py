@@ -20,6 +20,7 @@ from interrupts import heeds_ctrl_c
 from scipy.stats import t
 
 from reticent.cli.main import cli
+from reticent.cli.sweeps import _headline
 from reticent.core.errors import (
     DataError,
     DependencyError,
@@ -287,6 +288,21 @@ def test_finished_points_are_not_repeated(done: Path) -> None:
     sweep = open_sweep(done, read_manifest(done))
     assert run_sweep(sweep, Show(begins=lambda *_: pytest.fail("a point was begun again"))) == {}
     assert {path: path.stat().st_mtime_ns for path in done.glob("*/summary.json")} == before
+
+
+@pytest.mark.parametrize(
+    ("grid", "seeds", "words"),
+    [
+        ({"seed": ("0", "1", "2")}, 1, "3 runs (1 setting, 3 seeds each)"),
+        ({"seed": ("3", "4"), "privacy.epsilon": ("2", "8")}, 1, "4 runs (2 settings, 2 seeds"),
+        ({"privacy.epsilon": ("2",)}, 1, "1 run (1 setting, 1 seed each)"),
+        (GRID, 2, "4 runs (2 settings, 2 seeds each)"),
+    ],
+)
+def test_the_headline_counts_settings_and_seeds(
+    grid: dict[str, tuple[str, ...]], seeds: int, words: str
+) -> None:
+    assert words in _headline(manifest(grid, seeds), Path("s"))
 
 
 def test_json_is_one_object_a_line_and_last_the_results(done: Path) -> None:

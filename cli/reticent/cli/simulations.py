@@ -70,11 +70,7 @@ def simulate(
         _run(plan, run, resume, show, feed)
     except KeyboardInterrupt:
         show.clear()
-        click.echo(
-            f"interrupted: the open round was rolled back, committed rounds are kept; continue "
-            f"with `reticent simulate --run {run.folder} --resume`",
-            err=True,
-        )
+        click.echo(_interrupted(plan, run), err=True)
         raise SystemExit(130) from None
     except BudgetsSpent:
         show.clear()
@@ -112,6 +108,15 @@ def _run(plan: Plan, run: Run, resume: bool, show: Progress | Dashboard, feed: F
             record_failure(run, " ".join(str(error).split()))
         raise
     feed.end(run.read_summary())
+
+
+def _interrupted(plan: Plan, run: Run) -> str:
+    if not _is_run_of(run, plan):
+        return "interrupted before the run began; the same command begins it"
+    return (
+        "interrupted: the open round was rolled back, committed rounds are kept; continue with "
+        f"`reticent simulate --run {run.folder} --resume`"
+    )
 
 
 def _is_run_of(run: Run, plan: Plan) -> bool:

@@ -112,10 +112,13 @@ def _text(path: Path) -> str:
 
 
 def _headline(manifest: Manifest, where: Path) -> str:
-    settings = len({point.settings for point in manifest.points})
+    from reticent.privacy.report.words import count_text
+
+    runs, seeds = len(manifest.points), manifest.seeds_each
     return (
-        f"sweep {manifest.digest[:12]}: {len(manifest.points)} runs ({settings} settings, "
-        f"{manifest.seeds} seeds each)\nsweep folder {where}"
+        f"sweep {manifest.digest[:12]}: {count_text(runs, 'run')} "
+        f"({count_text(runs // seeds, 'setting')}, {count_text(seeds, 'seed')} each)\n"
+        f"sweep folder {where}"
     )
 
 

@@ -22,8 +22,8 @@ class Feed:
 
     What a sink already keeps is not repeated, and what it lacks of the rounds that were committed
     before is given first: so a run that was killed and resumed leaves the same curve as one that
-    was not. A sink that fails is left out with a word; the run goes on, and resuming it, or running
-    the same command again, brings that sink up to date.
+    was not. A sink that fails is left out with a word; the run goes on, and the same command
+    with ``--resume`` brings that sink up to date, also when the run is finished.
     """
 
     def __init__(

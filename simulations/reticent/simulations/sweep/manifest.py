@@ -28,7 +28,7 @@ class Manifest:
     Attributes:
         base: The plan that is varied.
         grid: Values of each key.
-        seeds: How many seeds each setting is run with.
+        seeds: How many seeds were asked for; 1 where the grid names them.
         points: The points, in order.
     """
 
@@ -36,6 +36,11 @@ class Manifest:
     grid: Grid
     seeds: int
     points: tuple[Point, ...]
+
+    @property
+    def seeds_each(self) -> int:
+        """How many seeds each setting has, those of a grid of seeds counted."""
+        return len(self.points) // len({point.settings for point in self.points})
 
     @property
     def digest(self) -> str:

@@ -178,7 +178,7 @@ def page(results: Results, drawn: dict[str, dict[str, Any]]) -> str:
         "clients": plan.task.clients,
         "runs": len(manifest.points),
         "finished": results.finished,
-        "seeds": manifest.seeds,
+        "seeds": manifest.seeds_each,
         "digest": manifest.digest,
         "settings": [key for key, _ in results.rows[0].settings] or ["plan"],
         "headers": headers(results),

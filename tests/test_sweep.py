@@ -433,6 +433,29 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
     assert not (tmp_path / "s" / "failures.json").exists()
 
 
+def test_reasons_of_points_that_are_not_tried_yet_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = open_sweep(tmp_path / "s", manifest({"privacy.epsilon": ("2", "4", "8")}, seeds=1))
+    folders = [point.folder for point in sweep.manifest.points]
+    file = tmp_path / "s" / "failures.json"
+    file.write_text(json.dumps(dict.fromkeys([*folders, "of no point"], "an old reason")))
+    seen: list[dict[str, str]] = []
+
+    def failing(plan: Any, folder: Path, **options: Any) -> Run:
+        seen.append(json.loads(file.read_text()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        raise NetworkError("a new reason")
+
+    monkeypatch.setattr("reticent.simulations.sweep.running.simulate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, Show())
+    new, old = "a new reason", "an old reason"
+    assert json.loads(file.read_text()) == dict(zip(folders, (new, new, old), strict=True))
+    assert seen[1] == dict(zip(folders, (new, old, old), strict=True))
+
+
 def test_a_point_that_budgets_ended_has_failed_and_is_tried_again(tmp_path: Path) -> None:
     noisy = ("federation.rounds=4", "federation.retries=0", "privacy.noise_multiplier=0.6")
     base = Base("", (*SETTINGS, *noisy))

@@ -112,11 +112,11 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     Raises:
         RunError: If another process is running the sweep, or the folder cannot be written.
     """
-    failures: dict[str, str] = {}
     prepared = Prepared()
     with locked(Run(sweep.folder)):
         if read_manifest(sweep.folder).digest != sweep.manifest.digest:
             raise RunError(f"{sweep.folder}: another process has changed the sweep; run it again")
+        failures = _failures(sweep)
         with suppress(Exception):  # said at the end: a damaged run must not cost the others
             _report_all(sweep)
         for number, point in enumerate(sweep.manifest.points, 1):
@@ -124,6 +124,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
             if finished(run, point):
                 continue
             show.begins(number, point)
+            failures.pop(point.folder, None)  # it is tried again; the others' reasons still hold
             began = time.monotonic()
             try:
                 outcome: dict[str, Any] | str = _run(sweep, point, prepared, show)
@@ -223,6 +224,16 @@ def _report(run: Run, rivals: Sequence[Candidate]) -> None:
     changed = write_tuning(run, rivals)
     if changed or not (run.folder / SIGNATURE).is_file():
         write_reports(run)
+
+
+def _failures(sweep: Sweep) -> dict[str, str]:
+    """Return why points that are not finished failed before, by folder, as far as it is known."""
+    known: Any = None
+    with suppress(OSError, ValueError, RecursionError):
+        known = json.loads((sweep.folder / FAILURES).read_text(encoding="utf-8"))
+    open_points = (p.folder for p in sweep.manifest.points if not finished(sweep.run_of(p), p))
+    known = known if isinstance(known, dict) else {}
+    return {name: str(known[name]) for name in open_points if name in known}
 
 
 def _write_failures(folder: Path, failures: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_runs import build
 
@@ -43,18 +44,70 @@ def test_one_run_without_privacy_leaves_nothing_to_promise() -> None:
     assert figures(candidates, plans[1])["epsilon"] == "infinity"
 
 
-def test_an_example_is_covered_by_client_level_noise_at_half_the_multiplier() -> None:
+def test_an_example_in_client_level_noise_is_an_exchanged_client() -> None:
     client = PoissonGaussian(1.0, 4.0, 3, unit="client")
-    assert in_terms_of([client], "example", "add-or-remove-one") == [
-        PoissonGaussian(1.0, 2.0, 3, unit="example")
-    ]
-    # Replacing an example moves the sum by at most 2C, which this relation counts by itself.
-    assert in_terms_of([client], "example", "replace-one") == [
-        PoissonGaussian(1.0, 4.0, 3, "replace-one", "example")
-    ]
-    assert epsilon(in_terms_of([client], "example", "add-or-remove-one"), 1e-5) == pytest.approx(
-        epsilon(in_terms_of([client], "example", "replace-one"), 1e-5), rel=1e-3
-    )
+    exchanged = [PoissonGaussian(1.0, 4.0, 3, "replace-one", "example")]
+    for relation in ("add-or-remove-one", "replace-one"):
+        assert in_terms_of([client], "example", relation) == exchanged
+    # Where everyone takes part, that is the Gaussian mechanism at half the multiplier.
+    half = PoissonGaussian(1.0, 2.0, 3, unit="example")
+    assert epsilon(exchanged, 1e-5) == pytest.approx(epsilon([half], 1e-5), rel=1e-3)
+
+
+@pytest.mark.parametrize(("rate", "noise"), [(0.05, 1.0), (0.3, 2.0), (0.5, 0.8)])
+def test_an_example_of_a_sampled_client_is_bounded_by_the_pair_of_its_client(
+    rate: float, noise: float
+) -> None:
+    """Against divergences of the very distributions, by quadrature: the client adds C, or -C.
+
+    Half the multiplier, added, is not a pair that dominates: it is too small below e^eps = 1.
+    """
+    x = np.linspace(-40, 40, 400_001)
+
+    def law(mean: float, spread: float) -> np.ndarray:
+        def density(mu: float) -> np.ndarray:
+            return np.exp(-((x - mu) ** 2) / 2 / spread**2) / (spread * math.sqrt(2 * math.pi))
+
+        return (1 - rate) * density(0.0) + rate * density(mean)
+
+    def divergence(upper: np.ndarray, lower: np.ndarray, order: float) -> float:
+        return float(np.maximum(upper - order * lower, 0).sum() * (x[1] - x[0]))
+
+    steps, delta = 4, 1e-5
+    client = PoissonGaussian(rate, noise, 1, unit="client")
+    (event,) = in_terms_of([client], "example", "add-or-remove-one")
+    assert isinstance(event, PoissonGaussian)
+    with_it, without_it = law(1.0, noise), law(-1.0, noise)
+    for eps in (0.1, 0.5, 1.0, 2.0):
+        least = divergence(with_it, without_it, math.exp(eps))
+        if least > 1e-9:
+            assert epsilon([event], least * (1 - 1e-6), alike=False) >= eps * (1 - 1e-6)
+    added, nothing = law(2.0, noise), law(0.0, noise)
+    assert divergence(added, nothing, 0.8) < divergence(with_it, without_it, 0.8) - 1e-3
+    half = PoissonGaussian(rate, noise / 2, steps)
+    assert epsilon([event.times(steps)], delta) < 0.8 * epsilon([half], delta)
+    # With another run of example-level noise: at least what either costs, and no more than both.
+    other = PoissonGaussian(0.1, 1.0, steps)
+    mixed = epsilon([event, other], delta, alike=False)
+    parts = [epsilon([one], delta / 2, alike=False) for one in (event, other)]
+    assert max(epsilon([one], delta) for one in (event, other)) <= mixed <= 1.001 * sum(parts)
+    with pytest.raises(PrivacyError, match="must agree in unit and relation"):
+        epsilon([event, other], delta)
+    with pytest.raises(PrivacyError, match="the only relation it knows"):
+        epsilon([event, other], delta, "prv", alike=False)
+
+
+def test_a_sweep_with_units_client_and_example_states_one_epsilon() -> None:
+    secret = ("privacy.unit=client", "privacy.secret_cohort=true", "federation.sampling=poisson")
+    noise = "privacy.noise_multiplier=2.0"
+    sizes = ["task.clients=40", "federation.clients_per_round=10", "federation.rounds=4"]
+    client = parse_plan("", [*sizes, noise, *secret])
+    example = plan_of(noise)
+    candidates = [candidate(p, schedule_for(p)) for p in (example, client)]
+    both = figures(candidates, example)
+    alone = figures(candidates[:1], example)
+    assert math.inf > both["epsilon"] > alone["epsilon"] and both["selection"] > 0
+    assert figures(candidates, client)["epsilon"] == "infinity"
 
 
 def test_a_client_is_not_covered_by_example_level_noise() -> None:

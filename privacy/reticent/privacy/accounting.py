@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
+from operator import attrgetter
 
 import numpy as np
 
@@ -42,7 +43,9 @@ ACCOUNTANTS = ("pld", "rdp", "prv")
 LARGEST_PRV, MOST_PRV_CELLS = 250.0, 4e6  # beyond, Opacus' PRV accountant is slow or never ends
 
 
-def epsilon(events: Iterable[Event], delta: float, accountant: str = "pld") -> float:
+def epsilon(
+    events: Iterable[Event], delta: float, accountant: str = "pld", *, alike: bool = True
+) -> float:
     """Return an upper bound on the epsilon of all ``events`` together, at ``delta``.
 
     No events give 0, as do :class:`.DeclaredPublic` ones, and a :class:`.NonPrivate` event gives
@@ -52,33 +55,36 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "pld") -> f
         events: What happened, with any mixture of parameters.
         delta: In (0, 1).
         accountant: ``pld``, ``rdp`` or ``prv``.
+        alike: Whether events of different relations are refused. Without it, the caller knows that
+            each event, under its relation, bounds what the *same* neighbours do.
 
     Raises:
-        PrivacyError: If ``delta`` or ``accountant`` is not allowed, if events of different units
-            or relations are mixed, or if ``prv`` is asked for the relation ``replace-one`` or for
-            an epsilon that is out of its reach.
+        PrivacyError: If ``delta`` or ``accountant`` is not allowed, if events of different units,
+            or ``alike`` of different relations, are mixed, or if ``prv`` is asked for the relation
+            ``replace-one`` or for an epsilon that is out of its reach.
     """
     require_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise PrivacyError(f"accountant={accountant!r}: must be one of {', '.join(ACCOUNTANTS)}")
-    gaussians = spent(events)
+    gaussians = spent(events, alike=alike)
     if gaussians is None:
         return math.inf
     return _epsilon(gaussians, float(delta), accountant) if gaussians else 0.0
 
 
-def spent(events: Iterable[Event]) -> tuple[PoissonGaussian, ...] | None:
+def spent(events: Iterable[Event], *, alike: bool = True) -> tuple[PoissonGaussian, ...] | None:
     """Return what ``events`` spend, merged and in a fixed order; None if something was not private.
 
     Raises:
-        PrivacyError: If events of different units or relations are mixed.
+        PrivacyError: If events of different units are mixed, or with ``alike`` of relations.
     """
     merged = merge(events)
     gaussians = [event for event in merged if isinstance(event, PoissonGaussian)]
     if any(isinstance(event, NonPrivate) for event in merged):
         return None
-    _require_alike(gaussians)
-    return tuple(sorted(gaussians, key=lambda e: (e.sampling_rate, e.noise_multiplier)))
+    _require_alike(gaussians, alike)
+    key = attrgetter("sampling_rate", "noise_multiplier", "relation")
+    return tuple(sorted(gaussians, key=key))
 
 
 def epsilon_curve(event: Event, rounds: Sequence[int], delta: float) -> list[float]:
@@ -116,10 +122,10 @@ def require_one_unit(events: Iterable[Event]) -> None:
     _require_alike([event for event in merge(events) if isinstance(event, PoissonGaussian)])
 
 
-def _require_alike(events: Sequence[PoissonGaussian]) -> None:
-    kinds = {(event.unit, event.relation) for event in events}
+def _require_alike(events: Sequence[PoissonGaussian], relation: bool = True) -> None:
+    kinds = {(event.unit, event.relation if relation else "any") for event in events}
     if len(kinds) > 1:
-        names = sorted(f"{unit}/{relation}" for unit, relation in kinds)
+        names = sorted(f"{unit}/{which}" for unit, which in kinds)
         raise PrivacyError(
             f"events of {' and '.join(names)}: must agree in unit and relation, because an epsilon "
             "over different ones has no meaning"
@@ -151,9 +157,9 @@ def _rdp(events: tuple[PoissonGaussian, ...], delta: float) -> float:
 
 def _prv(events: tuple[PoissonGaussian, ...], delta: float) -> float:
     """Privacy random variables (Gopi, Lee and Wutschitz 2021)."""
-    if events[0].relation != "add-or-remove-one":
+    if others := {event.relation for event in events} - {"add-or-remove-one"}:
         raise PrivacyError(
-            f"accountant='prv' with relation={events[0].relation!r}: must be "
+            f"accountant='prv' with relation={others.pop()!r}: must be "
             "'add-or-remove-one', the only relation it knows; use 'pld'"
         )
     bound = _rdp(events, delta)

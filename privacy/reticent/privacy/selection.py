@@ -20,10 +20,13 @@ def in_terms_of(events: Sequence[Event], unit: str, relation: str) -> list[Event
 
     Guarantee: the epsilon of what is returned is one of the mechanisms that were run, for
     neighbours of that unit and relation. A noise multiplier is the noise over what *one* unit adds,
-    so the same number stands under either relation. An example is part of a client, and a client's
-    contribution with it and the one without are both within the bound C, so they differ by at most
-    2C: with half the noise multiplier, client-level noise covers an added or removed example.
-    Nothing bounds how many examples a client has, so example-level noise says nothing about one.
+    so the same number stands under either relation. An example is part of a client, who is there
+    with it and without it, in the same sample, and contributes within the bound C both times: of
+    client-level noise an added or removed example is a client who is *exchanged*. So an event of
+    unit ``client`` keeps ``replace-one`` where examples are asked for under either relation. Its
+    pair of distributions dominates (:mod:`.mixtures`, k = 1), and domination survives composition
+    with the pairs of other events; accountants take them with ``alike=False``. Nothing bounds how
+    many examples a client has, so example-level noise says nothing about one.
     """
     return [_in_terms_of(event, unit, relation) for event in merge(events)]
 
@@ -31,9 +34,8 @@ def in_terms_of(events: Sequence[Event], unit: str, relation: str) -> list[Event
 def _in_terms_of(event: PoissonGaussian | NonPrivate, unit: str, relation: str) -> Event:
     if isinstance(event, NonPrivate) or (event.unit == "example" and unit == "client"):
         return NonPrivate()
-    halved = event.unit == "client" and unit == "example" and relation == "add-or-remove-one"
-    noise = event.noise_multiplier / 2 if halved else event.noise_multiplier
-    return replace(event, unit=unit, relation=relation, noise_multiplier=noise)
+    exchanged = event.unit == "client" and unit == "example"
+    return replace(event, unit=unit, relation="replace-one" if exchanged else relation)
 
 
 def selection_epsilon(
@@ -48,18 +50,19 @@ def selection_epsilon(
     a fixed list of runs: those compose.
 
     Args:
-        histories: Events of one run of each setting; the worst of them counts.
+        histories: Events of one run of each setting, as :func:`in_terms_of` gives them; the worst
+            of them counts.
         delta: In (0, 1).
         mean_runs: At least 1.
 
     Raises:
         PrivacyError: If ``delta`` or ``mean_runs`` is out of range, nothing is given, or events of
-            different units or relations are mixed.
+            different units are mixed.
     """
     require_delta(delta)
     if not histories or not mean_runs >= 1:
         raise PrivacyError(f"mean_runs={mean_runs!r} of {len(histories)} settings: both >= 1")
-    merged = [spent(events) for events in histories]
+    merged = [spent(events, alike=False) for events in histories]
     if any(events is None for events in merged):
         return math.inf
     curve = np.max([_renyi(events) for events in merged if events is not None], axis=0)

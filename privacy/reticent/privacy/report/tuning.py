@@ -71,10 +71,14 @@ def figures(candidates: Sequence[Candidate], own: Plan) -> dict[str, Any]:
         "unit": private.unit,
         "relation": private.relation,
         "delta": delta,
-        "epsilon": portable(epsilon([e for events in readers for e in events], delta)),
-        "server_epsilon": portable(epsilon([e for events in server for e in events], delta)),
+        "epsilon": portable(_together(readers, delta)),
+        "server_epsilon": portable(_together(server, delta)),
         "selection": portable(selection_epsilon(readers, delta, len(candidates))),
     }
+
+
+def _together(histories: Sequence[Sequence[Event]], delta: float) -> float:
+    return epsilon([event for events in histories for event in events], delta, alike=False)
 
 
 def sweep_digest(plans: Iterable[str]) -> str:

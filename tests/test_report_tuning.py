@@ -16,7 +16,13 @@ from reticent.core.signing import read_public_key
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.events import Event, NonPrivate, PoissonGaussian
 from reticent.privacy.report import collect, render, verify_report, write_reports
-from reticent.privacy.report.tuning import candidate, figures, tuning_text, write_tuning
+from reticent.privacy.report.tuning import (
+    candidate,
+    figures,
+    read_tuning,
+    tuning_text,
+    write_tuning,
+)
 from reticent.privacy.schedule import schedule_for
 from reticent.privacy.selection import in_terms_of, selection_epsilon
 
@@ -35,6 +41,42 @@ def test_runs_of_one_promise_cost_what_one_run_with_all_their_rounds_costs() -> 
     assert found["epsilon"] == epsilon([schedule.round_event().times(4 * 5)], 1e-5)
     assert found["server_epsilon"] == epsilon([schedule.server_event().times(4 * 5)], 1e-5)
     assert found["epsilon"] > epsilon([schedule.round_event().times(4 * 4)], 1e-5)
+
+
+def test_weights_that_several_runs_begin_with_are_counted_once(tmp_path: Path) -> None:
+    """One release is one; other weights, or the same under another event, are others."""
+    earlier = PoissonGaussian(0.05, 1.1, 20)
+
+    def beginning(seed: int, weights: str = "ab" * 32, noise: float = 1.1) -> Plan:
+        trained = (
+            f'teacher.trained={{weights="{weights}",sampling_rate=0.05,noise_multiplier={noise},'
+            'steps=20,unit="example",relation="add-or-remove-one"}'
+        )
+        return plan_of("privacy.noise_multiplier=1.5", f"seed={seed}", trained)
+
+    plans = [beginning(0), beginning(1), beginning(2)]
+    candidates = [candidate(p, schedule_for(p)) for p in plans]
+    found = figures(candidates, plans[0])
+    schedule = schedule_for(plans[0])
+    assert schedule is not None
+    rounds = schedule.round_event().times(4 * 3)
+    assert found["epsilon"] == epsilon([earlier, rounds], 1e-5)
+    assert found["server_epsilon"] == epsilon([earlier, schedule.server_event().times(4 * 3)], 1e-5)
+    whole = [schedule.over(schedule.round_event(), 4)]
+    assert found["selection"] == pytest.approx(selection_epsilon([whole], 1e-5, 3), rel=1e-9)
+    other = PoissonGaussian(0.05, 1.2, 20)
+    for third, event in ((beginning(2, "cd" * 32), earlier), (beginning(2, noise=1.2), other)):
+        more = [*candidates[:2], candidate(third, schedule_for(third))]
+        assert figures(more, plans[0])["epsilon"] == epsilon([earlier, event, rounds], 1e-5)
+    run = build(tmp_path / "run")
+    write_tuning(run, [*candidates, candidate(run.plan(), schedule_for(run.plan()))])
+    kept = json.loads((run.folder / "tuning.json").read_text())
+    assert kept["schema"] == 2 and kept["runs"][0]["earlier"]["weights"] == "ab" * 32
+    read = read_tuning(run, plans[0])
+    assert read is not None and read["epsilon"] > found["epsilon"]
+    # A file without them is as it always was, and what weights once cost each run is read as that.
+    write_tuning(run, [candidate(run.plan(), schedule_for(run.plan()))])
+    assert json.loads((run.folder / "tuning.json").read_text())["schema"] == 1
 
 
 def test_one_run_without_privacy_leaves_nothing_to_promise() -> None:

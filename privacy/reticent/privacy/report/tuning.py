@@ -21,7 +21,8 @@ from .words import count_text, delta_text, epsilon_text, portable
 
 TUNING = "tuning.json"
 LARGEST = 64 << 20
-VERSION = 1
+VERSION, WITH_WEIGHTS = 1, 2
+"""Of the file; the second where weights came along, whose price an older reader would not see."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,31 @@ class Candidate:
         plan: Digest of its plan.
         readers: Against readers of the models, over all rounds that one client may take part in.
         server: Ditto, against the server.
+        earlier: SHA-256 of the weights that its models begin with, and what they cost whoever sees
+            them, which ``readers`` and ``server`` leave out; None if they cost nothing.
     """
 
     plan: str
     readers: Event
     server: Event
+    earlier: tuple[str, Event] | None = None
+
+    @property
+    def before(self) -> list[Event]:
+        """What the weights cost, as events."""
+        return [] if self.earlier is None else [self.earlier[1]]
 
 
 def candidate(plan: Plan, schedule: Schedule | None) -> Candidate:
     """Return the run of ``plan`` as a candidate; without a schedule nothing is promised."""
     if schedule is None:
         return Candidate(plan.digest, NonPrivate(), NonPrivate())
-    rounds = schedule.participations
+    rounds, trained = schedule.participations, plan.teacher.trained
     return Candidate(
         plan.digest,
-        schedule.over(schedule.round_event(), rounds),
-        schedule.over(schedule.server_event(), rounds),
+        schedule.round_event().times(rounds),
+        schedule.server_event().times(rounds),
+        trained and schedule.earlier and (trained.weights, schedule.earlier),
     )
 
 
@@ -59,21 +69,25 @@ def figures(candidates: Sequence[Candidate], own: Plan) -> dict[str, Any]:
     the same people, so nothing less can be ruled out. What
     is the best of them, and all of them, is a function of all of them, so its epsilon is at most
     that of their composition; ``selection`` is that of another procedure, which was not run.
+    Weights that several of them begin with are one release, and counted once.
     """
     private = own.private
     if private is None:
         unknown = {"unit": None, "relation": None, "delta": None, "selection": "infinity"}
         return {**unknown, "epsilon": "infinity", "server_epsilon": "infinity"}
     terms, delta = (private.unit, private.relation), private.delta
+    brought = dict.fromkeys(c.earlier for c in candidates if c.earlier is not None)
+    before = in_terms_of([event for _, event in brought], *terms)
     readers = [in_terms_of([c.readers], *terms) for c in candidates]
     server = [in_terms_of([c.server], *terms) for c in candidates]
+    alone = [in_terms_of([*c.before, c.readers], *terms) for c in candidates]
     return {
         "unit": private.unit,
         "relation": private.relation,
         "delta": delta,
-        "epsilon": portable(_together(readers, delta)),
-        "server_epsilon": portable(_together(server, delta)),
-        "selection": portable(selection_epsilon(readers, delta, len(candidates))),
+        "epsilon": portable(_together([before, *readers], delta)),
+        "server_epsilon": portable(_together([before, *server], delta)),
+        "selection": portable(selection_epsilon(alone, delta, len(candidates))),
     }
 
 
@@ -101,10 +115,12 @@ def write_tuning(run: Run, candidates: Sequence[Candidate]) -> bool:
             "plan": c.plan,
             "readers": json.loads(c.readers.to_json()),
             "server": json.loads(c.server.to_json()),
+            **_brought(c),
         }
         for c in candidates
     ]
-    content = json.dumps({"schema": VERSION, "runs": rows}, indent=1).encode() + b"\n"
+    version = WITH_WEIGHTS if any(c.earlier for c in candidates) else VERSION
+    content = json.dumps({"schema": version, "runs": rows}, indent=1).encode() + b"\n"
     path = run.folder / TUNING
     try:
         if path.is_file() and path.read_bytes() == content:
@@ -114,6 +130,13 @@ def write_tuning(run: Run, candidates: Sequence[Candidate]) -> bool:
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
     return True
+
+
+def _brought(c: Candidate) -> dict[str, Any]:
+    if c.earlier is None:
+        return {}
+    weights, event = c.earlier
+    return {"earlier": {"weights": weights, "event": json.loads(event.to_json())}}
 
 
 def read_tuning(run: Run, plan: Plan) -> dict[str, Any] | None:
@@ -141,8 +164,11 @@ def _read(run: Run) -> list[Candidate]:
         if path.stat().st_size > LARGEST:
             raise RunError(f"{path}: is larger than any sweep's: at most {LARGEST} bytes")
         data = json.loads(path.read_bytes())
-        if data["schema"] != VERSION or not data["runs"]:
-            raise RunError(f"{path}: schema={data['schema']!r}: must be {VERSION}, and name runs")
+        if data["schema"] not in (VERSION, WITH_WEIGHTS) or not data["runs"]:
+            raise RunError(
+                f"{path}: schema={data['schema']!r}: must be {VERSION} or {WITH_WEIGHTS}, and "
+                "name runs"
+            )
         return [_candidate(row) for row in data["runs"]]
     except (OSError, ValueError, TypeError, KeyError, RecursionError, PrivacyError) as error:
         raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from error
@@ -152,7 +178,12 @@ def _candidate(row: dict[str, Any]) -> Candidate:
     readers, server = (event_from_json(json.dumps(row[key])) for key in ("readers", "server"))
     if not isinstance(row["plan"], str):
         raise TypeError("plan must be a string")
-    return Candidate(row["plan"], readers, server)
+    if "earlier" not in row:
+        return Candidate(row["plan"], readers, server)
+    weights, event = row["earlier"]["weights"], event_from_json(json.dumps(row["earlier"]["event"]))
+    if not isinstance(weights, str):
+        raise TypeError("weights must be a string")
+    return Candidate(row["plan"], readers, server, (weights, event))
 
 
 def tuning_text(tuning: dict[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -279,6 +280,12 @@ def test_nothing_that_a_sweep_shows_tells_how_many_a_secret_draw_gave(tmp_path: 
     for row in to_json(results)["rows"]:
         assert {row[key] for key in ("up", "down", "total", "seconds")} == {None}
         assert row["int8"] and row["epsilon"]["Readers of the models"] > 0
+    for point in sweep.manifest.points:
+        sweep.run_of(point).summary.unlink()
+    for options in ([], ["--json"]):
+        args = ["sweep", "--run", str(tmp_path / "s"), "--resume", *options]
+        said = CliRunner().invoke(cli, args).output
+        assert not re.search(r"\d s\b", said) and "replies" not in said
     page = (tmp_path / "s" / "index.html").read_text()
     assert page.count("<svg") == 1 and "clients are drawn in secret" in page
 

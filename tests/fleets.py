@@ -17,8 +17,8 @@ SIZES = (30_000, 90_000)
 ROUGH = [
     "fleet.step_seconds=0.5",
     'fleet.classes=[{kind="phone",share=3.0,dropout=0.2},{kind="pi4",memory=1e8},'
-    '{kind="own",steps_per_second=0.5,memory=1e9,down=1.0,up=0.3,latency=0.2,dropout=0.1,'
-    "compute_watts=3.0,radio_watts=1.0}]",
+    '{kind="own",slowdown=6.0,steps_per_second=0.5,memory=1e9,down=1.0,up=0.3,latency=0.2,'
+    "dropout=0.1,compute_watts=3.0,radio_watts=1.0}]",
 ]
 
 
@@ -42,10 +42,10 @@ def one_trip(fleet: SimulatedFleet, client: int, start: float, path: tuple[int, 
     one, up, down = np.array([client]), *SIZES
     description, plan = fleet.description, fleet.description.fleet
     t = {k: v[0].item() for k, v in vars(description.traits(one)).items()}
-    pace = t["slowdown"] * description.factors(one, plan.jitter, "jitter", *path)[0].item()
+    pace = description.factors(one, plan.jitter, "jitter", *path)[0].item()
     arrived = start + t["latency"] + down / t["down"]
-    begin = arrived + plan.startup * pace
-    trained = begin + fleet.work.steps * plan.step_seconds * pace
+    begin = arrived + plan.startup * t["slowdown"] * pace
+    trained = begin + fleet.work.steps * plan.step_seconds * t["step_slowdown"] * pace
     finish = trained + t["latency"] + up / t["up"]
     lost, why = float("inf"), ""
     if description.coins(one, "drop", *path)[0] < t["dropout"]:

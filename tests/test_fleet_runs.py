@@ -44,6 +44,7 @@ from reticent.server.optimizer import ServerState, apply_round
 from reticent.server.public_training import accuracy
 from reticent.server.rounds import BudgetsSpent
 from reticent.server.strategy import PrivateAveraging
+from reticent.simulations import explain
 from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import explain_plan
 from reticent.simulations.fleet import fleet_for, granting
@@ -493,6 +494,29 @@ def test_the_command_shows_virtual_time_and_prices_a_fleet(tmp_path: Path) -> No
     assert all(" s" in line.split("fleet ")[1] for line in lines if line.startswith("round"))
     assert any(line.startswith("fleet ") and "a proxy" in line for line in lines)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["fleet"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("measured", "more", "said"),
+    [
+        (0.0039, [], False),
+        (0.0041, [], True),
+        (0.0011, [], False),
+        (0.0009, [], True),
+        (0.0041, ['fleet.classes=[{kind="pi4",steps_per_second=9.0}]'], False),  # has no effect
+    ],
+)
+def test_a_price_says_if_its_step_is_far_from_the_one_that_was_measured(
+    measured: float, more: list[str], said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "_step_seconds", lambda *given: measured)
+    (tmp_path / "plan.toml").write_text("")
+    arguments = [x for o in [*SMALL, *more] for x in ("--set", o)]
+    priced = CliRunner().invoke(cli, ["plan", "explain", str(tmp_path / "plan.toml"), *arguments])
+    assert priced.exit_code == 0, priced.output
+    words = "fleet.step_seconds=0.002, a local step of 2 ms on its reference machine, not with the "
+    assert (f"{words}{1000 * measured:.3g} ms measured here" in priced.output) == said
+    assert ("fleet.step_seconds" in priced.output) == said
 
 
 def test_an_audit_of_a_secret_cohort_is_refused() -> None:

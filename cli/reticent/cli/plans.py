@@ -68,6 +68,8 @@ def explain(path: Path | None, overrides: tuple[str, ...], as_json: bool) -> Non
         click.echo(f"no int8 artifact: {price['no_artifact']}")
     if price["fleet"] and price["fleet"]["failed"]:
         click.echo(f"would fail on this fleet: {price['fleet']['failed']}")
+    if note := _other_step(price):
+        click.echo(note)
 
 
 def _rows(price: dict[str, Any]) -> list[list[str]]:
@@ -103,6 +105,19 @@ def _rows(price: dict[str, Any]) -> list[list[str]]:
         ["memory of this process", human_bytes(work["memory"])],
     ]
     return rows + _on_fleet(price["fleet"])
+
+
+def _other_step(price: dict[str, Any]) -> str:
+    """Return what to say where the fleet's step is far from the one measured here, if it is."""
+    here, fleet = price["work"]["step_seconds"], price["fleet"]
+    step = fleet and fleet["step_seconds"]
+    if not step or here / 2 <= step <= 2 * here:
+        return ""
+    return (
+        f"the fleet is priced with fleet.step_seconds={step:g}, a local step of "
+        f"{1000 * step:.3g} ms on its reference machine, not with the {1000 * here:.3g} ms "
+        "measured here"
+    )
 
 
 def _of_weights(privacy: dict[str, Any]) -> list[list[str]]:

@@ -19,7 +19,8 @@ class Figures:
     """What is known of the devices of one class.
 
     Attributes:
-        slowdown: Time of a training step over that on the reference machine (``step_seconds``).
+        slowdown: Time of start-up over that on the reference machine (``startup``), and of a
+            training step (``step_seconds``) unless that was measured.
         memory: Bytes that training may use.
         down: Median rate of downloads, Mbit/s.
         up: Median rate of uploads, Mbit/s.
@@ -54,7 +55,8 @@ class DeviceClass(Section):
     Attributes:
         kind: A built-in class, or a name of your own, whose every figure is then given.
         share: Its share of the fleet, relative to the other classes' shares.
-        steps_per_second: Measured training steps a second, given instead of ``slowdown``.
+        steps_per_second: Measured training steps a second. Steps then take as long whatever
+            ``slowdown`` is, which start-up still takes.
         slowdown: As all that follow, see :class:`Figures`.
     """
 
@@ -72,31 +74,28 @@ class DeviceClass(Section):
 
     @model_validator(mode="after")
     def _every_figure_is_known(self) -> Self:
-        if self.steps_per_second is not None and self.slowdown is not None:
-            raise ValueError(
-                f"steps_per_second={self.steps_per_second:g} and slowdown={self.slowdown:g} are "
-                "both given: give the one that was measured"
-            )
-        missing = [] if self.kind in BUILT_IN else [n for n in _FIGURES if self._given(n) is None]
-        if missing:
+        missing = [n for n in _FIGURES if getattr(self, n) is None]
+        if self.kind not in BUILT_IN and missing:
+            start_up = self.steps_per_second is not None and "slowdown" in missing
+            why = " (slowdown is of start-up, however fast steps are)" if start_up else ""
             raise ValueError(
                 f'kind="{self.kind}": is not one of {", ".join(BUILT_IN)}, so every figure must '
-                f"be given; missing: {', '.join(missing)}"
+                f"be given; missing: {', '.join(missing)}{why}"
             )
         return self
 
-    def _given(self, name: str) -> float | None:
-        if name == "slowdown" and self.steps_per_second is not None:
-            return self.steps_per_second
-        return getattr(self, name)
-
-    def figures(self, step_seconds: float) -> Figures:
-        """Return every figure; ``step_seconds`` is a step's time on the reference machine."""
+    @property
+    def figures(self) -> Figures:
+        """Every figure, those of the built-in class where none is given."""
         given = {n: v for n in _FIGURES if (v := getattr(self, n)) is not None}
-        if self.steps_per_second is not None:
-            given["slowdown"] = 1 / self.steps_per_second / step_seconds
         known = BUILT_IN.get(self.kind)
         return Figures(**((vars(known) if known else {}) | given))
+
+    def step_slowdown(self, step_seconds: float) -> float:
+        """Return a step's time over ``step_seconds``, that on the reference machine."""
+        if self.steps_per_second is None:
+            return self.figures.slowdown
+        return 1 / self.steps_per_second / step_seconds
 
 
 _FIGURES = tuple(Figures.__dataclass_fields__)

@@ -116,10 +116,10 @@ def trips(
     """Return the trips of ``clients`` asked at ``start``; ``path`` names this round's coins."""
     traits = description.traits(clients)
     jitter = description.factors(clients, description.fleet.jitter, "jitter", *path)
-    slowdown, fleet = traits.slowdown * jitter, description.fleet
+    fleet = description.fleet
     arrived = start + traits.latency + work.bytes_down / traits.down
-    begin = arrived + fleet.startup * slowdown
-    trained = begin + work.steps * fleet.step_seconds * slowdown
+    begin = arrived + fleet.startup * (traits.slowdown * jitter)
+    trained = begin + work.steps * fleet.step_seconds * (traits.step_slowdown * jitter)
     finish = trained + traits.latency + work.bytes_up / traits.up
     drops = description.coins(clients, "drop", *path) < traits.dropout
     where = start + (finish - start) * description.coins(clients, "when", *path)

@@ -23,7 +23,8 @@ class Traits:
 
     Attributes:
         kind: Position of the device's class among the fleet's.
-        slowdown: Time of any computation over that on the reference machine.
+        slowdown: Time of start-up over that on the reference machine.
+        step_slowdown: Time of a step over that on the reference machine.
         down: Bytes a second down.
         up: Bytes a second up.
         latency: Seconds before the first byte of a transfer.
@@ -35,6 +36,7 @@ class Traits:
 
     kind: NDArray[np.int64]
     slowdown: Floats
+    step_slowdown: Floats
     down: Floats
     up: Floats
     latency: Floats
@@ -71,6 +73,7 @@ class Description:
         return Traits(
             kind=kind,
             slowdown=of["slowdown"] * speed,
+            step_slowdown=of["step_slowdown"] * speed,
             down=of["down"] * rate,
             up=of["up"] * rate,
             latency=of["latency"],
@@ -96,8 +99,8 @@ class Description:
 
     @cached_property
     def _figures(self) -> dict[str, Floats]:
-        groups = [group.figures(self.fleet.step_seconds) for group in self.fleet.groups]
+        groups, step = self.fleet.groups, self.fleet.step_seconds
         return {
-            name: np.array([getattr(figures, name) for figures in groups])
+            name: np.array([getattr(group.figures, name) for group in groups])
             for name in Figures.__dataclass_fields__
-        }
+        } | {"step_slowdown": np.array([group.step_slowdown(step) for group in groups])}

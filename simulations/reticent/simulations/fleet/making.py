@@ -73,7 +73,7 @@ def check_fleet(plan: Plan, parameters: int) -> None:
         return
     _presence(plan)
     needed = training_memory(plan, parameters)
-    most = max(group.figures(plan.fleet.step_seconds).memory for group in plan.fleet.groups)
+    most = max(group.figures.memory for group in plan.fleet.groups)
     if most < needed:
         raise PlanError(
             f"fleet.classes: the largest memory is {most:.4g} bytes, and training this student "
@@ -119,8 +119,16 @@ def priced(plan: Plan, fleet: SimulatedFleet) -> dict[str, Any]:
         "charged_unused": tally.virtual.unused,
         "dropped": dict(tally.dropped),
         "memory": fleet.description.memory,
+        "step_seconds": _reference_step(plan),
         "failed": failed,
     }
+
+
+def _reference_step(plan: Plan) -> float | None:
+    """Return the seconds of a step that prices rest on; None if every class measured its own."""
+    if plan.fleet is None or all(g.steps_per_second is not None for g in plan.fleet.groups):
+        return None
+    return plan.fleet.step_seconds
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
 from reticent.core.errors import NetworkError, PlanError
@@ -71,6 +72,51 @@ def test_the_stream_of_one_by_one_deals_the_same_cohorts() -> None:
     stream = sampler_of(plan).stream(range(23), 5)
     for cohort in cohorts(plan, 9):
         assert sorted(next(stream) for _ in range(5)) == cohort
+
+
+def awake(nodes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return nodes % 8 == 0
+
+
+def test_whoever_was_asked_in_a_pass_is_not_asked_again_while_others_are_there() -> None:
+    """Of 1,000 clients 125 are awake, and a round asks 100: the second asks the other 25."""
+    plan = plan_of(1000, 100, "federation.rounds=60")
+    sampler, asked, dealt = sampler_of(plan), Counter[int](), list[set[int]]()
+    for number in range(1, 5):
+        dealt.append(set(sampler.cohort(number, range(1000), asked, awake)))
+        asked.update(dealt[-1])
+    assert [len(cohort) for cohort in dealt] == [100] * 4
+    assert len(dealt[0] | dealt[1]) == 125
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4])
+def test_nobody_is_asked_more_often_than_passes_while_one_is_there_who_was_not(
+    share: float,
+) -> None:
+    plan = plan_of(200, 20, "federation.rounds=40")
+    sampler, asked, repeated = sampler_of(plan), Counter[int](), 0
+    for number in range(1, 41):
+        coins = numpy_generator(0, "awake", number).random(200)
+        there = set(np.flatnonzero(coins < share).tolist())
+        found = sampler.cohort(number, range(200), asked, lambda some, c=coins: c[some] < share)
+        passes = (number - 1) // 10 + 1
+        ahead = {node for node in found if asked[node] >= passes}
+        others = {n for n in there if asked[n] < passes}
+        assert set(found) <= there and len(found) <= 20
+        assert not ahead or others <= set(found)
+        assert len(found) == 20 or all(asked[n] >= participations(plan) for n in there - set(found))
+        repeated += len(ahead)
+        asked.update(found)
+    assert max(asked.values()) <= participations(plan) == 4
+    assert repeated > 0
+
+
+def test_where_all_are_there_passes_are_those_without_a_fleet() -> None:
+    plan = plan_of(31, 7, "federation.rounds=12")
+    sampler, asked, everybody = sampler_of(plan), Counter[int](), np.ones(31, dtype=bool)
+    for number, cohort in enumerate(cohorts(plan, 12), 1):
+        assert sampler.cohort(number, range(31), asked, lambda some: everybody[some]) == cohort
+        asked.update(cohort)
 
 
 @pytest.mark.parametrize("sampling", ["passes", "fixed"])

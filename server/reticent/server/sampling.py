@@ -1,13 +1,15 @@
 """Who is asked in a round: shuffled passes, a fixed number at random, or a coin for each client.
 
-Guarantees. ``passes``: within a pass of ``nodes // size`` rounds nobody is asked twice. ``fixed``:
-a uniform set of ``size`` of the clients that may be asked. ``poisson``: each client that may be
-asked joins by its own coin of rate :func:`reticent.privacy.schedule.cohort_rate`, whoever else
-does. With ``limit`` and ``window`` a client may be asked in exactly ``limit`` of any ``window``
-consecutive rounds, which ones its identity alone decides, so nothing need be remembered. Nobody is
-asked in more than ``most`` rounds in all.
+Guarantees. ``passes``: within a pass of ``nodes // size`` rounds nobody is asked twice; on a fleet,
+where devices may be away, nobody who was asked as often as passes have begun while one is there who
+was not. ``fixed``: a uniform set of ``size`` of the clients that may be asked. ``poisson``: each
+client that may be asked joins by its own coin of rate
+:func:`reticent.privacy.schedule.cohort_rate`, whoever else does. With ``limit`` and ``window`` a
+client may be asked in exactly ``limit`` of any ``window`` consecutive rounds, which ones its
+identity alone decides, so nothing need be remembered. Nobody is asked in more than ``most`` rounds
+in all.
 
-A cohort depends on the round, the connected nodes and the randomness, never on earlier draws. No
+A cohort depends on the round, the connected nodes, how often each was asked and the randomness. No
 list of all clients is made: memory and time are those of the cohort, except for the permutation of
 a pass (8 bytes a client, made once a pass).
 """
@@ -83,9 +85,8 @@ class Sampler:
             return sorted(self._free(number, [order], nodes, asked, most, admits))
         if sampling == "fixed":
             chunks = self._at_random(number, len(nodes))
-        else:
-            chunks = self._in_passes(number, len(nodes), size)
-        return sorted(islice(self._free(number, chunks, nodes, asked, most, admits), size))
+            return sorted(islice(self._free(number, chunks, nodes, asked, most, admits), size))
+        return sorted(self._of_pass(number, nodes, asked, most, admits))
 
     def stream(self, nodes: Sequence[int], size: int) -> Iterator[int]:
         """Yield the cohorts of ``size`` of all rounds one after another, as ``passes`` deals them.
@@ -138,6 +139,31 @@ class Sampler:
         first = (number - 1) % per_pass * size
         yield from _pieces(order[first:], 2 * size)
         yield from _pieces(order[:first], 2 * size)
+
+    def _of_pass(
+        self,
+        number: int,
+        nodes: Sequence[int],
+        asked: Mapping[int, int],
+        most: int,
+        admits: Admits | None,
+    ) -> list[int]:
+        """Return a cohort of a pass.
+
+        Where devices are away a round goes on in the order beyond its own part, so that whoever was
+        asked ahead of its turn has to be passed over. To refuse it would end runs in which too few
+        others are ever there at once: only those who are missing in a cohort are asked once more.
+        """
+        size, bounds = self.plan.asked_per_round, {most}
+        if admits is not None:
+            bounds |= {min(most, (number - 1) // max(1, len(nodes) // size) + 1)}
+        chosen = dict[int, None]()
+        for bound in sorted(bounds):
+            chunks = self._in_passes(number, len(nodes), size)
+            free = self._free(number, chunks, nodes, asked, bound, admits)
+            others = (node for node in free if node not in chosen)
+            chosen.update(dict.fromkeys(islice(others, size - len(chosen))))
+        return list(chosen)
 
     def _at_random(self, number: int, count: int) -> Iterator[Nodes]:
         """Yield every position once, in a random order, a few at a time."""

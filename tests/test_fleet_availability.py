@@ -240,6 +240,50 @@ def test_a_round_waits_in_virtual_time_until_enough_are_there(tmp_path: Path) ->
         cohort_in_time(sampler, 1, nodes, {}, fleet, 2e6)
 
 
+@pytest.mark.parametrize(
+    ("timeout", "over", "expected"),
+    [
+        (600.0, 1.0, ([2, 3, 4, 5, 6, 7, 8, 9, 10], 1400.0)),  # a quorum after the timeout
+        (1500.0, 1.0, ([2, 3, 4, 5, 6, 7, 8, 9, 10, 11], 2000.0)),  # or a cohort before it
+        (1500.0, 1.2, ([2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 2300.0)),  # one was not there by then
+        (1500.0, 1.05, ([2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 2200.0)),
+    ],
+)
+def test_a_round_waits_for_all_it_would_ask_and_after_the_timeout_takes_a_quorum(
+    timeout: float, over: float, expected: tuple[list[int], float], tmp_path: Path
+) -> None:
+    """As the real server: 8 come at 0 s, and others at 1000, 2000, 2200, 1e5 and 2e5 s."""
+    comes = [*[0] * 8, 1000, 2000, 2200, 100_000, 200_000]
+    lines = "".join(f"{client},{time},1e6\n" for client, time in enumerate(comes))
+    (tmp_path / "t.csv").write_text(lines)
+    path = f'fleet.availability={{kind="file",path="{tmp_path / "t.csv"}"}}'
+    more = [f"federation.timeout={timeout}", f"fleet.over_selection={over}"]
+    plan = plan_of(13, 10, path, *more)
+    sampler = Sampler(plan, SeededRandomness(0), "run")
+    assert plan.federation.quorum == 9
+    assert cohort_in_time(sampler, 1, range(2, 15), {}, fleet_of(plan), 800.0) == expected
+
+
+LIMIT = ["federation.limit=1", "federation.window=5"]
+
+
+@pytest.mark.parametrize("limit", [[], LIMIT])
+@pytest.mark.parametrize("kind", ["kind='always'", "kind='diurnal',low=1.0,high=1.0"])
+def test_where_as_many_are_there_as_a_round_asks_it_begins_whoever_may_be_asked(
+    kind: str, limit: list[str]
+) -> None:
+    away = f"fleet.availability={{{kind}}}"
+    few = ["federation.sampling=fixed", "federation.min_replies=1", away, *limit]
+    plan = plan_of(20, 4, *few)
+    sampler, fleet = Sampler(plan, SeededRandomness(0), "run"), fleet_of(plan)
+    sizes = set[int]()
+    for number in range(1, 6):
+        chosen, now = cohort_in_time(sampler, number, range(2, 22), {}, fleet, 7.0)
+        assert (chosen, now) == (sampler.cohort(number, range(2, 22), {}), 7.0)
+        sizes.add(len(chosen))
+    assert (min(sizes) < 4) == bool(limit)
+
+
 LATE_COMERS = "".join(f"{c},1000,1e6\n" for c in range(10))
 
 

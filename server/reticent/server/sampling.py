@@ -193,6 +193,10 @@ def cohort_in_time(
 ) -> tuple[list[int], float]:
     """Return who is asked in round ``number``, and when: on a fleet, once enough are available.
 
+    As a real server does (:func:`.waiting.wait_for_nodes`), a round on a fleet waits until as many
+    devices are there as it asks, for ``federation.timeout`` virtual seconds at most, and then takes
+    a quorum; for a quorum it waits two weeks.
+
     A Poisson cohort may be empty. The clock moves on for it while nobody of the whole population
     is available, which no coin decides: to wait for a cohort that is not empty would make its
     members likelier than their coins.
@@ -200,17 +204,22 @@ def cohort_in_time(
     Raises:
         NetworkError: If too few may be asked, on a fleet also after two weeks of virtual time.
     """
-    federation, start = sampler.plan.federation, now
+    federation, last = sampler.plan.federation, now + LONGEST_WAIT
+    poisson = federation.sampling == "poisson"
+    latest = now if poisson else min(now + federation.timeout, last)
+    crowd = 1 if poisson else sampler.plan.asked_per_round
     while True:
         at = now
         admits = None if fleet is None else lambda some, at=at: fleet.available(some, at)
         chosen = sampler.cohort(number, nodes, asked, admits)
-        # Whoever was chosen is there, so the population is looked at for empty cohorts only.
-        waits = fleet is not None and not chosen and not _anybody(fleet, nodes, now)
-        if len(chosen) >= federation.quorum and not waits:
-            return chosen, now
-        now = math.inf if fleet is None else fleet.next_change(now)
-        if now - start > LONGEST_WAIT:
+        if len(chosen) >= federation.quorum:
+            # Whoever was chosen is there: the population is looked at where those are too few.
+            patient = (poisson or now < latest) and len(chosen) < crowd
+            if fleet is None or not patient or _are_there(fleet, nodes, now, crowd):
+                return chosen, now
+        later = math.inf if fleet is None else fleet.next_change(now)
+        now = min(later, latest) if now < latest else later
+        if now > last:
             raise _nobody_comes(sampler.plan, number, len(chosen))
 
 
@@ -226,15 +235,14 @@ def asked_first(plan: Plan, number: int, cohort: Sequence[int]) -> list[int]:
     return [cohort[i] for i in order]
 
 
-def _anybody(fleet: Fleet, nodes: Sequence[int], time: float) -> bool:
-    """Return whether any of ``nodes`` is available; a few are looked up before the others."""
-    first, size = 0, _FEW
-    while first < len(nodes):
+def _are_there(fleet: Fleet, nodes: Sequence[int], time: float, crowd: int) -> bool:
+    """Return whether so many of `nodes` are available; a few are looked up before the others."""
+    first, size, found = 0, _FEW, 0
+    while first < len(nodes) and found < crowd:
         last = min(first + size, len(nodes))
-        if fleet.available(_at(nodes, np.arange(first, last)), time).any():
-            return True
+        found += int(fleet.available(_at(nodes, np.arange(first, last)), time).sum())
         first, size = last, _MANY
-    return False
+    return found >= crowd
 
 
 def _nobody_comes(plan: Plan, number: int, chosen: int) -> NetworkError:

@@ -164,6 +164,16 @@ def test_a_fleet_that_cannot_be_is_refused(override: str, words: list[str]) -> N
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("size", "factor", "asked"),
+    [(100, 1.1, 110), (50, 1.1, 55), (100, 1.3, 130), (10, 1.05, 11), (7, 1.0, 7), (3, 10.0, 30)],
+)
+def test_over_selection_asks_as_many_as_the_decimals_say_rounded_up(
+    size: int, factor: float, asked: int
+) -> None:
+    assert plan_of(200, size, f"fleet.over_selection={factor}").asked_per_round == asked
+
+
 def test_only_engines_whose_nodes_are_the_devices_play_a_fleet() -> None:
     assert plan_of(10, 5, "engine.kind=ray").engine.kind == "ray"
     with pytest.raises(PlanError, match=r'engine\.kind="flower-ray": must be "inprocess" or "ray"'):

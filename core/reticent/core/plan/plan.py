@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -81,7 +82,8 @@ class Plan(Section):
     def asked_per_round(self) -> int:
         """Clients that a round asks: more than are used where the fleet is over-selected."""
         factor = 1.0 if self.fleet is None else self.fleet.over_selection
-        return math.ceil(self.federation.clients_per_round * factor)
+        # By its decimal text: 100 * 1.1 is more than 110 in floats.
+        return math.ceil(self.federation.clients_per_round * Fraction(str(factor)))
 
     @property
     def first_come(self) -> bool:

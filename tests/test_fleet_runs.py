@@ -128,17 +128,18 @@ def test_a_level_that_is_reached_exactly_is_reached(level: float) -> None:
         model.bias.zero_()
     labels = torch.ones(1000, dtype=torch.int64)
 
-    def reached(right: int) -> dict[str, float]:
+    def reached(right: int, start: float = float("nan")) -> dict[str, float]:
         inputs = torch.ones(1000, 1)
         inputs[right:] = -1
         line = {"accuracy": accuracy(model, Examples(inputs, labels)), "dropped": {}}
-        return fleet_summary([line | {"virtual": Virtual(ends=3.0).figures()}])[
-            "seconds_to_accuracy"
-        ]
+        line |= {"virtual": Virtual(ends=3.0).figures()}
+        return fleet_summary([line], start)["seconds_to_accuracy"]
 
     right, name = round(1000 * level), f"{level:.0%}"
     assert reached(right)[name] == 3.0
     assert name not in reached(right - 1)
+    assert reached(right, level)[name] == 0.0
+    assert reached(right, level - 0.001)[name] == 3.0
 
 
 def test_what_the_fleet_costs_is_in_metrics_summary_and_price(synchronous: Run) -> None:
@@ -148,9 +149,11 @@ def test_what_the_fleet_costs_is_in_metrics_summary_and_price(synchronous: Run) 
     assert fleet["energy"] == pytest.approx(sum(m["virtual"]["energy"] for m in lines))
     dropped = sum((Counter(m["dropped"]) for m in lines), Counter[str]())
     assert fleet["dropped"] == dict(dropped)
+    before = synchronous.read_summary()["accuracy"]["public_only_pruned"]
+    tested = [(before, 0.0), *((m["accuracy"], m["virtual"]["time"]) for m in lines)]
     for level, time in fleet["seconds_to_accuracy"].items():
         wanted = float(level[:-1]) / 100
-        assert time == next(m["virtual"]["time"] for m in lines if m["accuracy"] >= wanted)
+        assert time == next(time for accuracy, time in tested if accuracy >= wanted)
     price = explain_plan(small())["fleet"]
     # The real mask, and so sizes, are known after training only; everything else is the run's.
     assert price["seconds"] == pytest.approx(fleet["seconds"], rel=0.05)
@@ -158,6 +161,15 @@ def test_what_the_fleet_costs_is_in_metrics_summary_and_price(synchronous: Run) 
         fleet["dropped"],
         fleet["charged_unused"],
     )
+
+
+def test_what_the_first_student_knows_took_no_time_on_the_fleet(tmp_path: Path) -> None:
+    more = ["student.epochs=30", "student.prune.kind=none", "federation.rounds=1"]
+    summary = simulate(small(*more), tmp_path / "run").read_summary()
+    before = summary["accuracy"]["public_only_pruned"]
+    assert before > 0.5
+    at_once = {level for level, time in summary["fleet"]["seconds_to_accuracy"].items() if not time}
+    assert at_once == {f"{level:.0%}" for level in LEVELS if before >= level}
 
 
 @pytest.mark.parametrize("kind", ["synchronous", "semi"])

@@ -63,7 +63,8 @@ def finish(
     if stopped is not None:
         summary["stopped"] = stopped
     if job.plan.fleet is not None:
-        summary["fleet"] = fleet_summary(job.journal.metrics())
+        before = float(job.journal.fact("accuracy:public_only_pruned") or "nan")
+        summary["fleet"] = fleet_summary(job.journal.metrics(), before)
     write_atomic(job.run.summary, json.dumps(summary, indent=2).encode())
     say(said)
 

@@ -159,15 +159,17 @@ LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
 """Test accuracies whose time is stated."""
 
 
-def fleet_summary(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def fleet_summary(metrics: Sequence[dict[str, Any]], start: float) -> dict[str, Any]:
     """Return what a run took on its fleet, and after how long it first reached each accuracy.
 
     Accuracies are those of the rounds that were tested, so a time to accuracy is known to within
-    ``eval_every`` rounds, from above.
+    ``eval_every`` rounds, from above. What the model had before any round, ``start`` (nan if that
+    is not known), was reached after 0 s.
     """
     virtual = [line["virtual"] for line in metrics]
     dropped = sum((Counter(line["dropped"]) for line in metrics), Counter[str]())
-    tested = [(m["accuracy"], m["virtual"]["time"]) for m in metrics if m["accuracy"] is not None]
+    tested = [(start, 0.0)]
+    tested += [(m["accuracy"], m["virtual"]["time"]) for m in metrics if m["accuracy"] is not None]
     reached = {
         f"{level:.0%}": min(time for accuracy, time in tested if accuracy >= level)
         for level in LEVELS

@@ -665,8 +665,13 @@ def test_a_run_on_a_fleet_that_closes_early_has_its_price_with_any_number_of_wor
     assert two.read_summary()["fleet"] == fleet
 
 
-def test_of_replies_that_come_at_once_those_of_low_numbers_are_not_preferred() -> None:
-    plan = plan_of(6, 6, 30, *EARLY, *ALIKE, "federation.enough=2")
+@pytest.mark.parametrize(
+    ("size", "more"), [(6, "federation.enough=2"), (2, "fleet.over_selection=3.0")]
+)
+def test_of_replies_that_come_at_once_those_of_low_numbers_are_not_preferred(
+    size: int, more: str
+) -> None:
+    plan = plan_of(6, size, 30, *EARLY, *ALIKE, more)
     federation = scripted(plan)
     federation.run()
     used = Counter(node for tally in federation.tallies for node in tally.accepted)

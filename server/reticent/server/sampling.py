@@ -226,10 +226,10 @@ def cohort_in_time(
 def asked_first(plan: Plan, number: int, cohort: Sequence[int]) -> list[int]:
     """Return a cohort in the order it is asked in.
 
-    Where a round closes early and replies come in that order, or at once by a virtual clock, nobody
-    must be left out more often than others.
+    Where a round closes before all have answered and replies come in that order, or at once by a
+    virtual clock, nobody must be left out more often than others.
     """
-    if plan.federation.enough is None:
+    if plan.federation.enough is None and plan.asked_per_round == plan.federation.clients_per_round:
         return list(cohort)
     order = numpy_generator(plan.seed, "first", number).permutation(len(cohort))
     return [cohort[i] for i in order]

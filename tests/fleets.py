@@ -98,12 +98,8 @@ def by_events(
     dropped, charged = Counter[str](), list[int]()
     energy, up, down = 0.0, 0, 0
     for node, t in trips.items():
-        stop = min(close, t["lost"], t["finish"] if t["fits"] else t["arrived"])
-        computing = max(0.0, min(stop, t["trained"]) - t["arrived"])
-        energy += computing * t["compute_watts"] + (stop - start - computing) * t["radio_watts"]
-        down += int(SIZES[1] * part(stop, start + t["latency"], t["arrived"]))
-        if t["fits"]:
-            up += int(SIZES[0] * part(stop, t["trained"] + t["latency"], t["finish"]))
+        parts = spent(t, start, close)
+        energy, down, up = energy + parts[0], down + parts[1], up + parts[2]
         if node in used:
             continue
         if t["fits"] and t["begin"] < min(t["lost"], close):
@@ -115,6 +111,16 @@ def by_events(
         else:
             dropped[LATE if close == latest else SURPLUS] += 1
     return Outcome(tuple(sorted(used)), tuple(charged), dropped, close, energy, up, down)
+
+
+def spent(t: dict[str, Any], start: float, close: float) -> tuple[float, int, int]:
+    """Joules, bytes down and bytes up of a device that was asked at `start`, until it stops."""
+    stop = min(close, t["lost"], t["finish"] if t["fits"] else t["arrived"])
+    computing = max(0.0, min(stop, t["trained"]) - t["arrived"])
+    energy = computing * t["compute_watts"] + (stop - start - computing) * t["radio_watts"]
+    down = int(SIZES[1] * part(stop, start + t["latency"], t["arrived"]))
+    up = int(SIZES[0] * part(stop, t["trained"] + t["latency"], t["finish"])) if t["fits"] else 0
+    return energy, down, up
 
 
 def part(stop: float, begin: float, end: float) -> float:

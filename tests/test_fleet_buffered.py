@@ -7,15 +7,16 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from fleets import ROUGH, fleet_of, one_trip, plan_of
+from fleets import ROUGH, fleet_of, one_trip, plan_of, spent
 
 from reticent.core.errors import PlanError
 from reticent.core.plan import Plan
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import participations, schedule_for
-from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, Release
+from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, SURPLUS, Release
 from reticent.server.sampling import Sampler
 from reticent.simulations.fleet.buffered import _Desk, schedule
+from reticent.simulations.fleet.clock import Trips
 from reticent.simulations.grid import client_of
 
 
@@ -131,6 +132,36 @@ def test_the_conditions_of_the_guarantee_hold() -> None:
         assert set(release.unused) <= charged
     assert stalest == 2
     assert max(started.values()) <= participations(plan)
+
+
+@pytest.mark.parametrize("timeout", [600, 12])
+def test_by_the_end_of_a_run_all_that_was_asked_is_counted(timeout: int) -> None:
+    """Those in flight at the last release too: they have spent, and are charged if they began."""
+    more = ["federation.rounds=12", f"federation.timeout={timeout}", "fleet.over_selection=4.0"]
+    plan = buffered(60, 5, 25, *ROUGH, *more)
+    fleet, asked = fleet_of(plan), list[tuple[int, float, int]]()
+
+    def trip_of(node: int, time: float, model: int) -> Trips:
+        asked.append((node, time, model))
+        return fleet.trips(np.array([node - 2]), time, (model + 1, 0))
+
+    stream, there = fleet.dealt.stream(range(2, 62)), fleet.available
+    found = list(schedule(fleet.dealt, stream, 60, there, fleet.next_change, trip_of, fleet.work))
+    assert len(found) == 12
+    used, unused, began = (
+        Counter(pair for release in found for pair in getattr(release, name))
+        for name in ("used", "unused", "began")
+    )
+    assert used + unused == began and max(began.values()) == 1
+    dropped = sum((release.dropped for release in found), Counter[str]())
+    assert dropped[SURPLUS] > 5
+    assert used.total() + dropped.total() == len(asked) == sum(len(r.started) for r in found)
+    parts = np.zeros(3)
+    for node, start, model in asked:
+        close = min(start + timeout, found[-1].ends)
+        parts += spent(one_trip(fleet, node - 2, start, (model + 1, 0)), start, close)
+    for figure, name in zip(parts, ("energy", "bytes_down", "bytes_up"), strict=True):
+        assert sum(getattr(release, name) for release in found) == pytest.approx(figure, abs=20)
 
 
 def test_a_run_that_is_continued_meets_the_same_releases() -> None:

@@ -201,7 +201,9 @@ def test_buffered_updates_are_stale_and_what_was_begun_is_charged(semi: Run) -> 
     }
     # Sizes differ a little from the run's, so a device at the very end may be on either side.
     assert abs(charges_of(semi) - len(began)) <= 1
-    assert charges_of(semi) >= sum(m["replies"] + m["virtual"]["charged_unused"] for m in lines)
+    assert charges_of(semi) == sum(m["replies"] + m["virtual"]["charged_unused"] for m in lines)
+    lost = sum(sum(m["dropped"].values()) for m in lines)
+    assert sum(m["asked"] for m in lines) == sum(m["replies"] for m in lines) + lost
 
 
 def fleet_of(plan: Plan) -> Any:

@@ -56,11 +56,12 @@ class Release:
         started: Nodes that were asked since the last release.
         began: Those that began to train since then, and so were charged, each with the number of
             its model.
-        dropped: Devices whose update was lost since then, by reason.
+        dropped: Devices whose update was lost since then, by reason; with the last release of a run
+            also those that are still busy.
         unused: Those of them that had begun to train, and so are charged, each with the number of
             its model.
         ends: Virtual time of the release.
-        energy: Joules of the devices that ended since the last release.
+        energy: Joules of the devices that ended since the last release, or with the run.
         bytes_up: Bytes that they sent up.
         bytes_down: Bytes that they were sent.
     """

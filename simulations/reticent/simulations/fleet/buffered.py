@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, Release
 from reticent.server.sampling import LONGEST_WAIT
 
-from .clock import Trips, Work
+from .clock import Trips, Work, reasons
 
 Available = Callable[[NDArray[np.int64], float], NDArray[np.bool_]]
 TripOf = Callable[[int, float, int], Trips]
 
 _LOOK_AHEAD = 64  # candidates whose availability is looked up at first
 _LARGEST = 1 << 16  # and at most, where many of them are away
+_NOBODY = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Deals:
         concurrency: Devices that are busy at a time.
         max_staleness: Most releases that a used update may be behind.
         most: In how many rounds a device may be asked.
+        rounds: Releases after which the run ends.
         stream: Yields nodes in the order in which they are to be asked.
     """
 
@@ -45,6 +47,7 @@ class Deals:
     concurrency: int
     max_staleness: int
     most: int
+    rounds: int
     stream: Callable[[Sequence[int]], Iterator[int]]
 
 
@@ -82,7 +85,7 @@ def schedule(
     trip_of: TripOf,
     work: Work,
 ) -> Iterator[Release]:
-    """Yield every release in turn; ends if no device is left that may be asked, or comes for long.
+    """Yield every release of the run; fewer if no device is left to ask, or none comes for long.
 
     All that ends at one instant ends before anyone else is asked, so that with devices that are
     all alike, and as many busy as fill the buffer, releases are the synchronous rounds. A device
@@ -90,23 +93,25 @@ def schedule(
     in more than ``most`` rounds. One that is lost frees its place at the deadline, as the server
     does not learn of it before; one that declines frees it when it does. Where nobody is busy and
     for :data:`LONGEST_WAIT` nobody comes that may be asked, the buffer cannot be filled.
+    Whoever is busy at the last release ends with it, and counts in it.
     """
     desk = _Desk(deals, stream, population, available, next_change)
     events: list[_Event] = []
-    busy: set[int] = set()
+    busy: dict[int, _Event] = {}  # when each will end
+    training: set[int] = set()  # those of them that have begun to
     buffer: list[tuple[int, int]] = []
     asked, released, now, now_open = 0, 0, 0.0, _Open()
     last = now  # when a device began or ended
     while True:
         while len(busy) < deals.concurrency:
-            node = desk.next(now, busy | {n for n, _ in buffer})
+            node = desk.next(now, {*busy, *(n for n, _ in buffer)})
             if node is None:
                 break
             trip = trip_of(node, now, released)
-            busy.add(node)
             now_open.started.append(node)
             for event in _events_of(trip, work, asked, node, released):
                 heapq.heappush(events, event)
+                busy[node] = event
             asked += 1
         if not events:
             later = next_change(now)
@@ -123,14 +128,20 @@ def schedule(
             last = event.time
             if not event.ends:
                 now_open.began.append((event.node, event.given))
+                training.add(event.node)
                 continue
-            busy.remove(event.node)
+            del busy[event.node]
+            training.discard(event.node)
             why = _settled(event, released, deals.max_staleness, work)
             _count(now_open, event, why, work)
             if why is None:
                 buffer.append((event.node, event.given))
             if len(buffer) == deals.size:
                 released += 1
+                if released == deals.rounds:
+                    _stop(now_open, busy.values(), training, now, work)
+                    yield from [*ready, _release(released, buffer, now_open, now)]
+                    return
                 ready.append(_release(released, buffer, now_open, now))
                 buffer, now_open = [], _Open()
                 desk.next_model()
@@ -257,16 +268,31 @@ def _settled(event: _Event, released: int, max_staleness: int, work: Work) -> st
     return STALE if released - event.given > max_staleness else None
 
 
-def _count(now_open: _Open, event: _Event, why: str | None, work: Work) -> None:
+def _count(seen: _Open, event: _Event, why: str | None, work: Work) -> None:
     latest = event.trip.start + work.deadline
-    down, up = event.trip.sent(work, latest)
-    now_open.energy += float(event.trip.energy(latest)[0])
-    now_open.bytes_down += int(down[0])
-    now_open.bytes_up += int(up[0])
+    _spend(seen, event.trip, latest, work)
     if why is not None:
-        now_open.dropped[why] += 1
+        seen.dropped[why] += 1
         if event.trip.charged(latest)[0]:
-            now_open.unused.append((event.node, event.given))
+            seen.unused.append((event.node, event.given))
+
+
+def _stop(
+    seen: _Open, busy: Iterable[_Event], training: set[int], close: float, work: Work
+) -> None:
+    """Count those that are busy when the run ends, at `close`: their updates are not used."""
+    for event in busy:
+        _spend(seen, event.trip, close, work)
+        seen.dropped.update(reasons(event.trip, _NOBODY, close, work.deadline))
+        if event.node in training:
+            seen.unused.append((event.node, event.given))
+
+
+def _spend(seen: _Open, trip: Trips, close: float, work: Work) -> None:
+    down, up = trip.sent(work, close)
+    seen.energy += float(trip.energy(close)[0])
+    seen.bytes_down += int(down[0])
+    seen.bytes_up += int(up[0])
 
 
 def _release(number: int, buffer: list[tuple[int, int]], seen: _Open, now: float) -> Release:

@@ -222,5 +222,6 @@ def _deals(plan: Plan) -> Deals:
         concurrency=(buffered.concurrency if buffered else None) or size,
         max_staleness=buffered.max_staleness if buffered else 0,
         most=participations(plan),
+        rounds=federation.rounds,
         stream=lambda nodes: sampler.stream(nodes, size),
     )

@@ -98,11 +98,11 @@ def by_events(
     dropped, charged = Counter[str](), list[int]()
     energy, up, down = 0.0, 0, 0
     for node, t in trips.items():
-        parts = spent(t, start, close)
+        parts = spent(t, start, latest)
         energy, down, up = energy + parts[0], down + parts[1], up + parts[2]
         if node in used:
             continue
-        if t["fits"] and t["begin"] < min(t["lost"], close):
+        if t["fits"] and t["arrived"] <= latest and t["begin"] < t["lost"]:
             charged.append(node)
         if t["lost"] < close:
             dropped[t["why"]] += 1
@@ -113,13 +113,19 @@ def by_events(
     return Outcome(tuple(sorted(used)), tuple(charged), dropped, close, energy, up, down)
 
 
-def spent(t: dict[str, Any], start: float, close: float) -> tuple[float, int, int]:
-    """Joules, bytes down and bytes up of a device that was asked at `start`, until it stops."""
-    stop = min(close, t["lost"], t["finish"] if t["fits"] else t["arrived"])
-    computing = max(0.0, min(stop, t["trained"]) - t["arrived"])
-    energy = computing * t["compute_watts"] + (stop - start - computing) * t["radio_watts"]
-    down = int(SIZES[1] * part(stop, start + t["latency"], t["arrived"]))
-    up = int(SIZES[0] * part(stop, t["trained"] + t["latency"], t["finish"])) if t["fits"] else 0
+def spent(t: dict[str, Any], start: float, latest: float) -> tuple[float, int, int]:
+    """Joules, bytes down and bytes up of a device that was asked at `start`, closed round or not.
+
+    Its order is void at `latest`, and nothing that it sends is taken from then on.
+    """
+    got, up = min(t["arrived"], t["lost"], latest), 0
+    energy = (got - start) * t["radio_watts"]
+    down = int(SIZES[1] * part(got, start + t["latency"], t["arrived"]))
+    if t["fits"] and got == t["arrived"]:
+        stop = min(t["finish"], t["lost"], latest)
+        energy += (min(t["trained"], t["lost"]) - got) * t["compute_watts"]
+        energy += max(0.0, stop - t["trained"]) * t["radio_watts"]
+        up = int(SIZES[0] * part(stop, t["trained"] + t["latency"], t["finish"]))
     return energy, down, up
 
 

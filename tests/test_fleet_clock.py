@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from fleets import ROUGH, by_events, fleet_of, plan_of
+from fleets import ROUGH, SIZES, by_events, fleet_of, plan_of
 from scipy import stats
 
 from reticent.core.errors import PlanError
@@ -67,6 +67,35 @@ def test_who_is_lost_before_training_begins_is_not_charged_and_who_after_is() ->
     trained = {node_of(int(c)) for c in lost if trips.begin[c] < trips.lost[c]}
     assert 0 < len(trained) < len(lost)
     assert set(found.charged) == trained
+
+
+def test_whoever_has_the_order_trains_and_is_charged_though_the_round_has_closed() -> None:
+    """As on real devices: a ClientApp is not told that enough others were faster."""
+    calm = ['fleet.classes=[{kind="pi5",dropout=0.0},{kind="phone",dropout=0.0}]']
+    fleet = fleet_of(plan_of(50, 50, *calm))
+    all_used, one_used = (fleet.ask(1, 0, NODES, 0.0, want) for want in (50, 1))
+    assert len(all_used.replied) == 50 and len(one_used.replied) == 1
+    assert one_used.ends < all_used.ends and one_used.dropped == {SURPLUS: 49}
+    assert set(one_used.charged) == {*NODES} - {*one_used.replied}
+    for figure in ("energy", "bytes_up", "bytes_down"):
+        assert getattr(one_used, figure) == getattr(all_used, figure)
+    assert one_used.bytes_up == 50 * SIZES[0]
+
+
+@pytest.mark.parametrize(("rate", "fetched"), [(50.0, True), (0.01, False)])
+def test_an_order_that_was_not_fetched_by_the_deadline_is_void(rate: float, fetched: bool) -> None:
+    """Training begins after 12 s, when nothing is taken; who has the order trains all the same."""
+    slow = f'fleet.classes=[{{kind="pi5",dropout=0.0,down={rate}}}]'
+    more = [slow, "federation.timeout=12", "fleet.startup=60", "fleet.spread=0.0"]
+    fleet = fleet_of(plan_of(50, 50, *more))
+    found, trips = fleet.ask(1, 0, NODES, 0.0, 50), fleet.trips(np.arange(50), 0.0, (1, 0))
+    assert (trips.begin > 12).all() and found.dropped == {LATE: 50} and found.bytes_up == 0
+    assert set(found.charged) == (set(NODES) if fetched else set())
+    joules = 12 * 0.8 * 50
+    if fetched:
+        computing = (trips.trained - trips.arrived).sum()
+        joules = trips.arrived.sum() * 0.8 + computing * 5.0
+    assert found.energy == pytest.approx(joules)
 
 
 def test_a_device_is_the_same_whoever_else_is_looked_at() -> None:

@@ -28,7 +28,8 @@ class Outcome:
 
     Attributes:
         replied: The nodes whose update arrives in time to be used.
-        charged: The nodes that began to train, and so are charged, but whose update is not used.
+        charged: The nodes that train, be it after the round has closed, and so are charged, but
+            whose update is not used.
         dropped: Devices whose update is not used, by reason.
         ends: Virtual time at which the server has what it waited for, seconds since the run began.
         energy: Joules of all devices asked: a proxy, see docs/fleet.md.
@@ -55,13 +56,13 @@ class Release:
             model that it was given.
         started: Nodes that were asked since the last release.
         began: Those that began to train since then, and so were charged, each with the number of
-            its model.
+            its model; with the last release of a run also those that will begin.
         dropped: Devices whose update was lost since then, by reason; with the last release of a run
             also those that are still busy.
-        unused: Those of them that had begun to train, and so are charged, each with the number of
+        unused: Those of them that train, and so are charged, each with the number of
             its model.
         ends: Virtual time of the release.
-        energy: Joules of the devices that ended since the last release, or with the run.
+        energy: Joules of the devices in ``used`` and ``dropped``.
         bytes_up: Bytes that they sent up.
         bytes_down: Bytes that they were sent.
     """

@@ -93,7 +93,7 @@ def schedule(
     in more than ``most`` rounds. One that is lost frees its place at the deadline, as the server
     does not learn of it before; one that declines frees it when it does. Where nobody is busy and
     for :data:`LONGEST_WAIT` nobody comes that may be asked, the buffer cannot be filled.
-    Whoever is busy at the last release ends with it, and counts in it.
+    Whoever is busy at the last release goes on in vain, and counts in it.
     """
     desk = _Desk(deals, stream, population, available, next_change)
     events: list[_Event] = []
@@ -248,8 +248,9 @@ class _Desk:
 
 def _events_of(trip: Trips, work: Work, asked: int, node: int, given: int) -> Iterator[_Event]:
     latest = trip.start + work.deadline
-    if trip.charged(latest)[0]:
-        yield _Event(float(trip.begin[0]), False, asked, node, given, trip)
+    if trip.charged(work)[0]:
+        begin = min(float(trip.begin[0]), latest)  # one that is late by then will begin
+        yield _Event(begin, False, asked, node, given, trip)
     on_time = trip.answered() & (trip.finish <= latest)
     declined = trip.declined() & (trip.arrived <= latest)
     end = trip.finish if on_time[0] else trip.arrived if declined[0] else np.array([latest])
@@ -269,11 +270,10 @@ def _settled(event: _Event, released: int, max_staleness: int, work: Work) -> st
 
 
 def _count(seen: _Open, event: _Event, why: str | None, work: Work) -> None:
-    latest = event.trip.start + work.deadline
-    _spend(seen, event.trip, latest, work)
+    _spend(seen, event.trip, work)
     if why is not None:
         seen.dropped[why] += 1
-        if event.trip.charged(latest)[0]:
+        if event.trip.charged(work)[0]:
             seen.unused.append((event.node, event.given))
 
 
@@ -282,15 +282,17 @@ def _stop(
 ) -> None:
     """Count those that are busy when the run ends, at `close`: their updates are not used."""
     for event in busy:
-        _spend(seen, event.trip, close, work)
+        _spend(seen, event.trip, work)
         seen.dropped.update(reasons(event.trip, _NOBODY, close, work.deadline))
-        if event.node in training:
+        if event.trip.charged(work)[0]:
             seen.unused.append((event.node, event.given))
+            if event.node not in training:
+                seen.began.append((event.node, event.given))
 
 
-def _spend(seen: _Open, trip: Trips, close: float, work: Work) -> None:
-    down, up = trip.sent(work, close)
-    seen.energy += float(trip.energy(close)[0])
+def _spend(seen: _Open, trip: Trips, work: Work) -> None:
+    down, up = trip.sent(work)
+    seen.energy += float(trip.energy(work)[0])
     seen.bytes_down += int(down[0])
     seen.bytes_up += int(up[0])
 

@@ -7,8 +7,11 @@ A device that is asked downloads the model, trains, and uploads its update:
 
 It is *charged* when it begins to train. On the way it may be lost, at a uniform point of its trip,
 with its class's probability of dropping out, or when it ceases to be available. One whose memory
-does not hold the training answers so when it has the model. A device stops when
-the server closes the round: at the latest at the deadline.
+does not hold the training answers so when it has the model.
+
+A round that closes withdraws no order, as on real devices: whoever has the model by the deadline
+trains to the end. At the deadline an order that was not fetched is void, and no update is taken any
+more.
 """
 
 from __future__ import annotations
@@ -81,28 +84,30 @@ class Trips:
         """Return who answers that its memory does not hold the training."""
         return ~self.traits.fits & (self.lost > self.arrived)
 
-    def charged(self, close: float) -> Flags:
-        """Return who begins to train before ``close``."""
-        return self.traits.fits & (self.begin < self.lost) & (self.begin < close)
+    def charged(self, work: Work) -> Flags:
+        """Return who trains: has the model in time, whenever the round closes, and is not lost."""
+        return self._has_order(work) & (self.begin < self.lost)
 
-    def stops(self, close: float) -> Floats:
-        """Return when each device ends: with its answer, lost, or stopped at ``close``."""
-        ends = np.where(self.traits.fits, self.finish, self.arrived)
-        return np.minimum(np.minimum(ends, self.lost), close)
-
-    def energy(self, close: float) -> Floats:
-        """Return the joules of each device until it stops."""
-        stop, traits = self.stops(close), self.traits
-        computing = np.clip(np.minimum(stop, self.trained) - self.arrived, 0, None)
-        radio = (stop - self.start) - computing
+    def energy(self, work: Work) -> Floats:
+        """Return the joules of each device until its end."""
+        traits, stop = self.traits, np.minimum(self.lost, self.start + work.deadline)
+        radio = np.minimum(self.arrived, stop) - self.start
+        sending = np.clip(np.minimum(self.finish, stop) - self.trained, 0, None)
+        computing = np.clip(np.minimum(self.trained, self.lost) - self.arrived, 0, None)
+        has = self._has_order(work)
+        radio, computing = radio + np.where(has, sending, 0), np.where(has, computing, 0)
         return radio * traits.radio_watts + computing * traits.compute_watts
 
-    def sent(self, work: Work, close: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the bytes that went down to, and up from, each device until it stops."""
-        stop, traits = self.stops(close), self.traits
-        down = _part(stop, self.start + traits.latency, self.arrived, work.bytes_down)
-        up = _part(stop, self.trained + traits.latency, self.finish, work.bytes_up)
-        return down, np.where(traits.fits, up, 0)
+    def sent(self, work: Work) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the bytes that went down to, and up from, each device until its end."""
+        latency, stop = self.traits.latency, np.minimum(self.lost, self.start + work.deadline)
+        down = _part(stop, self.start + latency, self.arrived, work.bytes_down)
+        up = _part(stop, self.trained + latency, self.finish, work.bytes_up)
+        return down, np.where(self._has_order(work), up, 0)
+
+    def _has_order(self, work: Work) -> Flags:
+        """Return whose memory holds the training, and who has the model before the deadline."""
+        return self.traits.fits & (self.arrived <= self.start + work.deadline)
 
 
 def trips(

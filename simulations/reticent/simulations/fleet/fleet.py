@@ -67,15 +67,15 @@ class SimulatedFleet:
         asked = np.array(nodes, dtype=np.int64)
         found = self.trips(_clients(asked), time, (number, attempt))
         close, used = closing(found, want, self.work.deadline)
-        down, up = found.sent(self.work, close)
-        charged = found.charged(close)
+        down, up = found.sent(self.work)
+        charged = found.charged(self.work)
         charged[used] = False  # their own ClientApp charges them
         return Outcome(
             replied=tuple(sorted(asked[used].tolist())),
             charged=tuple(asked[charged].tolist()),
             dropped=reasons(found, used, close, self.work.deadline),
             ends=close,
-            energy=float(found.energy(close).sum()),
+            energy=float(found.energy(self.work).sum()),
             bytes_up=int(up.sum()),
             bytes_down=int(down.sum()),
         )

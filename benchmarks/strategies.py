@@ -5,6 +5,7 @@
 
 Step sizes are those of ``RATES``: FedAvg's makes the new model the mean of the clients', the others
 are the best of three on seed 0 without privacy (``--scan``); they stay as they are with privacy.
+``federation.average`` stays at its default, so what is tested is the moving average of the models.
 ``own`` is accuracy on test images of the kinds that a client holds, with the layers that this
 client keeps, averaged over clients. It is read from the simulated devices' folders and is a
 diagnostic: in a federation it would be a release.

@@ -315,3 +315,11 @@ def test_shares_are_sized_for_the_fewest_updates_of_a_buffer() -> None:
 def test_what_buffering_would_break_is_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         buffered(50, 5, 10, *overrides)
+
+
+def test_a_robust_rule_sees_updates_of_a_buffer_as_they_were_sent() -> None:
+    rule = "federation.robust.kind=median"
+    assert buffered(50, 5, 10, rule).federation.robust.kind == "median"
+    assert buffered(50, 5, 10, "federation.buffered.weight=inverse-sqrt").federation.buffered
+    with pytest.raises(PlanError, match="updates as they were sent"):
+        buffered(50, 5, 10, rule, "federation.buffered.weight=inverse-sqrt")

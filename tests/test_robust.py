@@ -196,6 +196,11 @@ SMALL = [
         (["robust.attackers=2"], ["attackers=2", "left out", "mean"]),
         (["robust.kind=multi-krum", "robust.attackers=8"], ["attackers=8", "min_replies", "19"]),
         (["robust.kind=median", "local.scaffold=true"], ["must be", "scaffold", "variate"]),
+        (
+            ["robust.kind=median", "buffered.weight=inverse-sqrt"],
+            ['buffered.weight="inverse-sqrt": must be "uniform"', 'robust.kind is "median"'],
+        ),
+        (["robust.kind=median", "sampling=poisson"], ["min_replies (here 0)"]),
     ],
 )
 def test_plans_that_a_rule_cannot_keep_are_refused(overrides: list[str], words: list[str]) -> None:

@@ -185,6 +185,12 @@ class Federation(Section):
                 f'robust.kind="{rule.kind}": must be "mean" when local.scaffold is true: the '
                 "server's control variate is the mean of all devices' variates"
             )
+        if rule.kind != "mean" and self.buffered and self.buffered.weight != "uniform":
+            raise ValueError(
+                f'buffered.weight="{self.buffered.weight}": must be "uniform" when robust.kind is '
+                f'"{rule.kind}": weights would move updates towards zero before the rule sees '
+                "them, and what it promises is about updates as they were sent"
+            )
         return self
 
     @model_validator(mode="after")

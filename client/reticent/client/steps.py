@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from reticent.core.seeds import layers_draw
 from reticent.core.tasks import Examples
 from reticent.core.update import Vector
 from reticent.privacy.randomness import Randomness
@@ -77,3 +80,18 @@ class Client(NamedTuple):
             noised = gradient.astype(np.float64)
         noised /= step.denominator
         return noised
+
+
+def drawing(clients: Sequence[Client], device: str | None = None) -> AbstractContextManager[object]:
+    """Let layers that draw in training, such as dropout, do so from the clients' own randomness.
+
+    What they draw is then a function of who is trained together: it comes from the first one's
+    stream ``layers``. With seeded randomness that is the same whoever trains them, and when; on a
+    real device it is new each time. No promise of privacy depends on it.
+
+    Args:
+        clients: At least one.
+        device: Name of the torch device that computes gradients; None for the CPU.
+    """
+    first = clients[0]
+    return layers_draw(first.randomness.stream("layers", *first.path).bytes(8), device or "cpu")

@@ -34,7 +34,7 @@ from .accelerated import accelerated
 from .local_rules import PLAIN, LocalRule
 from .losses import cross_entropy, loss_of
 from .resources import training_bytes
-from .steps import Client, NoisyStep
+from .steps import Client, NoisyStep, drawing
 from .together import Together, expected_batch, reason_alone, shares_weights
 
 
@@ -158,16 +158,18 @@ class LocalTrainer:
 
         Where :attr:`alone` is None, one pass goes through the batches of several clients: of all
         of them where they share their weights, as in a single bounded step, and otherwise as
-        :mod:`.together` says. The same clients in the same order give the same bits.
+        :mod:`.together` says. The same clients in the same order give the same bits, also of a
+        student whose layers draw (:func:`.steps.drawing`): these draw once for each common pass,
+        so that such a student's sums are not those of clients alone.
         """
-        if self._accelerator is not None:
+        if self._accelerator is None:
+            if shares_weights(self.plan) and self.alone is None:
+                return self._one_step(start, clients, step)
+            # In this order: a device alone need not try what passes of several would take.
+            if len(clients) == 1 or self.alone is not None:
+                return [self._steps(client.begins(start), client, step) for client in clients]
+        with drawing(clients, self._accelerator):
             return self._together.pseudo_gradients(start, clients, step)
-        if shares_weights(self.plan) and self.alone is None:
-            return self._one_step(start, clients, step)
-        # In this order: a device alone need not try what passes of several would take.
-        if len(clients) == 1 or self.alone is not None:
-            return [self._steps(client.begins(start), client, step) for client in clients]
-        return self._together.pseudo_gradients(start, clients, step)
 
     @cached_property
     def alone(self) -> str | None:
@@ -193,7 +195,8 @@ class LocalTrainer:
     def _one_step(self, start: Vector, clients: Sequence[Client], step: NoisyStep) -> list[Vector]:
         """Return the clients' only steps, which they all take from ``start``."""
         batches = [client.batch(0, self.plan.federation.sampling_rate) for client in clients]
-        sums = self._gradient_sums(start, batches, step.clip)
+        with drawing(clients):
+            sums = self._gradient_sums(start, batches, step.clip)
         moved = (
             client.rule.corrected(client.noised(row, 0, step), start)
             for row, client in zip(sums, clients, strict=True)
@@ -204,12 +207,13 @@ class LocalTrainer:
     def _steps(self, start: Vector, client: Client, step: NoisyStep) -> Vector:
         federation = self.plan.federation
         weights, total = start, np.zeros(self.layout.size, dtype=np.float64)
-        for index in range(self.steps):
-            batch = client.batch(index, federation.sampling_rate)
-            gradient = self._gradient_sums(weights, [batch], step.clip)[0]
-            gradient = client.rule.corrected(client.noised(gradient, index, step), weights)
-            total += gradient
-            weights = (weights - federation.learning_rate * gradient).astype(np.float32)
+        with drawing([client]):
+            for index in range(self.steps):
+                batch = client.batch(index, federation.sampling_rate)
+                gradient = self._gradient_sums(weights, [batch], step.clip)[0]
+                gradient = client.rule.corrected(client.noised(gradient, index, step), weights)
+                total += gradient
+                weights = (weights - federation.learning_rate * gradient).astype(np.float32)
         return total.astype(np.float32)
 
     def _gradient_sums(

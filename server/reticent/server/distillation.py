@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from reticent.compression.distill import Ensemble, response_loss
 from reticent.core.plan import Distill, Plan
-from reticent.core.seeds import derive_key
+from reticent.core.seeds import derive_key, layers_draw
 from reticent.core.tasks import Examples, Task
 
 from .learning import learning
@@ -119,6 +119,7 @@ def learn_together(plan: Plan, teacher: nn.Module, student: nn.Module, public: E
     steps, device = steps_of(public, plan.student.epochs), plan.teacher.device
     rates = plan.teacher.learning_rate, plan.student.learning_rate
     with (
+        layers_draw(derive_key(plan.seed, "public", "pair", "layers"), device),
         learning(teacher, rates[0], steps, teacher_means(plan)) as (large, step_large),
         learning(student, rates[1], steps, Means(device)) as (small, step_small),
     ):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from reticent.compression.distill import Guide, Seen, softened
 from reticent.core.plan import Distill
-from reticent.core.seeds import numpy_generator, torch_generator
+from reticent.core.seeds import derive_key, layers_draw, numpy_generator, torch_generator
 from reticent.core.tasks import Examples
 
 from .learning import learning
@@ -40,7 +40,8 @@ def train_public(
     :class:`reticent.compression.distill.Guide`.
 
     Args:
-        name: Names the random streams: batches depend on ``(seed, name)`` only.
+        name: Names the random streams: batches, and what layers draw (dropout), depend on
+            ``(seed, name)`` only.
         means: Device, precision and off-load of what is trained. The teacher is on that device
             too, and float32.
         span: First epoch and the one after the last, to train only a part of the ``epochs``: with
@@ -58,6 +59,7 @@ def train_public(
     steps = steps_of(examples, epochs)
     first, last = (steps * epoch // epochs for epoch in span or (0, epochs))
     with (
+        layers_draw(derive_key(seed, "public", name, "layers"), means.device),
         moved(means.device, *beside),
         learning(model, learning_rate, steps, means, first, others) as (runs, step),
     ):

@@ -127,6 +127,15 @@ def test_an_expired_certificate_ends_a_run_before_it_begins(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_student_that_would_be_trained_wrongly_ends_a_run_before_it_begins(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    tied = ("--set", "student.model=odd_students:Tied")
+    assert call(monkeypatch, "run", PLAN, *tied, "--run", tmp_path / "run") == 4
+    assert "do not sum to its gradient" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_port_that_something_else_uses_ends_a_run_with_the_reason(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -349,6 +349,26 @@ def test_a_student_with_an_unused_layer_is_found_before_the_first_round() -> Non
         require_whole_gradients(plan_of(), TaskOf(Unused))
 
 
+def make_shared_task(section: object, seed: int) -> TaskOf:
+    """What the plan of the next test names."""
+    return TaskOf(lambda: Half(shared=True))
+
+
+def test_a_device_refuses_a_student_whose_gradients_are_not_whole_before_it_is_charged(
+    tmp_path: Path,
+) -> None:
+    plan = plan_of(f"task.name={__name__}:make_shared_task")
+    constants, codec = Constants(b"", NO_SOFT).encode(), build_codec(("identity",))
+    layout = trainer_of(plan_of()).layout
+    payload = codec.encode(start_of(trainer_of(plan_of())), layout.blocks, numpy_generator(0))
+    with Ledger.open(tmp_path) as ledger:
+        budget = Budget(float("inf"), 1e-5)
+        device = Environment(0, "0", ledger, budget, SeededRandomness(7), False)
+        with pytest.raises(DataError, match="do not sum"):
+            run_round(order_of(plan, constants), plan.canonical(), constants, payload, device)
+        assert ledger.events("0") == []
+
+
 class Centred(nn.Linear):
     """Takes off the mean of the batch."""
 

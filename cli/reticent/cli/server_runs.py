@@ -70,9 +70,11 @@ def run(
     from reticent.server.exposition import exposed
     from reticent.server.home import open_home
     from reticent.server.operate import prepare_operation
+    from reticent.simulations.explain import check_student
 
     plan = plan_of(plan_file, overrides, where, resume)
     home = open_home(folder)
+    check_student(plan)
     name = f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}"
     target = (where or home.folder / "runs" / name).absolute()
     show = Progress(plan.federation.rounds, as_json)

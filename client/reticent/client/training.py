@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
 
@@ -15,10 +15,11 @@ from torch import nn
 from reticent.compression.quantize import training_swap
 from reticent.compression.stacked import stacked_rounding
 from reticent.compression.structure import student_of
-from reticent.core.errors import DataError, PayloadError
+from reticent.core.errors import PayloadError
 from reticent.core.personal import split_of
 from reticent.core.plan import Plan
 from reticent.core.protocol import Constants
+from reticent.core.seeds import layers_draw
 from reticent.core.tasks import Examples, Task
 from reticent.core.update import Layout, Vector
 from reticent.privacy.clipping import (
@@ -32,10 +33,11 @@ from reticent.privacy.randomness import Randomness
 
 from .accelerated import accelerated
 from .local_rules import PLAIN, LocalRule
-from .losses import cross_entropy, loss_of
+from .losses import loss_of
 from .resources import training_bytes
 from .steps import Client, NoisyStep, drawing
 from .together import Together, expected_batch, reason_alone, shares_weights
+from .whole import require_whole
 
 
 def student_model(task: Task, plan: Plan, constants: Constants | None = None) -> nn.Module:
@@ -48,9 +50,6 @@ def student_model(task: Task, plan: Plan, constants: Constants | None = None) ->
         PayloadError: If their structure is not one that the plan and the task allow.
     """
     return student_of(task, plan, constants)
-
-
-_TRIED, _NO_BOUND, _ROUNDING = 4, 1e6, 1e-3  # examples, clip, relative difference
 
 
 class LocalTrainer:
@@ -69,7 +68,8 @@ class LocalTrainer:
                 :func:`.accelerated.unaccelerated` has nothing against.
 
         Raises:
-            DataError: If the mask does not fit the student, or the student mixes examples.
+            DataError: If the mask does not fit the student, the student mixes examples, or what is
+                clipped and summed is not its gradient, of which only Opacus' hooks are not sure.
             PayloadError: If the soft labels are not those of the task's classes (a table that lacks
                 a label would make training fail on the batches that hold it, and no others), the
                 structure is not one that the plan and the task allow, or the personal layers have
@@ -87,7 +87,10 @@ class LocalTrainer:
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
         self._swap = training_swap(plan.student.quantize)
         if plan.private is not None and plan.private.unit == "example":
-            _ = self._clipped  # refuses a student now that could not be trained after the charge
+            # Refuses a student now that could not be trained, or not rightly, after the charge.
+            bare = copy.deepcopy(self._model)
+            if self._clipped.method == "hooks":
+                require_whole(bare, plan, task)
 
     @property
     def steps(self) -> int:
@@ -243,7 +246,7 @@ def trained_alone(plan: Plan, task: Task, constants: Constants | None = None) ->
 
     Constants are needed where the plan changes the student's layers; a sketch of them will do.
     """
-    with _same_draws():
+    with layers_draw(bytes(8)):  # a layer that is made draws, too
         model = student_model(task, plan, constants)
         hooked = shares_weights(plan) and method_of(model, task.input_shape)[0] == "hooks"
     return reason_alone(plan, model, task.input_shape, expected_batch(plan, task), hooked)
@@ -258,48 +261,12 @@ def _tensors(output: object) -> list[torch.Tensor]:
 
 
 def require_whole_gradients(plan: Plan, task: Task, constants: Constants | None = None) -> None:
-    """Check on a few random examples that what is clipped and summed is the student's gradient.
-
-    It is not where a parameter is used by something else than a layer, or by none. Privacy does not
-    depend on this, as only what is clipped is ever used; training does. No data are read.
+    """Check the plan's student as :func:`.whole.require_whole` does.
 
     Raises:
-        DataError: If it is not.
+        DataError: If what is clipped and summed is not its gradient.
     """
-    private = plan.private
-    if private is None or private.unit == "client":
-        return
-    model, same = (student_model(task, plan, constants) for _ in range(2))
-    layout = Layout.of(model)
-    draws = torch.Generator().manual_seed(0)
-    if constants and constants.structure:  # it comes with no weights of its own
-        layout.write(model, (0.1 * torch.randn(layout.size, generator=draws)).numpy())
-    same.load_state_dict(model.state_dict())
-    inputs = torch.randn((_TRIED, *task.input_shape), generator=draws)
-    labels = torch.arange(_TRIED) % task.classes
-    shape = task.input_shape
-    clipped = ClippedGradients(model, layout, clipping=private.clipping, shape=shape)
-    with _same_draws():
-        found = clipped.sum(inputs, labels, cross_entropy, _NO_BOUND)
-    with _same_draws():
-        loss = cross_entropy(same.train()(inputs), labels)
-        gradients = torch.autograd.grad(loss, list(same.parameters()))
-    plain = layout.gather(list(gradients)).astype(np.float64)
-    apart = float(np.linalg.norm(found - plain))
-    if not apart <= _ROUNDING * float(np.linalg.norm(plain)):
-        raise DataError(
-            f"the student's per-example gradients do not sum to its gradient (they are {apart:.2g} "
-            f"apart on {_TRIED} random examples): every parameter must be used exactly once, "
-            "by a layer that Opacus supports"
-        )
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """Let dropout draw the same each time, and leave torch's generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+    require_whole(student_model(task, plan, constants), plan, task)
 
 
 def _check_soft_labels(constants: Constants, task: Task) -> None:

@@ -53,6 +53,17 @@ def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     return task, schedule_for(plan)
 
 
+def check_student(plan: Plan) -> None:
+    """Check what a plan's student must be wherever it is trained, on real devices too.
+
+    Raises:
+        ReticentError: Naming what does not fit.
+    """
+    task = load_task(plan.task, plan.seed)
+    require_possible(plan, task)
+    require_whole_gradients(plan, task, sketched_constants(plan, task))
+
+
 def explain_plan(plan: Plan) -> dict[str, Any]:
     """Return the price of a plan; bytes and seconds are measured on noise of the real size.
 

@@ -20,3 +20,53 @@ class Tied(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x.flatten(1)) + F.linear(x.flatten(1), self.layer.weight)
+
+
+class Looked(nn.Module):
+    """Looks codes up as they are: random numbers are none."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40, 2), nn.Linear(2 * prod(shape), classes)
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(codes.long()).flatten(1))
+
+
+class Hooked(Looked):
+    """The same with a layer that only Opacus' hooks know."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__(shape, classes)
+        self.mixed = nn.Conv1d(shape[0], shape[0], 1)
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mixed(self.table(codes.long())).flatten(1))
+
+
+class Remembering(nn.Module):
+    """Has torch's own recurrent layer."""
+
+    def __init__(self, shape: Shape, classes: int, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+        super().__init__()
+        self.layer, self.head = kind(1, 3, batch_first=True), nn.Linear(3, classes)
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(codes[..., None])[0][:, -1])
+
+
+def gated(shape: Shape, classes: int) -> nn.Module:
+    return Remembering(shape, classes, nn.GRU)
+
+
+class Attending(nn.Module):
+    """Has torch's own attention."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        self.table, self.head = nn.Linear(1, 4), nn.Linear(4, classes)
+        self.mixing = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        x = self.table(codes[..., None])
+        return self.head(self.mixing(x, x, x, need_weights=False)[0].mean(dim=1))

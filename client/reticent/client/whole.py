@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reticent.core.errors import DataError
+from reticent.core.errors import DataError, ReticentError
 from reticent.core.plan import Plan
 from reticent.core.seeds import layers_draw
 from reticent.core.tasks import Task
@@ -35,23 +35,34 @@ def require_whole(model: nn.Module, plan: Plan, task: Task) -> None:
         task: Its task.
 
     Raises:
-        DataError: If it is not.
+        DataError: If it is not, or cannot be computed of random numbers, nor of codes for tables.
     """
     private = plan.private
     if private is None or private.unit == "client":
         return
+    problem: Exception | None = None
     for inputs in draws(task.input_shape):
-        with twin_of(model) as twin:
-            apart, size = _apart(
-                twin, inputs, torch.arange(len(inputs)) % task.classes, private.clipping
-            )
-        if not apart <= _ROUNDING * size:
-            raise DataError(
-                f"the student's per-example gradients do not sum to its gradient (they are "
-                f"{apart:.2g} apart on {len(inputs)} random examples): every parameter must be "
-                "used exactly once, by a layer that Opacus supports"
-            )
-        return
+        try:
+            labels = torch.arange(len(inputs)) % task.classes
+            with twin_of(model) as twin:
+                apart, size = _apart(twin, inputs, labels, private.clipping)
+        except ReticentError:
+            raise
+        except Exception as error:  # a student's own code may raise anything on such inputs
+            problem = error
+            continue
+        if apart <= _ROUNDING * size:
+            return
+        raise DataError(
+            f"the student's per-example gradients do not sum to its gradient (they are {apart:.2g} "
+            f"apart on {len(inputs)} random examples): every parameter must be used exactly once, "
+            "by a layer that Opacus supports"
+        )
+    raise DataError(
+        f"student {plan.student.model} of task {task.name}: gradients of single examples cannot be "
+        f"computed, neither of random numbers nor of codes 0 and 1: {type(problem).__name__}: "
+        f"{problem}"
+    ) from problem
 
 
 def _apart(

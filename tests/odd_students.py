@@ -70,3 +70,20 @@ class Attending(nn.Module):
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         x = self.table(codes[..., None])
         return self.head(self.mixing(x, x, x, need_weights=False)[0].mean(dim=1))
+
+
+class Idle(nn.Module):
+    """Has a layer that it does not use."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(prod(shape), classes), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(1))
+
+
+def held(shape: Shape, classes: int) -> nn.Module:
+    """A chain whose second layer is not to be trained."""
+    layers = [nn.Linear(prod(shape), 4), nn.Linear(4, classes).requires_grad_(False)]
+    return nn.Sequential(nn.Flatten(), *layers)

@@ -412,6 +412,19 @@ def test_a_student_whose_gradients_are_not_bounded_need_not_be_whole(privacy: st
     require_whole_gradients(plan_of(privacy), TaskOf(Unused))
 
 
+@pytest.mark.parametrize("privacy", ["privacy=off", "privacy.unit=client"])
+def test_a_parameter_that_is_not_used_stays_as_it_is_where_gradients_are_not_bounded(
+    privacy: str,
+) -> None:
+    plan, step = plan_of(privacy), NoisyStep(None, 0.0, 10.0)
+    trainer = LocalTrainer(plan, TaskOf(Unused), Constants(b"", NO_SOFT))
+    start, size = start_of(trainer), trainer_of(plan).layout.size
+    given = examples_of(20), step, SeededRandomness(7), PATH
+    found = trainer.pseudo_gradient(start, *given)
+    assert np.array_equal(found[:size], trainer_of(plan).pseudo_gradient(start[:size], *given))
+    assert found[:size].any() and not found[size:].any()
+
+
 def test_several_local_steps_are_a_loop_written_by_hand() -> None:
     plan = plan_of(
         "federation.steps_per_round=3",

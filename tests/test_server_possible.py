@@ -142,6 +142,14 @@ def test_a_check_names_what_no_training_can_mend(monkeypatch: pytest.MonkeyPatch
     check_plan(parse_plan("", [*DIGITS, "student.prune.sparsity=0.9997"]))
 
 
+@pytest.mark.parametrize("privacy", [[], ["privacy=off"], ["privacy.unit=client"]])
+def test_a_student_with_a_parameter_that_is_not_trained_is_refused_by_name(
+    privacy: list[str],
+) -> None:
+    with pytest.raises(DataError, match=r"parameter 2\.weight of student .*requires_grad=False"):
+        check_plan(parse_plan("", [*DIGITS, "student.model=odd_students:held", *privacy]))
+
+
 def test_what_is_refused_early_cannot_be_done_and_the_named_limit_can() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     with pytest.raises(PlanError, match=r"at most 0\.9333"):

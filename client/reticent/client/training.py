@@ -233,7 +233,8 @@ class LocalTrainer:
             return self._clipped.sums(inputs, labels, counts, self._loss, clip, self._swap)
         with self._swap(self._model):
             loss = self._loss(self._model(inputs), labels)
-            gradients = torch.autograd.grad(loss, list(self._model.parameters()))
+            parameters = list(self._model.parameters())
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         return self.layout.gather(list(gradients))[None]
 
     @property

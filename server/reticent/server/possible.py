@@ -34,9 +34,11 @@ def require_possible(plan: Plan, task: Task) -> None:
             are taken to travel), it declares other weights than the task's models begin with, or
             its teacher needs a GPU and there is none, or a precision that its layers do not have.
         DependencyError: If its teacher needs DeepSpeed, and that is not installed.
-        DataError: If a model that the task makes was trained before and nothing is declared.
+        DataError: If a model that the task makes was trained before and nothing is declared, or the
+            student has parameters that are not to be trained.
     """
     require_means(plan)
+    _require_trained(plan, task)
     _require_precision(plan, task)
     require_dynamic_form(folded(new_student(plan, task).eval()), plan.student.quantize)
     if plan.student.quantize.bits < 8:
@@ -66,6 +68,21 @@ def _require_precision(plan: Plan, task: Task) -> None:
             f'teacher.precision="{means.precision}": must be another on this machine, because '
             f"torch cannot train the teacher of task {task.name} in it on the CPU: {error}"
         ) from error
+
+
+def _require_trained(plan: Plan, task: Task) -> None:
+    """Check that every parameter of the student is one that training moves.
+
+    Raises:
+        DataError: If it is not.
+    """
+    for name, parameter in new_student(plan, task).named_parameters():
+        if not parameter.requires_grad:
+            raise DataError(
+                f"task {task.name}: parameter {name} of student {plan.student.model} has "
+                "requires_grad=False: must be True, because all parameters of a student are "
+                "trained; use student.adapt to train a few numbers of a model that is held"
+            )
 
 
 def require_new_models(plan: Plan, task: Task) -> None:

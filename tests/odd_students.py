@@ -87,3 +87,22 @@ def held(shape: Shape, classes: int) -> nn.Module:
     """A chain whose second layer is not to be trained."""
     layers = [nn.Linear(prod(shape), 4), nn.Linear(4, classes).requires_grad_(False)]
     return nn.Sequential(nn.Flatten(), *layers)
+
+
+class Rows(nn.Module):
+    """Has a convolution along the rows of images, which only Opacus' hooks know."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.along = nn.Conv1d(channels * height, 4, 3)
+        self.head = nn.Linear(4 * (width - 2), classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.along(x.flatten(1, 2))).flatten(1))
+
+
+def grouped(shape: Shape, classes: int) -> nn.Module:
+    """A chain but for the groups of its second convolution."""
+    layers = [nn.Conv2d(shape[0], 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4 * (shape[1] - 4) * (shape[2] - 4), classes))

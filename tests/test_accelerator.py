@@ -49,6 +49,7 @@ PLANS = {
     "no privacy": [*DIGITS, "privacy=off", *FLOAT],
     "recurrent": [*TEXT, *LOCAL, *FLOAT, "student.model=gru"],
     "attention": [*TEXT, *CLIENT, "student.model=attention"],
+    "hooks": [*DIGITS, *LOCAL, *FLOAT, "student.model=odd_students:Rows"],
 }
 BOUND = 1e-3
 """Most by which a model may differ, of how far the rounds moved it."""

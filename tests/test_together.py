@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import odd_students
 import pytest
 import torch
 from owned_students import MODELS, batch_of, made
@@ -13,7 +14,7 @@ from torch import nn
 
 from reticent.client.local_rules import rule_of
 from reticent.client.steps import Client, NoisyStep
-from reticent.client.training import LocalTrainer
+from reticent.client.training import LocalTrainer, trained_alone
 from reticent.core.personal import personal_values
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.protocol import Constants
@@ -180,6 +181,36 @@ def test_students_that_are_no_chain_get_what_they_get_alone(
     step = NoisyStep(0.5, 0.6, 6.0) if bounded else NoisyStep(None, 0.0, 6.0)
     clients = [Client(task.client(i), SeededRandomness(5), ("run", i, 1)) for i in range(len(HELD))]
     start = trainer.layout.read(made(kind))
+    found = trainer.pseudo_gradients(start, clients, step)
+    close(found, alone(trainer, start, clients, step))
+    assert np.abs(found[0] - found[2]).max() > 0.1
+
+
+class HookedTask(SmallTask):
+    """A student whose gradients at common weights only Opacus' hooks know."""
+
+    def __init__(self, make: Callable[[tuple[int, ...], int], nn.Module]) -> None:
+        self.make = make
+
+    def student(self, model: str) -> nn.Module:
+        return self.make(SHAPE, CLASSES)
+
+
+@pytest.mark.parametrize("make", [odd_students.Rows, odd_students.grouped])
+@pytest.mark.parametrize("layers", [FLOAT, ()], ids=["float", "int8"])
+def test_students_that_need_hooks_alone_get_the_same_together(
+    make: Callable[[tuple[int, ...], int], nn.Module], layers: tuple[str, ...]
+) -> None:
+    """What a run says of them, by a student of its own, is what is done."""
+    task, several = HookedTask(make), ("federation.steps_per_round=3",)
+    once = parse_plan(PLAN_TEXT, [*layers, *EXAMPLE, *LOCAL["once"]])
+    assert "Opacus' hooks" in (trained_alone(once, task) or "")
+    plan = parse_plan(PLAN_TEXT, [*layers, *EXAMPLE, *several, "federation.sampling_rate=0.2"])
+    trainer = LocalTrainer(plan, task, Constants(b"", SOFT))
+    assert trainer.alone is trained_alone(plan, task) is None
+    clients = [Client(task.client(i), SeededRandomness(5), ("run", i, 1)) for i in range(len(HELD))]
+    torch.manual_seed(1)
+    start, step = trainer.layout.read(task.student("")), NoisyStep(0.5, 0.6, 6.0)
     found = trainer.pseudo_gradients(start, clients, step)
     close(found, alone(trainer, start, clients, step))
     assert np.abs(found[0] - found[2]).max() > 0.1

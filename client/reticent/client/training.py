@@ -79,9 +79,9 @@ class LocalTrainer:
         _check_soft_labels(constants, task)
         self.plan, self._input_shape = plan, task.input_shape
         self._accelerator, self._expected = accelerator, expected_batch(plan, task)
-        self._model = student_model(task, plan, constants)
-        bare = Layout.of(self._model)
-        self.layout = Layout(bare.names, bare.shapes, constants.kept)
+        self._model = self._bare = student_model(task, plan, constants)
+        whole = Layout.of(self._model)
+        self.layout = Layout(whole.names, whole.shapes, constants.kept)
         self.split = split_of(self.layout, plan.federation.local.personal)
         self.layers: Vector = self.split.kept(constants.personal)
         self._soft = torch.from_numpy(constants.soft_labels) if constants.soft_labels.size else None
@@ -89,7 +89,8 @@ class LocalTrainer:
         if plan.private is not None and plan.private.unit == "example":
             # Refuses a student now that could not be trained, or not rightly, after the charge.
             bare = copy.deepcopy(self._model)
-            if self._clipped.method == "hooks":
+            if self._clipped.method == "hooks":  # they are on the model now, and on its copies
+                self._bare = bare
                 require_whole(bare, plan, task)
 
     @property
@@ -180,19 +181,19 @@ class LocalTrainer:
         if self._accelerator is not None:
             return None
         hooked = shares_weights(self.plan) and self._clipped.method == "hooks"
-        return reason_alone(self.plan, self._model, self._input_shape, self._expected, hooked)
+        return reason_alone(self.plan, self._bare, self._input_shape, self._expected, hooked)
 
     @cached_property
     def _together(self) -> Together:
         private, rounding = (
             self.plan.private,
-            stacked_rounding(self._model, self.plan.student.quantize),
+            stacked_rounding(self._bare, self.plan.student.quantize),
         )
         clipping = private.clipping if private else "flat"
-        if self._accelerator is None and own_chain_of(self._model) is not None:
-            own = OwnGradients(self._model, self.layout, clipping=clipping)
+        if self._accelerator is None and own_chain_of(self._bare) is not None:
+            own = OwnGradients(self._bare, self.layout, clipping=clipping)
         else:
-            own = accelerated(self._model, self.layout, clipping, self._accelerator or "cpu")
+            own = accelerated(self._bare, self.layout, clipping, self._accelerator or "cpu")
         return Together(own, self.plan.federation, self._loss, rounding)
 
     def _one_step(self, start: Vector, clients: Sequence[Client], step: NoisyStep) -> list[Vector]:

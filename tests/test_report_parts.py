@@ -19,7 +19,9 @@ from reticent.privacy.accounting import epsilon
 from reticent.privacy.events import PoissonGaussian
 from reticent.privacy.gdp import gdp
 from reticent.privacy.groups import group_epsilon
+from reticent.privacy.randomness import SystemRandomness
 from reticent.privacy.report import collect, render_html, render_md, schema_text
+from reticent.privacy.report.checklist import checklist
 from reticent.privacy.report.collect import coarse
 from reticent.privacy.report.schema import problems
 from reticent.privacy.report.words import epsilon_text
@@ -337,6 +339,20 @@ def test_an_audit_that_cannot_be_believed_is_refused(
     (run.folder / "audit.json").write_text(json.dumps(audit_of(run, **changes)))
     with pytest.raises(RunError, match=words):
         collect(run)
+
+
+def test_the_precision_of_the_noise_is_that_of_who_draws_and_adds_it(
+    example: dict[str, Any], client: dict[str, Any]
+) -> None:
+    """As :class:`Client` and :func:`noised_sum` do; whose streams say what they draw."""
+    one = answers(example)["Floating point"]
+    assert one.startswith("noise is drawn in float32, added in float32; it is not a discrete")
+    real = SystemRandomness.description
+    device = {**example, "run": {**example["run"], "randomness": real}}
+    at_server = {**client, "run": {**client["run"], "server_randomness": real}}
+    for data, drawn in ((device, "float64"), (client, "float32"), (at_server, "float64")):
+        row = {r["field"]: r["answer"] for r in checklist(data)}["Floating point"]
+        assert row.startswith(f"noise is drawn in {drawn}, added in float64 and rounded to float32")
 
 
 def test_a_test_of_the_randomness_says_what_it_compared(tmp_path: Path) -> None:

@@ -232,10 +232,7 @@ def _records(data: dict[str, Any]) -> dict[str, str]:
     elsewhere = "on the devices, not with the server"
     return {
         "Randomness": _randomness(data["run"]),
-        "Floating point": (
-            "noise is added in float64 and rounded to float32; it is not a discrete mechanism, so "
-            "attacks on the representation (Mironov 2012) are not excluded"
-        ),
+        "Floating point": _floating_point(data),
         "Secure aggregation": "not used: nothing technical keeps the server from single updates",
         "Charge for tuning": tuning_text(data.get("tuning")),
         "Charge for the teacher": weights_text(data.get("weights")),
@@ -261,6 +258,19 @@ def _head(ledger: dict[str, Any]) -> str:
 def _randomness(run: dict[str, Any]) -> str:
     server = run["server_randomness"]
     return f"devices: {run['randomness']}" + (f"; the server's noise: {server}" if server else "")
+
+
+def _floating_point(data: dict[str, Any]) -> str:
+    """Return the precision of the noise of who draws it: the server with unit ``client``."""
+    run, summed = data["run"], data["promise"].get("unit") == "client"  # to a float64 sum
+    source = (run["server_randomness"] if summed else None) or run["randomness"]
+    drawn = "float32" if "float32" in source else "float64"
+    added = "float64" if summed else drawn
+    rounded = " and rounded to float32" if added == "float64" else ""
+    return (
+        f"noise is drawn in {drawn}, added in {added}{rounded}; it is not a discrete mechanism, so "
+        "attacks on the representation (Mironov 2012) are not excluded"
+    )
 
 
 def audit_text(audit: dict[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import cast
 
@@ -26,6 +27,7 @@ from reticent.privacy.clipping import (
     ClippedGradients,
     Loss,
     OwnGradients,
+    chain_of,
     method_of,
     own_chain_of,
 )
@@ -80,6 +82,7 @@ class LocalTrainer:
         self.plan, self._input_shape = plan, task.input_shape
         self._accelerator, self._expected = accelerator, expected_batch(plan, task)
         self._model = self._bare = student_model(task, plan, constants)
+        self._draws = chain_of(self._model) is None  # no layer that a chain may have does
         whole = Layout.of(self._model)
         self.layout = Layout(whole.names, whole.shapes, constants.kept)
         self.split = split_of(self.layout, plan.federation.local.personal)
@@ -172,8 +175,11 @@ class LocalTrainer:
             # In this order: a device alone need not try what passes of several would take.
             if len(clients) == 1 or self.alone is not None:
                 return [self._steps(client.begins(start), client, step) for client in clients]
-        with drawing(clients, self._accelerator):
+        with self._drawing(clients):
             return self._together.pseudo_gradients(start, clients, step)
+
+    def _drawing(self, clients: Sequence[Client]) -> AbstractContextManager[object]:
+        return drawing(clients, self._accelerator) if self._draws else nullcontext()
 
     @cached_property
     def alone(self) -> str | None:
@@ -199,7 +205,7 @@ class LocalTrainer:
     def _one_step(self, start: Vector, clients: Sequence[Client], step: NoisyStep) -> list[Vector]:
         """Return the clients' only steps, which they all take from ``start``."""
         batches = [client.batch(0, self.plan.federation.sampling_rate) for client in clients]
-        with drawing(clients):
+        with self._drawing(clients):
             sums = self._gradient_sums(start, batches, step.clip)
         moved = (
             client.rule.corrected(client.noised(row, 0, step), start)
@@ -211,7 +217,7 @@ class LocalTrainer:
     def _steps(self, start: Vector, client: Client, step: NoisyStep) -> Vector:
         federation = self.plan.federation
         weights, total = start, np.zeros(self.layout.size, dtype=np.float64)
-        with drawing([client]):
+        with self._drawing([client]):
             for index in range(self.steps):
                 batch = client.batch(index, federation.sampling_rate)
                 gradient = self._gradient_sums(weights, [batch], step.clip)[0]

@@ -122,5 +122,5 @@ def replay(plan: Plan, folder: Path, rounds: Sequence[set[int]]) -> str:
     settings = lambda _: replace(  # noqa: E731
         engine._settings(run, plan, devices, print, lambda _: None, None), nodes=Nodes(gather)
     )
-    engine._serve(build_server_app(settings), plan, devices, print)
+    engine._serve(build_server_app(settings), plan, devices, print, plan.federation.rounds)
     return run.read_summary()["model"]

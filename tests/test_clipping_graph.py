@@ -124,7 +124,8 @@ def test_every_owner_gets_the_sum_of_hooks_and_of_a_loop_over_examples(
     hooked = kind not in NOT_FOR_OPACUS and ClippedGradients(twin, layout, 64, clipping, "hooks")
     for row, span in zip(found, Owners.of(counts).spans, strict=True):
         own = (inputs[span], labels[span])
-        atol = 2e-5 * max(1e-3, float(np.abs(row).max()))
+        # Of 750 rows the furthest of either way was 3e-5 from float64, relative to the largest.
+        atol = 5e-5 * max(1e-3, float(np.abs(row).max()))
         if hooked:
             expected = hooked.sum(*own, cross_entropy, clip, *swap)
             np.testing.assert_allclose(row, expected, atol=atol)

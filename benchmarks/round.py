@@ -7,7 +7,8 @@ memory is the largest resident sum of the process and its descendants. pfl-resea
 Python that ``--pfl-python`` names, in two processes, and left out without; ``requirements.txt``
 beside this file makes its environment. Ours has one worker a core from the beginning: with ``auto``
 so few rounds would be over before more than one pays. A turn of Flower as users write it has two
-rounds. ``--quick`` has one turn of 20 clients of 40.
+rounds; with cohorts of 1,000 and more, any turn of Flower has one, which counts: it takes minutes,
+and what its workers need to start is a small part. ``--quick`` has one turn of 20 clients of 40.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from family import PeakMemory
 HERE = Path(__file__).resolve().parent
 PEERS = ("bare", "ours", "ours-ray", "flower-reused", "flower-as-written", "pfl", "pfl-central-dp")
 CORES = len(os.sched_getaffinity(0))
-MOST = {"flower-as-written": 2}
-"""Rounds of a turn, where each takes long."""
+LARGE = 1_000
+"""Clients of a round from which one round of Flower takes minutes."""
 SIZES = ((1_000, 100), (100_000, 1_000))
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace, model: str, population: int, cohort: int) 
             if name in failed:
                 continue
             python = args.pfl_python if name.startswith("pfl") else sys.executable
-            rounds = min(args.rounds, MOST.get(name, args.rounds))
+            rounds = most_rounds(name, cohort, args.rounds)
             found = turn(name, {**job, "rounds": rounds}, python, args.limit)
             print(f"{model} {cohort} of {population} {name}: {found}", file=sys.stderr, flush=True)
             if isinstance(found, str):
@@ -105,9 +106,16 @@ def measure(args: argparse.Namespace, model: str, population: int, cohort: int) 
     ]
 
 
+def most_rounds(name: str, cohort: int, rounds: int) -> int:
+    """Return how many of ``rounds`` a turn has, fewer where each takes long."""
+    if name.startswith("flower") and cohort >= LARGE:
+        return 1
+    return min(rounds, 2) if name == "flower-as-written" else rounds
+
+
 def summary(row: Row, turns: list[Turn]) -> Row:
-    """Return ``row`` with the medians of its turns."""
-    seconds = statistics.median(s for t in turns for s in t.rounds[1:])
+    """Return ``row`` with the medians of its turns; a turn's only round counts."""
+    seconds = statistics.median(s for t in turns for s in t.rounds[1:] or t.rounds)
     return Row(
         row.model,
         row.population,
@@ -154,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=5, help="runs of each contender")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of a run, at least 2")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds that a run may take")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds that a run may take")
     parser.add_argument("--pfl-python", help="Python of the environment that has pfl-research")
     args = parser.parse_args()
     if args.rounds < 2:

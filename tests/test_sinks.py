@@ -365,4 +365,5 @@ def test_mlflow_goes_on_without_bytes_where_the_draw_is_secret(secret: Run, tmp_
     finally:
         logging.disable(disabled)
     assert [(m.step, m.timestamp) for m in history] == [(n, 1000 * n) for n in (1, 2, 3, 4)]
+    assert (kept.info.start_time, kept.info.end_time) == (1000, 4000)
     assert not {"bytes_up", "bytes_down", "replies"} & kept.data.metrics.keys()

@@ -61,7 +61,9 @@ class MLflow:
         number = experiment.experiment_id if experiment else None
         number = number or self._client.create_experiment(EXPERIMENT)
         tags = {"reticent.plan": plan.digest}
-        made: str = self._client.create_run(number, run_name=run.folder.name, tags=tags).info.run_id
+        made: str = self._client.create_run(
+            number, start_time=_date(plan, 1), run_name=run.folder.name, tags=tags
+        ).info.run_id
         params = [self._entities.Param(k, v[:500]) for k, v in parameters_of(plan).items()]
         for first in range(0, len(params), _BATCH):
             self._client.log_batch(made, params=params[first : first + _BATCH])
@@ -80,19 +82,24 @@ class MLflow:
     def end(self, values: Mapping[str, float]) -> None:
         """Keep the figures of the finished run and say that it is finished."""
         self._send(values, self._last)
-        self._client.set_terminated(self._id, "FINISHED")
+        self._client.set_terminated(self._id, "FINISHED", _date(self._plan, self._last))
         self._ended = True
 
     def close(self) -> None:
         """Say that the run was stopped, unless it is finished."""
         if not self._ended:
-            self._client.set_terminated(self._id, "KILLED")
+            self._client.set_terminated(self._id, "KILLED", _date(self._plan, self._last))
 
     def _send(self, values: Mapping[str, float], step: int) -> None:
-        date = date_of(self._plan, step)
-        date = int(1000 * (time.time() if date is None else date))
+        date = _date(self._plan, step)
         metrics = [self._entities.Metric(k, v, date, step) for k, v in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
+
+
+def _date(plan: Plan, step: int) -> int:
+    """Return the date of a round's figures, in milliseconds."""
+    date = date_of(plan, step)
+    return int(1000 * (time.time() if date is None else date))
 
 
 def _key(uri: str) -> str:

@@ -49,8 +49,9 @@ EVERY_ROUND = ("bytes_down", "epsilon")
 def values_of(metrics: Mapping[str, Any], plan: Plan) -> dict[str, float]:
     """Return what may be kept of a committed round: released and public figures only.
 
-    Accuracy on the public test set, epsilon, encoded bytes and the number of replies. Times are
-    left out, because a reply takes longer when a client's batches are larger. Under aggregator
+    Accuracy on the public test set, epsilon, encoded bytes and the number of replies. How long a
+    round took is left out, as a reply takes longer when a client's batches are larger; the figures'
+    own dates (:func:`date_of`) still tell when it ended. Under aggregator
     trust the size of updates is rounded up to two figures, as in the report. Where it is secret who
     is drawn, bytes and replies are left out: they tell how many were.
     """

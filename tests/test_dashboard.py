@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pty
@@ -25,7 +26,9 @@ from rich.console import Console
 
 from reticent.cli.dashboard import Board, Dashboard, frame_of, progress_for, sparkline
 from reticent.cli.output import Progress
+from reticent.cli.simulations import committed_rounds
 from reticent.core.plan import parse_plan
+from reticent.core.run import Run
 
 SETTINGS = (
     "task.name=digits",
@@ -215,6 +218,33 @@ def test_bytes_are_of_the_whole_run_also_on_plain_lines_of_one_that_goes_on(
     plan = parse_plan("", ["federation.rounds=3"])
     progress_for(plan, False, [metrics(1), metrics(2)]).round(metrics(3))
     assert "10.5 kB sent" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"bytes_up": None},
+        {"bytes_down": "1"},
+        {"replies": []},
+        {"dropped": 1},
+        {"dropped": {"late": "1"}},
+        {"accuracy": "0.5"},
+        {"epsilon": {}},
+        {"virtual": 1.0},
+        {"virtual": {}},
+    ],
+)
+def test_a_damaged_round_that_a_run_has_does_not_end_the_view(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    plan, run = parse_plan("", ["federation.rounds=3"]), Run(tmp_path)
+    whole, damaged = metrics(1), metrics(2, **changed)
+    run.metrics.write_text(f"{json.dumps(whole)}\n{json.dumps(metrics(2))}\n")
+    assert committed_rounds(run) == [whole, metrics(2)]
+    for line in (json.dumps(damaged), "[]", "1", "{}", "{"):
+        run.metrics.write_text(f"{json.dumps(whole)}\n{line}\n")
+        assert committed_rounds(run) == []
+    Dashboard(plan, committed_rounds(run))
 
 
 class Terminal:

@@ -12,7 +12,7 @@ import click
 
 from .output import Progress, emit, epsilon_text, human_bytes, table
 from .servers import device_table, directory_option, server, superlink_nodes
-from .simulations import overrides_option, plan_of
+from .simulations import committed_rounds, overrides_option, plan_of
 
 
 @server.command()
@@ -67,6 +67,7 @@ def run(
     A ServerApp or SuperLink that dies is started again, and the run goes on at the next round. The
     exit status is 0 only if the run came to its end.
     """
+    from reticent.core.run import Run
     from reticent.server.exposition import exposed
     from reticent.server.home import open_home
     from reticent.server.operate import prepare_operation
@@ -77,7 +78,9 @@ def run(
     check_student(plan)
     name = f"{plan.task.name.replace(':', '-')}-{plan.digest[:8]}"
     target = (where or home.folder / "runs" / name).absolute()
-    show = Progress(plan.federation.rounds, as_json)
+    show = Progress(
+        plan.federation.rounds, as_json, committed_rounds(Run(target)) if resume else ()
+    )
     show.say(f"plan {plan.digest[:12]}, run directory {target}")
     _stop_when_told(143)
     try:

@@ -128,11 +128,26 @@ def _is_run_of(run: Run, plan: Plan) -> bool:
 
 
 def committed_rounds(run: Run) -> list[dict[str, Any]]:
-    """Return the rounds that a run to be continued has; what is damaged is said by the run."""
+    """Return the rounds that a run to be continued has; none if what is shown of one is damaged.
+
+    The run itself has them from its journal, and writes that file again.
+    """
     try:
-        return run.read_metrics()
+        found = run.read_metrics()
     except RunError:
         return []
+    return found if all(map(_can_be_shown, found)) else []
+
+
+def _can_be_shown(metrics: Any) -> bool:
+    if not isinstance(metrics, dict):
+        return False
+    virtual, dropped = metrics.get("virtual", {"time": 0.0}), metrics.get("dropped")
+    if not (isinstance(virtual, dict) and isinstance(dropped, dict)):
+        return False
+    values = [metrics.get(key) for key in _NUMBERS] + [virtual.get("time"), *dropped.values()]
+    values += [metrics[key] for key in ("accuracy", "epsilon") if metrics.get(key) is not None]
+    return all(isinstance(value, int | float) for value in values)
 
 
 def plan_of(
@@ -247,6 +262,7 @@ def _on_fleet(fleet: dict[str, Any] | None) -> list[str]:
     ]
 
 
+_NUMBERS = ("round", "replies", "seconds", "bytes_up", "bytes_down", "bytes_constants")
 _RELATIONS = {"add-or-remove-one": "add or remove", "replace-one": "replace"}
 
 

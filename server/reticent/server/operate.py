@@ -43,7 +43,7 @@ class Operation:
         run: The run directory.
         plan: Its plan.
         say: Takes a line for a person.
-        progress: Takes each committed round's metrics, from those of the first round on.
+        progress: Takes the metrics of each round that is committed from now on.
         client_app: What runs on the devices; another one only in tests.
         before: The summary of a run that ended early and is taken up again.
     """

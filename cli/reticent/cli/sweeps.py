@@ -128,12 +128,13 @@ class _Show:
     def __init__(self, sweep: Sweep, as_json: bool) -> None:
         self._sweep, self._json = sweep, as_json
         self._progress = Progress(1, as_json)
+        self._folder, self._said = "", set[str]()
 
     def told(self) -> Any:
         """Return what :func:`run_sweep` calls."""
         from reticent.simulations.sweep.running import Show
 
-        return Show(self._begins, lambda _: None, self._round, self._ended)
+        return Show(self._begins, self._says, self._round, self._ended)
 
     def say(self, line: str) -> None:
         """Print a line of its own."""
@@ -144,9 +145,16 @@ class _Show:
         self._progress.clear()
 
     def _begins(self, number: int, point: Point) -> None:
-        before = committed_rounds(self._sweep.run_of(point))
+        run = self._sweep.run_of(point)
+        before, self._folder = committed_rounds(run), str(run.folder)
         self._progress = Progress(point.plan.federation.rounds, self._json, before)
         self._progress.say(f"[{number}/{len(self._sweep.manifest.points)}] {point.label}")
+
+    def _says(self, line: str) -> None:
+        # What each run says is said once; where its files are, the sweep's folder tells.
+        if line not in self._said and self._folder not in line:
+            self._said.add(line)
+            self._progress.say(line if self._json else f"    {line}")
 
     def _round(self, metrics: dict[str, Any]) -> None:
         if self._progress.live:  # a log has one line a run; each run's rounds are in its folder

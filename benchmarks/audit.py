@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 # Libraries read these when they are imported.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
+from reticent.cli.output import epsilon_text
 from reticent.client import round as client_round
 from reticent.client import training
 from reticent.core.plan import Plan, parse_plan
@@ -127,9 +129,11 @@ def rows(task: str, canaries: int | None, rounds: int | None) -> Iterator[Row]:
 def line(r: Row) -> str:
     correlation = "" if r.largest_correlation is None else f"{r.largest_correlation:.3f}"
     variance = "" if r.variance_ratio is None else f"{r.variance_ratio:.3f}"
+    lower = (r.lower_bound, r.any_dependence, r.any_mechanism)
+    bounds = " ".join(f"{math.floor(value * 100) / 100:8.2f}" for value in lower)
     return (
-        f"{r.what:24} {r.claimed:8.2f} {r.lower_bound:8.2f} {r.any_dependence:8.2f} "
-        f"{r.any_mechanism:8.2f} {correlation:>8} {variance:>8} {r.verdict:>11} {r.seconds:6.1f} s"
+        f"{r.what:24} {epsilon_text(r.claimed):>8} {bounds} {correlation:>8} {variance:>8} "
+        f"{r.verdict:>11} {r.seconds:6.1f} s"
     )
 
 

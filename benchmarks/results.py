@@ -3,9 +3,10 @@
     python benchmarks/results.py fashion --seeds 1 2 3 --runs runs/results
     python benchmarks/results.py fashion-full --seeds 1 --runs runs/results --only aggregator-8
 
-Each configuration is one run directory; runs that are finished are read, not repeated, and runs
-that were stopped are resumed. Hyperparameters were chosen by central DP-SGD on a part of the
-official training file that was held out for it; no image of the official test file took part.
+Each configuration is one run directory, named after its plan too; runs that are finished are read,
+not repeated, and runs that were stopped are resumed. Hyperparameters were chosen by central DP-SGD
+on a part of the official training file that was held out for it; no image of the official test file
+took part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from reticent.cli.output import epsilon_text
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.server.preparation import Prepared
@@ -132,7 +134,7 @@ def table(results: dict[str, list[dict]]) -> str:
     for name, runs in results.items():
         accuracy = {k: [r["accuracy"][k] for r in runs] for k in ("fp32", "int8")}
         epsilons = [runs[0]["privacy"][k] for k in ("epsilon", "server_epsilon")]
-        shown = ["∞" if isinstance(e, str) else f"{e:,.2f}" for e in epsilons]
+        shown = [epsilon_text(e) for e in epsilons]
         up, down = (statistics.mean(r[k] for r in runs) for k in ("bytes_up", "bytes_down"))
         lines.append(
             f"| {name} | {shown[0]} | {shown[1]} | {mean_and_spread(accuracy['fp32'])} | "
@@ -156,8 +158,11 @@ def main() -> None:
     parser.add_argument("--set", dest="extra", nargs="*", default=[])
     parser.add_argument("--json", type=Path, help="also write the summaries here")
     options = parser.parse_args()
+    known = configurations(options.task)
+    if unknown := sorted(set(options.only or ()) - set(known)):
+        parser.error(f"--only {' '.join(unknown)}: must be among {', '.join(known)}")
     results: dict[str, list[dict]] = {}
-    for name, overrides in configurations(options.task).items():
+    for name, overrides in known.items():
         if options.only and name not in options.only:
             continue
         for seed in options.seeds:
@@ -169,8 +174,9 @@ def main() -> None:
                 "federation.eval_every=20",
                 *options.extra,
             ]
-            folder = options.runs / f"{options.task}-{name}-seed{seed}"
-            results.setdefault(name, []).append(finished(parse_plan("", keys), folder))
+            plan = parse_plan("", keys)
+            folder = options.runs / f"{options.task}-{name}-seed{seed}-{plan.digest[:8]}"
+            results.setdefault(name, []).append(finished(plan, folder))
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))

@@ -27,7 +27,7 @@ chaos: $(STAMP)  ## kill and tear ledgers many times, and print what was found
 faults: $(STAMP)  ## kill real processes, damage their network, and compare the models
 	$(BIN)/python -m pytest -q -s -m faults
 
-test-all: $(STAMP)  ## run every test, also those that need Ray and those that build packages
+test-all: $(STAMP)  ## run every test, also those that need Ray, build packages or kill processes
 	$(BIN)/python -m pip install --quiet -e '.[simulation]'
 	$(BIN)/python -m pytest -q
 

@@ -1,6 +1,6 @@
 """Which wheels the base install needs on another architecture, and how large they are.
 
-    python scripts/wheels.py [--machine aarch64] [--python 3.11] [--with 'torch<2.11'] [--forbid]
+    python scripts/wheels.py [--machine aarch64] [--python 3.11] [--with 'torch<2.11'] [--forbid N…]
 
 Resolves what `pyproject.toml` depends on for Linux on that machine, wheels only, with pip's own
 resolver and without downloading a wheel's content where the index serves its metadata apart. What
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--machine", default="aarch64")
     parser.add_argument("--python", default="3.11")
     parser.add_argument("--with", dest="extra", nargs="*", default=[], help="more requirements")
-    parser.add_argument("--forbid", nargs="*", default=HEAVY)
+    parser.add_argument("--forbid", nargs="+", default=HEAVY, help="must not be there")
     given = parser.parse_args()
     wheels, missing = resolve(given.machine, given.python, given.extra)
     sizes = {name: size(url) for name, url in wheels.items()}

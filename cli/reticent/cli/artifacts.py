@@ -108,6 +108,8 @@ def bench(target: Path, repeats: int, profile: str | None, key: Path | None, as_
 
     limits = NO_LIMITS if profile is None else parse_profile(profile)
     of_run = (target / "plan.toml").is_file()
+    if of_run and key is not None:
+        raise click.UsageError("--key is of an artifact alone: a RUN has its own")
     if of_run:
         rows = bench_run(Run(target), repeats, limits)
     else:

@@ -35,7 +35,10 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one size; times are medians, ``failed`` says why there are none."""
+    """One contender at one size; times are medians, ``failed`` says why there are none.
+
+    ``accuracy`` is that after ``rounds``, which are fewer where each takes long.
+    """
 
     model: str
     population: int
@@ -46,6 +49,7 @@ class Row:
     start_s: float = 0.0
     peak_mb: float = 0.0
     accuracy: float = 0.0
+    rounds: int = 0
     failed: str = ""
 
 
@@ -126,6 +130,7 @@ def summary(row: Row, turns: list[Turn]) -> Row:
         start_s=statistics.median(t.start for t in turns),
         peak_mb=max(t.peak_mb for t in turns),
         accuracy=statistics.median(t.accuracy for t in turns),
+        rounds=len(turns[0].rounds),
     )
 
 
@@ -133,13 +138,13 @@ def table(rows: list[Row]) -> str:
     """Return ``rows`` as aligned text."""
     lines = [
         f"{'model':<6}{'clients':>16}  {'contender':<18}{'round s':>9}{'tasks/s':>9}"
-        f"{'start s':>9}{'peak MB':>9}{'accuracy':>9}"
+        f"{'start s':>9}{'peak MB':>9}{'accuracy':>9}{'after':>6}"
     ]
     for r in rows:
         left = f"{r.model:<6}{f'{r.cohort} of {r.population}':>16}  {r.contender:<18}"
         figures = (
             f"{r.round_s:>9.3f}{r.tasks_per_s:>9.1f}{r.start_s:>9.1f}{r.peak_mb:>9.0f}"
-            f"{r.accuracy:>9.1%}"
+            f"{r.accuracy:>9.1%}{r.rounds:>6}"
         )
         lines.append(left + (f"  {r.failed}" if r.failed else figures))
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from owned_students import CLIP, MODELS, batch_of, distilling, layout_of, made, one_by_one
 from torch import nn
+from torch.nn import functional as F
 
 from reticent.compression.quantize import training_swap
 from reticent.compression.stacked import stacked_rounding
@@ -174,6 +175,45 @@ def test_weights_that_are_not_finite_are_their_owners_alone() -> None:
     found = gradients.sums(weights, *batch, (2, 2, 2), distilling, CLIP)
     close(found[[0, 2]], clean[[0, 2]])
     assert (found[1] == 0).all()
+
+
+class Looking(nn.Module):
+    """Looks up what it is given, by its layer or with the layer's weight."""
+
+    def __init__(self, direct: bool) -> None:
+        super().__init__()
+        self.table, self.head, self.direct = nn.Embedding(8, 4), nn.Linear(4, 3), direct
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = x.long()
+        found = F.embedding(codes, self.table.weight) if self.direct else self.table(codes)
+        return self.head(found.mean(dim=1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("code", [-1, 8, 15])
+@pytest.mark.parametrize("clip", [CLIP, None])
+def test_a_code_beyond_the_table_moves_no_other_row(
+    clip: float | None, code: int, direct: bool, device: str
+) -> None:
+    """It is an error, as where gradients are those of one set of weights."""
+    torch.manual_seed(0)
+    model, labels = Looking(direct), torch.tensor([0, 1])
+    layout, good = Layout.of(model), torch.tensor([[1.0, 7.0], [0.0, 4.0]])
+    gradients = FunctionalGradients(model, layout, device=torch.device(device))
+    weights = weights_of(layout, 2)
+    found = gradients.sums(weights, good, labels, (1, 1), distilling, clip)
+    for own, row, one, label in zip(weights, found, good, labels, strict=True):
+        layout.write(model, own)
+        section, batch = PLAIN, (one[None], label[None])
+        if not direct:
+            close(row, alone(model, layout, batch, clip, "flat", section, (2,)))
+    bad = torch.tensor([[1.0, code], [0.0, 4.0]])
+    with pytest.raises(IndexError):
+        gradients.sums(weights, bad, labels, (1, 1), distilling, clip)
+    with pytest.raises(IndexError):
+        alone(Looking(False), layout, (bad, labels), clip, "flat", PLAIN, (2,))
 
 
 @pytest.mark.parametrize("clip", [CLIP, None])

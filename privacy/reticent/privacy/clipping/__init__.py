@@ -8,6 +8,7 @@ module                    what it holds
 :mod:`.own_layers`        the layers of chains, applied with each owner's weights
 :mod:`.functional`        :class:`FunctionalGradients`: the same of any student, on any device
 :mod:`.functional_trial`  whether that is right, on random inputs
+:mod:`.vmapped`           tables and recurrent layers for its ``vmap``
 :mod:`.bounds`            how long one example's gradient may be, tensor by tensor
 :mod:`.choice`            which way a student's gradients are computed
 :mod:`.terms`             gradients of single examples, as rows or as outer products

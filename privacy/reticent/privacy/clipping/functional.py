@@ -27,9 +27,9 @@ from reticent.core.update import Layout
 
 from .bounds import Bounds, Clipping, check_clip
 from .own import Weights, check_owned, unpacked
-from .recurrent import RECURRENT, Recurrent, unrolled
 from .sums import Loss, masks_of, present_in, require_bare
 from .terms import Owners, Rows
+from .vmapped import Tables, without_kernels
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,8 @@ class FunctionalGradients:
     3.1), replacing one by at most 2C, and no other row by more than rounding; bounds, masks and
     what is not finite are treated as that class says, by the same code. An example is passed by
     itself, as a batch of one, so that a student cannot mix it with another. An owner without any
-    gets the zero vector, to which the caller still adds noise.
+    gets the zero vector, to which the caller still adds noise. A code outside a table gives no sums
+    at all, but an IndexError, as in that class.
 
     Without a clip a row is the plain sum of its owner's gradients, and what is not finite stays so
     in it, and in no other. This holds for students that treat the examples of a batch alike and
@@ -83,7 +84,7 @@ class FunctionalGradients:
         require_bare(model)
         if microbatch < 1:
             raise DataError(f"microbatch={microbatch}: must be at least 1")
-        self._model = _without_kernels(copy.deepcopy(model)).to(device).train(training)
+        self._model = without_kernels(copy.deepcopy(model)).to(device).train(training)
         self._names = [name for name, _ in self._model.named_parameters()]
         self._layout, self._microbatch, self._device = layout, microbatch, device
         self._bounds = Bounds.of(layout, clipping)
@@ -117,6 +118,7 @@ class FunctionalGradients:
         Raises:
             DataError: If there are not as many inputs as labels and as the owners have, not as many
                 weights as owners have parameters, or the model returns not one row an example.
+            IndexError: If a code is looked up that is not in its table.
             PlanError: If ``clip`` is not between 1e-12 and 1e12.
         """
         check_owned(self._layout, weights, inputs, labels, counts)
@@ -200,24 +202,29 @@ class FunctionalGradients:
         # Attention is written out: vmap goes through its kernels one set after another.
         with torch.enable_grad(), self._device, sdpa_kernel(SDPBackend.MATH):
             leaves = [weight.requires_grad_() for weight in weights]
-            outputs = vmap(self._answers, randomness="different")(leaves, inputs)
+            outputs, inside = vmap(self._answers, randomness="different")(leaves, inputs)
             rows = outputs.flatten(0, 1) if counted is None else outputs.flatten(0, 1)[counted]
             found = torch.autograd.grad(loss(rows, labels), leaves, materialize_grads=True)
+        if not all(bool(one.all().cpu()) for one in inside):
+            raise IndexError("an example has a code that is not in the table it is looked up in")
         return [gradient.flatten(1) for gradient in found]
 
     def _moved(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return [tensor.to(self._device) for tensor in tensors]
 
-    def _answers(self, weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the model's outputs at one set of weights, ``(m, ...)``."""
+    def _answers(
+        self, weights: Weights, inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the model's outputs at one set of weights, ``(m, ...)``, and ``Tables.inside``."""
         named = dict(zip(self._names, weights, strict=True))
-        outputs = functional_call(self._model, named, (inputs,))
+        with Tables() as tables:
+            outputs = functional_call(self._model, named, (inputs,))
         if len(outputs) != len(inputs):
             raise DataError(
                 f"the student returned {len(outputs)} rows for {len(inputs)} examples: the first "
                 "dimension must be the batch"
             )
-        return outputs
+        return outputs, tables.inside
 
     def _add(
         self, total: torch.Tensor, rows: list[torch.Tensor], clip: float, owners: Owners
@@ -268,26 +275,6 @@ def filled(pieces: Sequence[Piece]) -> tuple[torch.Tensor, torch.Tensor]:
     places = torch.arange(int(sizes.max()))
     index = starts[:, None] + torch.minimum(places, sizes[:, None] - 1)
     return index, (places < sizes[:, None]).flatten().nonzero().flatten()
-
-
-class _Unrolled(nn.Module):
-    """A recurrent layer, place by place: ``vmap`` knows no way through torch's own kernels."""
-
-    def __init__(self, layer: Recurrent) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return unrolled(self.layer, x).last
-
-
-def _without_kernels(model: nn.Module) -> nn.Module:
-    """Return ``model``, changed in place, with recurrent layers that ``vmap`` can take."""
-    if isinstance(model, RECURRENT):
-        return _Unrolled(model)
-    for name, child in model.named_children():
-        setattr(model, name, _without_kernels(child))
-    return model
 
 
 def _exactly() -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,6 +327,35 @@ class Recurrent(nn.Module):
 def test_a_trial_says_what_is_against_a_student(model: nn.Module, reason: str) -> None:
     said = unfit(model, (4,))
     assert said is not None and reason in said and "\n" not in said
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_trial_computes_nothing_of_codes_that_the_host_refuses(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a graphics processor they would end every later computation."""
+    seen: list[torch.Tensor] = []
+    sums = FunctionalGradients.sums
+
+    def followed(self: FunctionalGradients, weights: Any, inputs: Any, *given: Any) -> Any:
+        seen.append(inputs)
+        return sums(self, weights, inputs, *given)
+
+    monkeypatch.setattr(FunctionalGradients, "sums", followed)
+    assert unfit(Looking(direct=False), (length,)) is None
+    codes = torch.cat(seen).long()
+    assert len(seen) == 2 and codes.min() >= 0 and codes.max() < 8
+
+
+def test_a_trial_passes_over_warnings_that_are_not_of_a_slow_loop() -> None:
+    class Warned(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+            warnings.warn("there was no current CUDA context", stacklevel=1)
+            return super().forward(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert unfit(Warned(4, 3), (4,)) is None
 
 
 def test_attention_by_torchs_kernel_is_written_out_and_no_slow_loop() -> None:

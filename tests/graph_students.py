@@ -188,3 +188,41 @@ class Shuffled(With):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layer(x + 0.1 * x.roll(1, 0) if self.training else x))
+
+
+class Averaged(With):
+    """Divides its answers by how many there are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / len(x)
+
+
+class Weighed(With):
+    """The same of gradients alone, and only while it is trained."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.detach() + (y - y.detach()) / len(x) if self.training else y
+
+
+class Alternating(With):
+    """Turns its answers round in batches of even size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (-1) ** len(x)
+
+
+class Squeezed(With):
+    """Loses the first dimension of batches of one example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x).squeeze())
+
+
+class Companion(With):
+    """Takes no example alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            raise ValueError("one is too few")
+        return super().forward(x)

@@ -9,9 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from graph_students import (
+    Alternating,
+    Averaged,
     Block,
     Bypassed,
     Centred,
+    Companion,
     Faint,
     Folding,
     Functional,
@@ -20,12 +23,14 @@ from graph_students import (
     Places,
     Residual,
     Shuffled,
+    Squeezed,
     Stochastic,
     Summed,
     Token,
     Twice,
     Ungraded,
     Unused,
+    Weighed,
     With,
 )
 from torch import nn
@@ -170,6 +175,39 @@ def test_a_student_that_mixes_examples_is_refused(kind: type[With], method: None
     if method is None:
         with pytest.raises(DataError, match="the student mixes examples"):
             ClippedGradients(model, Layout.of(model), shape=(4,))
+
+
+@pytest.mark.parametrize("method", [None, "hooks", "graph"])
+@pytest.mark.parametrize("inner", [square, lambda: nn.Sequential(square(), nn.Dropout())])
+@pytest.mark.parametrize("kind", [Averaged, Alternating, Squeezed, Companion])
+def test_a_student_that_depends_on_how_many_examples_there_are_is_refused(
+    kind: type[With], inner: Make, method: choice.Method | None
+) -> None:
+    """Adding an example would change the gradients of the others."""
+    model = kind(inner(), 4)
+    refusal = "depends on how many examples are in the batch"
+    if method == "graph":
+        refusal += '|method="graph"'
+    with pytest.raises(DataError, match=refusal):
+        ClippedGradients(model, Layout.of(model), method=method, shape=(4,))
+
+
+def test_a_student_whose_gradients_alone_depend_on_how_many_there_are_is_refused() -> None:
+    model = Weighed(square(), 4)
+    with pytest.raises(DataError, match="gradients of 2 random examples are not the sum"):
+        ClippedGradients(model, Layout.of(model), shape=(4,))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_student_that_draws_does_not_depend_on_how_many_there_are(always: bool) -> None:
+    class Drawing(With):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(F.dropout(x, 0.5, always or self.training))
+
+    model = Drawing(square(), 4)
+    assert ClippedGradients(model, Layout.of(model), shape=(4,)).method == (
+        "hooks" if always else "graph"
+    )
 
 
 def test_a_student_that_mixes_only_before_a_layer_of_zeros_is_refused() -> None:

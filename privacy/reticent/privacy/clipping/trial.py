@@ -65,10 +65,11 @@ def misfit(model: nn.Module, shape: tuple[int, ...]) -> str | None:
 def require_unmixed(
     model: nn.Module, make: Callable[[nn.Module], Gradients], shape: tuple[int, ...]
 ) -> None:
-    """Check that an example changes nothing in the gradients of the others.
+    """Check that an example changes nothing in the gradients of the others, nor does its absence.
 
-    Once it changes to another one, and once to NaN, which gets through the faintest mixing. A
-    student that takes no random inputs is not looked at; it fails later, if it does.
+    Once it changes to another one, and once to NaN, which gets through the faintest mixing; then
+    gradients of batches must be the sums of their examples'. A student that takes no random inputs
+    is not looked at; it fails later, if it does.
 
     Args:
         model: The student, as it is trained: dropout draws the same each time.
@@ -94,6 +95,7 @@ def require_unmixed(
                 )
             tried = True
         if tried:
+            _require_additive(model, inputs[:EXAMPLES])
             return
 
 
@@ -121,15 +123,54 @@ def _mixed(
     model: nn.Module, gradients: Gradients, inputs: torch.Tensor, instead: torch.Tensor
 ) -> tuple[int, int] | None:
     before = _vectors(model, gradients, inputs)
+    if not torch.stack(before).isfinite().all():
+        raise ArithmeticError("the gradients of random examples are not finite")
     for one in range(EXAMPLES):
         changed = inputs.clone()
         changed[one] = instead
         after = _vectors(model, gradients, changed)
         for other in set(range(EXAMPLES)) - {one}:
             was, now = before[other], after[other]
-            if was.isfinite().all() and not (now - was).norm() <= UNCHANGED * was.norm():
+            if not (now - was).norm() <= UNCHANGED * was.norm():
                 return one, other
     return None
+
+
+def _require_additive(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Check that batches' gradients are the sums of their examples', whatever a batch's size is.
+
+    As the student is trained, but for dropout. Of one that draws at other times, too, it is found
+    out only whether it takes batches of all sizes.
+    """
+    with twin_of(model) as twin:
+        try:
+            drawn = _draws(twin.train(), inputs) and _draws(twin.eval(), inputs)
+            alone = torch.stack([_gradient(twin, one[None]) for one in inputs])
+            for count in range(2, len(inputs) + 1):
+                apart = _gradient(twin, inputs[:count]) - alone[:count].sum(dim=0)
+                if not drawn and not apart.norm() <= ROUNDING * alone.norm():
+                    raise DataError(
+                        f"gradients of {count} random examples are not the sum of each one's"
+                    )
+        except Exception as error:  # a student's own code may raise anything
+            said = str(error) or type(error).__name__
+            raise DataError(
+                "the student depends on how many examples are in the batch, which gives away "
+                f"whether one is there: {said}"
+            ) from error
+
+
+def _draws(model: nn.Module, inputs: torch.Tensor) -> bool:
+    """Return whether a pass draws from torch's global generator."""
+    before = torch.get_rng_state()
+    model(inputs)
+    return not torch.equal(before, torch.get_rng_state())
+
+
+def _gradient(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(sum_of_squares(model(inputs)), weights, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def _vectors(model: nn.Module, gradients: Gradients, inputs: torch.Tensor) -> list[torch.Tensor]:

@@ -58,6 +58,12 @@ MODELS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
         CODES,
         lambda: nn.Sequential(Codes(4), nn.Embedding(4, 6), nn.Flatten(), nn.Tanh(), last(30)),
     ),
+    "padded": (
+        CODES,
+        lambda: nn.Sequential(
+            *(Codes(4), nn.Embedding(4, 6, padding_idx=3), nn.Flatten(), nn.Tanh(), last(30)),
+        ),
+    ),
 }
 
 

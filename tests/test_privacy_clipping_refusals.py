@@ -42,6 +42,14 @@ def test_padding_for_which_the_hooks_have_the_wrong_gradient_is_refused(mode: An
         ClippedGradients(model, Layout.of(model))
 
 
+def test_a_row_for_padding_is_refused_where_only_the_hooks_know_the_student() -> None:
+    """They would train it."""
+    table = nn.Embedding(4, 3, padding_idx=3)
+    model = nn.Sequential(table, nn.Conv1d(5, 2, 1), nn.Flatten(), nn.Linear(6, 3))
+    with pytest.raises(DataError, match="student layer 0 has padding_idx=3"):
+        ClippedGradients(model, Layout.of(model), shape=(5,))
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -127,8 +127,7 @@ def unsuited(model: nn.Module) -> str | None:
 
 def _suits(layer: nn.Module) -> bool:
     if type(layer) is nn.Embedding:
-        plain = layer.padding_idx is None and layer.max_norm is None
-        return plain and not layer.scale_grad_by_freq and not layer.sparse
+        return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
     if type(layer) is nn.LayerNorm:
         return set(layer._parameters) == {"weight", "bias"}
     return type(layer) in TERMS and is_known(layer)
@@ -199,7 +198,10 @@ def _layer_norm(layer: nn.LayerNorm, inputs: torch.Tensor, back: torch.Tensor) -
 
 def _embedding(layer: nn.Embedding, inputs: torch.Tensor, back: torch.Tensor) -> list[Term]:
     codes = inputs.reshape(len(inputs), -1).long()
-    return [LookedUp(back.reshape(*codes.shape, -1), codes, layer.num_embeddings)]
+    back = back.reshape(*codes.shape, -1)
+    if layer.padding_idx is not None:  # a row that is not trained
+        back = back.masked_fill((codes == layer.padding_idx)[..., None], 0)
+    return [LookedUp(back, codes, layer.num_embeddings)]
 
 
 TERMS: dict[type[nn.Module], Callable[..., list[Term]]] = {

@@ -28,14 +28,20 @@ class HookedGradients:
         """Attach the hooks to ``model``.
 
         Raises:
-            DataError: If a convolution pads with anything but zeros: Opacus' formula for the
-                gradient of an example takes it for zeros, and what is summed would not be it.
+            DataError: If a convolution pads with anything but zeros, or a table has a row for
+                padding: Opacus' formula for the gradient of an example takes them for zeros and for
+                a row like others, and what is summed would not be it.
         """
         for name, module in model.named_modules():
             if getattr(module, "padding_mode", "zeros") != "zeros":
                 raise DataError(
                     f"student layer {name} has padding_mode={module.padding_mode!r}: gradients of "
                     'single examples are known for "zeros" only'
+                )
+            if getattr(module, "padding_idx", None) is not None:
+                raise DataError(
+                    f"student layer {name} has padding_idx={module.padding_idx}: Opacus' hooks, "
+                    "which this student's other layers need, would train that row"
                 )
         # Brings scipy and torch.distributed along: 90 MB that the other ways never need.
         from opacus.grad_sample import GradSampleHooks

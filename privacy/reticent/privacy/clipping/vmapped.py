@@ -16,7 +16,7 @@ class Tables(TorchFunctionMode):
     """Looks codes up in a table's own rows, and tells whether all were there.
 
     ``vmap`` lays the tables of all sets of weights end to end: a code beyond one would read, and
-    move, the rows of another set.
+    move, the rows of another set, and the row for padding would be that of the first set only.
 
     Attributes:
         inside: For each look-up, whether its codes are codes of its table.
@@ -29,12 +29,17 @@ class Tables(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.embedding:
-            codes, table = args[:2]
-            kept = codes.clamp(0, len(table) - 1)
-            self.inside.append((codes == kept).all())
-            args = (kept, *args[1:])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+        codes, table = args
+        kept = codes.clamp(0, len(table) - 1)
+        self.inside.append((codes == kept).all())
+        padding = kwargs.pop("padding_idx")
+        found = func(kept, table, **kwargs)
+        if padding is None:
+            return found
+        return torch.where((kept == padding % len(table))[..., None], found.detach(), found)
 
 
 class _Unrolled(nn.Module):

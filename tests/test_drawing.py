@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing_tasks import Dropped
+from owned_students import Codes
+from torch import nn
 
 from reticent.client.steps import Client, NoisyStep
 from reticent.client.training import LocalTrainer, trained_alone
@@ -18,6 +21,7 @@ from reticent.core.run import Run
 from reticent.core.seeds import layers_draw
 from reticent.core.tasks import load_task
 from reticent.core.update import Vector
+from reticent.privacy.clipping.trial import draws_numbers
 from reticent.privacy.randomness import SeededRandomness, Stream
 from reticent.server.distillation import lesson
 from reticent.simulations.simulate import simulate
@@ -146,3 +150,25 @@ def test_a_key_decides_what_layers_draw() -> None:
 
     assert torch.equal(draws(b"12345678"), draws(b"12345678"))
     assert not torch.equal(draws(b"12345678"), draws(b"1234567a"))
+
+
+class Picky(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("not these")
+
+
+@pytest.mark.parametrize(
+    ("model", "draws"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3)), True),
+        (nn.Sequential(nn.Linear(4, 4), Dropped()), True),
+        (nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), False),
+        (nn.Sequential(Codes(2), nn.Embedding(2, 3)), False),
+        (Picky(), True),
+    ],
+)
+def test_a_trial_says_whether_a_student_draws(model: nn.Module, draws: bool) -> None:
+    """Those that cannot be tried are taken to do so."""
+    before = torch.get_rng_state()
+    assert draws_numbers(model.eval(), (4,)) == draws
+    assert torch.equal(before, torch.get_rng_state()) and not model.training

@@ -233,6 +233,40 @@ def test_between_replies_the_task_is_left_alone(tmp_path: Path) -> None:
         assert set(DIARY.clients(THREAD)) in (FIRST_TWO, ALL)
 
 
+@pytest.mark.parametrize("kind", ["joined", "drawing"])
+def test_torchs_generator_is_left_alone_while_a_task_is_asked(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ``client`` may draw from it: where the student does so too, they take turns."""
+    entered, trained, moved = threading.Event(), threading.Event(), list[bool]()
+    train, restore = LocalTrainer.pseudo_gradients, torch.set_rng_state
+
+    def load(index: int) -> None:
+        if index == BLOCK:
+            entered.set()
+            trained.wait(PATIENCE)
+
+    def followed(self: LocalTrainer, *given: Any) -> Any:
+        if site._prefetch._ahead is not None:
+            assert entered.wait(PATIENCE)
+        try:
+            return train(self, *given)
+        finally:
+            trained.set()
+
+    def moving(state: torch.Tensor) -> None:
+        moved.append(DIARY.inside.locked())
+        restore(state)
+
+    DIARY.hook = load
+    monkeypatch.setattr(LocalTrainer, "pseudo_gradients", followed)
+    monkeypatch.setattr(torch, "set_rng_state", moving)
+    keys = ("privacy.trust=local", "federation.steps_per_round=2")
+    site, messages = charged(World(tmp_path, own(kind, *keys)), "site")
+    assert sum(isinstance(payload(m), bytes) for m in site.answer_many(messages)) == CLIENTS - 2
+    assert entered.is_set() and moved and not any(moved)
+
+
 def test_a_task_that_does_not_bear_a_second_thread_is_asked_in_the_first(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

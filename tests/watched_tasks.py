@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from test_cohort import SmallTask
 from torch import nn
+from torch.nn import functional as F
 
 from reticent.core.tasks import Examples
 
@@ -90,6 +92,41 @@ class Telling(SmallTask):
         with Path(os.environ[LOADS]).open("a", encoding="utf-8") as file:
             file.write(threading.current_thread().name + "\n")
         return super().client(index)
+
+
+class Joined(nn.Sequential):
+    """No plain chain, as nobody knows what it does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return super().forward(1 * x)
+
+
+class Drawing(nn.Sequential):
+    """Draws in training."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+class Odd(Watched):
+    """Has a student of another kind."""
+
+    def __init__(self, kind: type[nn.Sequential]) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def student(self, model: str) -> nn.Module:
+        layers = super().student(model)
+        assert isinstance(layers, nn.Sequential)
+        return self._kind(*layers)
+
+
+def joined(section: object, seed: int) -> Odd:
+    return Odd(Joined)
+
+
+def drawing(section: object, seed: int) -> Odd:
+    return Odd(Drawing)
 
 
 def watched(section: object, seed: int) -> Watched:

@@ -232,7 +232,8 @@ def _finish_all(site: Site, common: Common, begun: Sequence[_Begun]) -> list[Out
     found = [_ready(site, common, one.request) for one in begun]
     clients = [one.client for one in found if isinstance(one, _Ready)]
     model = common.model
-    if clients and (ahead := begun[0].request.environment.ahead) is not None:
+    ahead = begun[0].request.environment.ahead if clients else None
+    if ahead is not None and site.trainer.leaves_generator:
         ahead.start(site.task)
     updates = iter(_updates(site, model, clients, begun[0].request.order) if clients else [])
     return [

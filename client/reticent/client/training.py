@@ -31,6 +31,7 @@ from reticent.privacy.clipping import (
     method_of,
     own_chain_of,
 )
+from reticent.privacy.clipping.trial import draws_numbers
 from reticent.privacy.randomness import Randomness
 
 from .accelerated import accelerated
@@ -82,7 +83,8 @@ class LocalTrainer:
         self.plan, self._input_shape = plan, task.input_shape
         self._accelerator, self._expected = accelerator, expected_batch(plan, task)
         self._model = self._bare = student_model(task, plan, constants)
-        self._draws = chain_of(self._model) is None  # no layer that a chain may have does
+        # No layer that a chain may have does.
+        self._draws = chain_of(self._model) is None and draws_numbers(self._model, task.input_shape)
         whole = Layout.of(self._model)
         self.layout = Layout(whole.names, whole.shapes, constants.kept)
         self.split = split_of(self.layout, plan.federation.local.personal)
@@ -188,6 +190,15 @@ class LocalTrainer:
             return None
         hooked = shares_weights(self.plan) and self._clipped.method == "hooks"
         return reason_alone(self.plan, self._bare, self._input_shape, self._expected, hooked)
+
+    @cached_property
+    def leaves_generator(self) -> bool:
+        """Whether torch's global generator is left alone from now on while clients are trained.
+
+        A thread that loads others' examples may then draw from it.
+        """
+        _ = self.alone  # its trial moves the generator, and puts it back
+        return not self._draws
 
     @cached_property
     def _together(self) -> Together:

@@ -99,6 +99,24 @@ def require_unmixed(
             return
 
 
+def draws_numbers(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Return whether a student draws from torch's global generator in training.
+
+    Of one that takes no random inputs it is supposed.
+
+    Args:
+        model: The student, without hooks.
+        shape: Of one example.
+    """
+    for inputs in draws(shape):
+        try:
+            with twin_of(model) as twin:
+                return _draws(twin.train(), inputs)
+        except Exception:  # a student's own code may raise anything on such inputs
+            continue
+    return True
+
+
 def _misfit(model: nn.Module, inputs: torch.Tensor) -> str | None:
     parameters = dict(model.named_parameters())
     uses = _uses(sum_of_squares(model(inputs)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -226,3 +228,14 @@ class Companion(With):
         if len(x) == 1:
             raise ValueError("one is too few")
         return super().forward(x)
+
+
+class Scaled(With):
+    """Takes its numbers on another scale, which not all numbers are on."""
+
+    def __init__(self, scale: Callable[[torch.Tensor], torch.Tensor], layer: nn.Module) -> None:
+        super().__init__(layer, 4)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.scale(x))

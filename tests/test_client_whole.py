@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from graph_students import Scaled
+from torch import nn
 
 from reticent.cli import main as command
+from reticent.client.whole import require_whole
+from reticent.core.errors import DataError
+from reticent.core.plan import parse_plan
 
 Capture = pytest.CaptureFixture[str]
 TEXT = """
@@ -43,3 +51,11 @@ def test_a_student_of_which_no_single_gradients_can_be_had_is_an_error_of_the_us
     said = capsys.readouterr().err
     assert f"student odd_students:{student} of task text" in said and "fault" not in said
     assert check(student, tmp_path, monkeypatch, "--set", "privacy.unit=client") == 0
+
+
+def test_a_student_is_tried_on_inputs_at_which_its_gradients_are_finite() -> None:
+    task: Any = SimpleNamespace(name="small", classes=3, input_shape=(4,))
+    plan = parse_plan("", ["privacy.noise_multiplier=1.0"])
+    require_whole(Scaled(torch.log1p, nn.Linear(4, 4)), plan, task)
+    with pytest.raises(DataError, match="its gradients at random inputs are not finite"):
+        require_whole(Scaled(torch.log, nn.Linear(4, 4)), plan, task)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graph_students import LENGTH, Block, Centred
+from graph_students import LENGTH, Block, Centred, Scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -321,6 +321,7 @@ class Recurrent(nn.Module):
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "batch normalisation"),
         (nn.Linear(5, 3), "torch.func cannot take it"),
         (Centred(nn.Linear(4, 4), 4), "not that of plain passes"),
+        (Scaled(torch.log, nn.Linear(4, 4)), "its gradients at random inputs are not finite"),
     ],
     ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
@@ -356,6 +357,10 @@ def test_a_trial_passes_over_warnings_that_are_not_of_a_slow_loop() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert unfit(Warned(4, 3), (4,)) is None
+
+
+def test_a_trial_goes_on_to_inputs_that_say_something() -> None:
+    assert unfit(Scaled(torch.log1p, nn.Linear(4, 4)), (4,)) is None
 
 
 def test_attention_by_torchs_kernel_is_written_out_and_no_slow_loop() -> None:

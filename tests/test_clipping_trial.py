@@ -22,6 +22,7 @@ from graph_students import (
     Overwriting,
     Places,
     Residual,
+    Scaled,
     Shuffled,
     Squeezed,
     Stochastic,
@@ -231,6 +232,20 @@ def test_a_student_that_refuses_random_inputs_is_left_to_the_hooks() -> None:
     model = Picky(square(), 4)
     assert method_of(model, (4,)) == ("hooks", "too small")
     assert ClippedGradients(model, Layout.of(model), shape=(4,)).method == "hooks"
+
+
+@pytest.mark.parametrize("scale", [torch.log1p, torch.sqrt])
+def test_a_student_of_which_some_numbers_say_nothing_is_tried_on_others(
+    scale: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Its gradients at negative numbers are not finite; those at codes 0 and 1 are."""
+    model = Scaled(scale, square())
+    assert ClippedGradients(model, Layout.of(model), shape=(4,)).method == "graph"
+
+
+def test_a_student_that_is_finite_nowhere_is_said_to_be_so() -> None:
+    said = "its gradients at random inputs are not finite"
+    assert method_of(Scaled(torch.log, square()), (4,)) == ("hooks", said)
 
 
 def test_the_trial_changes_neither_weights_nor_mode_nor_what_is_drawn_next() -> None:

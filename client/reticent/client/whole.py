@@ -19,7 +19,7 @@ from reticent.core.tasks import Task
 from reticent.core.update import Layout
 from reticent.privacy.clipping import ClippedGradients
 from reticent.privacy.clipping.bounds import Clipping
-from reticent.privacy.clipping.trial import draws, twin_of
+from reticent.privacy.clipping.trial import draws, require_finite, twin_of
 
 from .losses import cross_entropy
 
@@ -76,5 +76,6 @@ def _apart(
     with layers_draw(bytes(8)):
         loss = cross_entropy(same(inputs), labels)
         gradients = torch.autograd.grad(loss, list(same.parameters()))
+    require_finite(torch.stack([gradient.norm() for gradient in gradients]))
     plain = layout.gather(list(gradients)).astype(np.float64)
     return float(np.linalg.norm(found - plain)), float(np.linalg.norm(plain))

@@ -14,7 +14,16 @@ from reticent.core.update import Layout
 
 from .functional import CPU, FunctionalGradients
 from .terms import Owners
-from .trial import EXAMPLES, ROUNDING, SLACK, draws, sum_of_squares, twin_of
+from .trial import (
+    EXAMPLES,
+    ROUNDING,
+    SLACK,
+    NotFiniteError,
+    draws,
+    require_finite,
+    sum_of_squares,
+    twin_of,
+)
 
 _LOOSE = 1e12
 """A clip that bounds nothing."""
@@ -43,6 +52,8 @@ def unfit(
                 return _unfit(twin.eval(), inputs[:EXAMPLES], device, microbatch)
         except DataError as error:
             return str(error)
+        except NotFiniteError as error:
+            problem = str(error)
         except Exception as error:  # a student's own code may raise anything, and so may vmap
             said = str(error).splitlines()
             problem = f"torch.func cannot take it: {said[0] if said else type(error).__name__}"
@@ -85,6 +96,7 @@ def _plain(
             loss = sum_of_squares(model(one[None]))
             gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
             total += torch.cat([gradient.flatten() for gradient in gradients])
+        require_finite(total)
         totals.append(total)
     return totals
 

@@ -42,6 +42,20 @@ class Gradients(Protocol):
         ...
 
 
+class NotFiniteError(ArithmeticError):
+    """Random inputs say nothing about a student: its gradients at them are not finite."""
+
+
+def require_finite(gradients: torch.Tensor) -> None:
+    """Check what plain passes give.
+
+    Raises:
+        NotFiniteError: If it is not finite.
+    """
+    if not gradients.isfinite().all():
+        raise NotFiniteError("its gradients at random inputs are not finite")
+
+
 def misfit(model: nn.Module, shape: tuple[int, ...]) -> str | None:
     """Return why recorded gradients are not those of ``model``; None if they are.
 
@@ -129,6 +143,7 @@ def _misfit(model: nn.Module, inputs: torch.Tensor) -> str | None:
             sum_of_squares(model(inputs[one : one + 1])), list(parameters.values())
         )
         whole = torch.stack([g.norm() for g in own]).norm()
+        require_finite(whole)
         rows = _rows(terms, model, one)
         for name, found, expected in zip(parameters, rows, own, strict=True):
             apart = (found - expected.flatten()).norm()
@@ -141,8 +156,7 @@ def _mixed(
     model: nn.Module, gradients: Gradients, inputs: torch.Tensor, instead: torch.Tensor
 ) -> tuple[int, int] | None:
     before = _vectors(model, gradients, inputs)
-    if not torch.stack(before).isfinite().all():
-        raise ArithmeticError("the gradients of random examples are not finite")
+    require_finite(torch.stack(before))
     for one in range(EXAMPLES):
         changed = inputs.clone()
         changed[one] = instead

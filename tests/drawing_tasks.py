@@ -39,3 +39,14 @@ class Drawing(ImageTask):
 
 def task(section: TaskSection, seed: int) -> Drawing:
     return Drawing(SOURCES["digits"], section, seed)
+
+
+class Resting(Drawing):
+    """Hands its student over as one that is not trained."""
+
+    def student(self, model: str) -> nn.Module:
+        return super().student(model).eval()
+
+
+def resting(section: TaskSection, seed: int) -> Resting:
+    return Resting(SOURCES["digits"], section, seed)

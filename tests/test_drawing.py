@@ -100,6 +100,13 @@ def test_clients_of_the_same_batches_meet_other_masks(path: str) -> None:
     assert (total(0) == total(0)).all() and (total(0) != total(1)).any()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_student_is_trained_as_one_whatever_its_task_left_it_as(path: str) -> None:
+    right = trained(plan_of(*PATHS[path]))
+    found = trained(plan_of(*PATHS[path], "task.name=drawing_tasks:resting"))
+    assert all((a == b).all() for a, b in zip(found, right, strict=True))
+
+
 def stop_after_one(metrics: dict[str, Any]) -> None:
     if metrics["round"] == 1:
         raise InterruptedError

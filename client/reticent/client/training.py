@@ -82,7 +82,7 @@ class LocalTrainer:
         _check_soft_labels(constants, task)
         self.plan, self._input_shape = plan, task.input_shape
         self._accelerator, self._expected = accelerator, expected_batch(plan, task)
-        self._model = self._bare = student_model(task, plan, constants)
+        self._model = self._bare = student_model(task, plan, constants).train()
         # No layer that a chain may have does.
         self._draws = chain_of(self._model) is None and draws_numbers(self._model, task.input_shape)
         whole = Layout.of(self._model)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from reticent.core.errors import DataError, PlanError
 from reticent.core.models import student
 from reticent.core.update import Layout
-from reticent.privacy.clipping import ClippedGradients
+from reticent.privacy.clipping import ClippedGradients, FunctionalGradients
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -48,6 +48,14 @@ def test_a_row_for_padding_is_refused_where_only_the_hooks_know_the_student() ->
     model = nn.Sequential(table, nn.Conv1d(5, 2, 1), nn.Flatten(), nn.Linear(6, 3))
     with pytest.raises(DataError, match="student layer 0 has padding_idx=3"):
         ClippedGradients(model, Layout.of(model), shape=(5,))
+
+
+@pytest.mark.parametrize("kind", [ClippedGradients, FunctionalGradients])
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_that_changes_by_what_is_looked_up_is_refused(kind: Any, table: Any) -> None:
+    model = nn.Sequential(table(4, 3, max_norm=1.0), nn.Flatten(), nn.Linear(3, 3))
+    with pytest.raises(DataError, match=r"student layer 0 has max_norm=1\.0"):
+        kind(model, Layout.of(model))
 
 
 class Unused(nn.Module):

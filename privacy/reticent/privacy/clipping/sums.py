@@ -76,8 +76,8 @@ class ClippedGradients:
                 unless it is asked for.
 
         Raises:
-            DataError: If the model holds buffers or layers that mix examples, or ``method`` is not
-                one that is right for it.
+            DataError: If the model holds buffers, or layers that mix examples or are changed by
+                them, or ``method`` is not one that is right for it.
             PlanError: If there is no such clipping.
         """
         require_bare(model)
@@ -173,7 +173,9 @@ class ClippedGradients:
 
 
 def require_bare(model: nn.Module) -> None:
-    """Check that a student neither mixes examples by batch normalisation nor stores any.
+    """Check that a student neither mixes examples by batch normalisation nor is changed by them.
+
+    Buffers store them, and tables with ``max_norm`` shorten the rows that examples look up.
 
     Raises:
         DataError: If it does.
@@ -185,6 +187,12 @@ def require_bare(model: nn.Module) -> None:
             f"the student has batch normalisation or buffers ({', '.join(mixing + buffers)}): "
             "they would mix or store private examples; fold them or use GroupNorm"
         )
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise DataError(
+                f"student layer {name} has max_norm={module.max_norm}: it changes its weights by "
+                "what it looks up, and so by private examples, before any noise"
+            )
 
 
 def add_clipped(

@@ -260,6 +260,20 @@ def test_the_trial_changes_neither_weights_nor_mode_nor_what_is_drawn_next() -> 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_the_trial_keys_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    keyed: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", keyed.append)
+    model = With(nn.Sequential(square(), nn.Dropout()), 4)
+    ClippedGradients(model, Layout.of(model), shape=(4,))
+    assert not keyed
+
+
+def test_a_layer_that_takes_other_rows_than_the_examples_is_refused_at_once() -> None:
+    model = Folding(nn.Linear(2, 2), 4)
+    with pytest.raises(DataError, match="took 6 rows for 3 examples"):
+        ClippedGradients(model, Layout.of(model), shape=(2, 2))
+
+
 class Wrong:
     """A term that forgets, or is a hundredth too large."""
 

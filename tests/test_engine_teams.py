@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -20,7 +21,7 @@ from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
 from reticent.simulations.admission import check_engine
 from reticent.simulations.cores import quota, usable_cores
-from reticent.simulations.devices import Devices
+from reticent.simulations.devices import Devices, devices_for
 from reticent.simulations.growing import GrowingTeam, saved
 from reticent.simulations.player import Player
 from reticent.simulations.processes import Processes
@@ -345,8 +346,91 @@ def test_a_resumed_run_starts_processes_for_the_rounds_that_are_left(
         simulate(plan, tmp_path / "run", progress=_stop)
     begun = len(left)
     simulate(plan, tmp_path / "run", resume=True)
-    first = 2 * BLOCK
-    assert (left[0], left[begun]) == (3 * 52 - first, 2 * 52 - first)
+    assert (left[0], left[begun]) == (3 * 52 - 4 * BLOCK, 2 * 52 - 4 * BLOCK)
+    assert (begun, len(left) - begun) == (1, 2)  # the second half of a round; and then a round
+
+
+class Told:
+    """A player that takes ``new`` seconds to begin, and those of ``takes`` for its shares."""
+
+    now = 0.0
+    new = 100.0
+
+    def __init__(self, takes: Callable[[int], float]) -> None:
+        self._takes = takes
+        self._shares = 0
+
+    def __call__(self, *about: object) -> Told:
+        self.now += self.new
+        return self
+
+    def begin(self, work: bytes) -> None:
+        self.now += self.new
+
+    def play(self, share: bytes) -> bytes:
+        self.now += self._takes(self._shares)
+        self._shares += 1
+        return share
+
+
+def told(
+    monkeypatch: pytest.MonkeyPatch, cohort: int, rounds: int, takes: Callable[[int], float]
+) -> list[str]:
+    """Return what a growing team says that plays ``rounds`` of ``cohort`` clients."""
+    player = Told(takes)
+    lines: list[str] = []
+    monkeypatch.setattr("reticent.simulations.growing.Player", player)
+    monkeypatch.setattr("reticent.simulations.growing.perf_counter", lambda: player.now)
+    monkeypatch.setattr("reticent.simulations.growing.Processes", NeverReady)
+    plan = plan_of(f"federation.clients_per_round={cohort}")
+    devices = devices_for(plan, Path("nowhere"))
+    with GrowingTeam(devices, "", plan, 2, rounds, lines.append) as team:
+        for number in range(rounds):
+            list(team.play(dealt(team, cohort, number)))
+    return lines
+
+
+def dealt(team: GrowingTeam, cohort: int, number: int) -> Iterator[Task]:
+    work, clients = str(number).encode(), list(range(cohort))
+    while clients:
+        share, clients = clients[: team.window], clients[team.window :]
+        yield work, json.dumps(["train", "", [], share, [], {}]).encode()
+
+
+class NeverReady:
+    """Processes that import for ever."""
+
+    size = 2
+
+    def __init__(self, *about: object) -> None:
+        pass
+
+    def __enter__(self) -> NeverReady:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def ready(self) -> bool:
+        return False
+
+
+def test_what_is_new_at_first_starts_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of 0.04 s; the first blocks take a second more."""
+    assert told(monkeypatch, 20, 30, lambda share: 0.04 if share else 1.04) == []
+
+
+def test_a_team_grows_for_the_clients_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins in the second round; a cohort's last share has one client, and is not timed."""
+    lines = told(monkeypatch, 27, 30, lambda share: 13.0)
+    assert lines == ["2 worker processes of one thread each: one would take another 378 s"]
+
+
+def test_every_client_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr("reticent.simulations.growing.saved", lambda n, *_: left.append(n) or 0.0)
+    told(monkeypatch, 27, 4, lambda share: 13.0)
+    assert left == [3 * 27 - 26, 27, 0]  # in the second round, then after whole ones
 
 
 @pytest.mark.parametrize(

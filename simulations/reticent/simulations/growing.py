@@ -12,6 +12,7 @@ from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan
 
 from .devices import Devices
+from .packets import clients_in
 from .player import Player
 from .processes import Processes
 from .teams import Task
@@ -25,11 +26,12 @@ and Flower anew (4 s on a virtual x86-64 core)."""
 class GrowingTeam:
     """A :class:`.Team` for ``engine.workers = "auto"``.
 
-    The first shares are played here, on one thread, and timed. Once the clients that are left, at
-    the measured pace, take so long that more processes would save :data:`START`, these are started,
-    and shares are played here until all are there. If one of them ends instead, there will be no
-    others. Where shares are played changes no result (:class:`.TeamGrid`), so neither does a
-    measurement.
+    The first shares are played here, on one thread, and all that are a block or more are timed but
+    the first of them, in which data, models and methods are new. If the clients that are left, at
+    the best pace that was measured, take so long that more processes would save :data:`START`,
+    these are started, and shares are played here until all are there. If one of them ends instead,
+    there will be no others. Where shares are played changes no result (:class:`.TeamGrid`), so
+    neither does a measurement.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class GrowingTeam:
         """
         self._about, self._most, self._say = (devices, plan_json), most, say
         self._left = rounds * plan.federation.clients_per_round
-        self._cohort = plan.federation.clients_per_round
+        self._warm = False
         self._pace = float("inf")
         self._player: Player | None = None
         self._work = b""
@@ -85,13 +87,15 @@ class GrowingTeam:
         """Yield the partial sum of each task, here until there are others."""
         pending = iter(tasks)
         while (others := self._team()) is None:
-            clients = min(self.window, self._cohort)
             task = next(pending, None)
             if task is None:
                 return
-            begun = perf_counter()
-            part = self._here(task)
-            self._consider(clients, perf_counter() - begun)
+            with _one_thread():
+                player = self._prepared(task[0])
+                begun = perf_counter()
+                part = player.play(task[1])
+                seconds = perf_counter() - begun
+            self._consider(clients_in(task[1]), seconds)
             yield part
         self._player = None
         yield from others.play(pending)
@@ -108,19 +112,22 @@ class GrowingTeam:
             self._others, self._most = None, 1
         return self._others if self._grown else None
 
-    def _here(self, task: Task) -> bytes:
-        work, share = task
-        with _one_thread():
-            if self._player is None:
-                self._player = Player(*self._about)
-            if self._work is not work:
-                self._player.begin(work)
-                self._work = work
-            return self._player.play(share)
+    def _prepared(self, work: bytes) -> Player:
+        if self._player is None:
+            self._player = Player(*self._about)
+        if self._work is not work:
+            self._player.begin(work)
+            self._work = work
+        return self._player
 
     def _consider(self, clients: int, seconds: float) -> None:
-        """Start the others if that saves time; the fastest share counts, as the first warms up."""
+        """Note a share that was played; start the others if that saves time."""
         self._left = max(0, self._left - clients)
+        if clients < BLOCK:
+            return  # the end of a cohort, whose clients take longer each, or which is new again
+        if not self._warm:
+            self._warm = True
+            return
         self._pace = min(self._pace, seconds / clients)
         if self._others is None and saved(self._left, self._pace, self._most) > START:
             self._say(

@@ -137,6 +137,11 @@ class Packer:
         return json.dumps(head).encode()
 
 
+def clients_in(share: bytes) -> int:
+    """Return how many clients a share that :meth:`Packer.share` packed is of."""
+    return len(parse_json(share)[3])
+
+
 def messages_in(share: bytes, work: Work, folder: Path) -> tuple[list[Message], Grants]:
     """Return the messages that :meth:`Packer.share` packed, and the charges of their clients.
 

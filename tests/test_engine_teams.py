@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +330,45 @@ def test_a_team_whose_processes_end_before_they_begin_stays_what_it_is(
     assert said.startswith("a worker ended with exit code 0 before it began")
     assert run.read_summary()["model"] == one.read_summary()["model"]
     assert spending(run) == spending(one)
+
+
+def test_a_team_whose_processes_cannot_be_started_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a limit on processes or open files is reached; the first of two was started."""
+    one = simulate(plan_of(), tmp_path / "one")
+    grown(monkeypatch, 0.0)
+    begun = limited(monkeypatch, 1)
+    lines: list[str] = []
+    run = simulate(plan_of("engine.workers=auto"), tmp_path / "alone", say=lines.append)
+    (said,) = (line for line in lines if "cannot be started" in line)
+    assert "temporarily unavailable; clients go on being trained in this process" in said
+    assert [process.exitcode for process in begun] == [-signal.SIGTERM]
+    assert run.read_summary()["model"] == one.read_summary()["model"]
+    assert spending(run) == spending(one)
+
+
+def test_workers_that_were_asked_for_and_cannot_be_started_end_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(monkeypatch, 0)
+    with pytest.raises(NetworkError, match=r"process cannot be started: .* unavailable"):
+        simulate(plan_of("engine.workers=2"), tmp_path / "run")
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[SpawnProcess]:
+    """Let no more than so many processes start; return those that do."""
+    begun: list[SpawnProcess] = []
+    start = SpawnProcess.start
+
+    def limit(process: SpawnProcess) -> None:
+        if len(begun) == most:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(process)
+        begun.append(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", limit)
+    return begun
 
 
 def test_a_resumed_run_starts_processes_for_the_rounds_that_are_left(

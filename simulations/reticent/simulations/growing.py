@@ -30,8 +30,8 @@ class GrowingTeam:
     the first of them, in which data, models and methods are new. If the clients that are left, at
     the best pace that was measured, take so long that more processes would save :data:`START`,
     these are started, and shares are played here until all are there. If one of them ends instead,
-    there will be no others. Where shares are played changes no result (:class:`.TeamGrid`), so
-    neither does a measurement.
+    or cannot be started, there will be no others. Where shares are played changes no result
+    (:class:`.TeamGrid`), so neither does a measurement.
     """
 
     def __init__(
@@ -107,10 +107,13 @@ class GrowingTeam:
         try:
             self._grown = self._others.ready()
         except NetworkError as error:
-            self._say(f"{error}; clients go on being trained in this process")
             self._open.__exit__(type(error), error, None)  # ends those that are still starting
-            self._others, self._most = None, 1
+            self._stay_alone(error)
         return self._others if self._grown else None
+
+    def _stay_alone(self, error: NetworkError) -> None:
+        self._say(f"{error}; clients go on being trained in this process")
+        self._others, self._most = None, 1
 
     def _prepared(self, work: bytes) -> Player:
         if self._player is None:
@@ -134,7 +137,12 @@ class GrowingTeam:
                 f"{self._most} worker processes of one thread each: one would take another "
                 f"{self._left * self._pace:.0f} s"
             )
-            self._others = self._open.enter_context(Processes(*self._about, self._most, self._say))
+            try:
+                team = Processes(*self._about, self._most, self._say)
+            except NetworkError as error:
+                self._stay_alone(error)
+            else:
+                self._others = self._open.enter_context(team)
 
 
 def saved(clients: int, pace: float, workers: int) -> float:

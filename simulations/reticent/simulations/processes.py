@@ -71,11 +71,20 @@ class Processes:
         """Start ``size`` processes; they import while the server prepares.
 
         ``say`` gets a line for each that is lost.
+
+        Raises:
+            NetworkError: If one cannot be started; those that were are ended.
         """
         self._about = devices, plan_json
         self._context = multiprocessing.get_context("spawn")
         self._backlog = Backlog(size, say)
-        self._workers = [_start(self._context, devices, plan_json) for _ in range(size)]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(size):
+                self._workers.append(_start(self._context, devices, plan_json))
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
 
     def __enter__(self) -> Processes:
         return self
@@ -123,7 +132,7 @@ class Processes:
         """Yield the partial sum of each task, in the order in which they are done.
 
         Raises:
-            NetworkError: If processes keep ending and nothing is done.
+            NetworkError: If processes keep ending and nothing is done, or none can be started.
         """
         self._backlog.begin(tasks)
         busy: dict[Connection, tuple[int, Task]] = {}
@@ -157,16 +166,18 @@ class Processes:
 
 
 def _start(context: SpawnContext, devices: Devices, plan_json: str) -> _Worker:
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, devices, plan_json), daemon=True)
     # Ctrl-C is for the process that the user started, which then ends the workers. They inherit the
     # mask, so that it holds from their first instruction on.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process.start()
+        ours, theirs = context.Pipe()
+        with theirs:
+            process = context.Process(target=_work, args=(theirs, devices, plan_json), daemon=True)
+            process.start()
+    except OSError as error:  # as many processes or open files as are allowed, or no memory
+        raise NetworkError(f"a worker process cannot be started: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
     return _Worker(process, ours)
 
 

@@ -311,10 +311,13 @@ def test_colours_are_left_out_where_they_are_not_wanted(tmp_path: Path) -> None:
     assert numbers <= {"", "0", "1", "2"}  # bold and dim are no colours
 
 
-def test_the_terminal_is_usable_after_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_terminal_is_usable_after_ctrl_c_and_sigterm(
+    how: signal.Signals, status: int, tmp_path: Path
+) -> None:
     terminal = Terminal(tmp_path / "run", 80, "federation.rounds=500")
     terminal.read_until(b"replies")
-    os.kill(terminal.process.pid, signal.SIGINT)
+    os.kill(terminal.process.pid, how)
     terminal.read_until(b"--resume")
-    assert terminal.end() == 130
+    assert terminal.end() == status
     assert b"\x1b[?25l" not in terminal.seen

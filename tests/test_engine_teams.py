@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
 from reticent.privacy.ledger import Ledger
+from reticent.simulations import processes
 from reticent.simulations.admission import check_engine
 from reticent.simulations.cores import quota, usable_cores
 from reticent.simulations.devices import Devices, devices_for
@@ -191,6 +196,64 @@ def test_killed_worker_processes_are_replaced_and_the_model_is_the_same(
     assert run.read_summary()["model"] == one.read_summary()["model"]
     assert figures(run) == figures(one)
     assert spending(run) == spending(one), "a share that was played again was charged again"
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+
+from reticent.core.plan import parse_plan
+from reticent.simulations.devices import devices_for
+from reticent.simulations.processes import Processes
+
+plan = parse_plan("", sys.argv[1:])
+with Processes(devices_for(plan, Path("nowhere")), plan.canonical(), 2, print) as team:
+    while not team.ready():
+        time.sleep(0.05)
+    print(*team.pids, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_of_a_process_that_is_killed_end_with_it_whatever_they_do() -> None:
+    """They are stopped in here, and so look at their pipes as little as in a long share."""
+    command = [sys.executable, "-c", DRIVER, *SMALL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        workers = [int(pid) for pid in driver.stdout.readline().split()]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        driver.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in workers if lives(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def lives(pid: int) -> bool:
+    """Return whether a process is there and has not ended; nobody may have collected it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_worker_whose_run_was_killed_before_it_began_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signals: list[int] = []
+    monkeypatch.setattr(processes, "end_with_parent", signals.append)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: SimpleNamespace(pid=0))
+    monkeypatch.setattr(processes, "Player", None)
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        plan = plan_of()
+        processes._work(theirs, devices_for(plan, Path("nowhere")), plan.canonical())
+        assert not ours.poll() and signals == [signal.SIGKILL]
 
 
 def test_a_run_whose_workers_keep_dying_ends_with_the_reason() -> None:

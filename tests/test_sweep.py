@@ -577,7 +577,10 @@ def test_a_point_that_was_killed_before_it_had_a_journal_goes_on(
     assert run.read_summary()["model"] == whole["model"]
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_sweep_that_is_told_to_end_says_how_to_go_on(
+    how: signal.Signals, status: int, tmp_path: Path
+) -> None:
     entry = str(Path(sys.executable).parent / "reticent")
     arguments = [part for setting in SETTINGS for part in ("--set", setting)]
     process = subprocess.Popen(
@@ -590,9 +593,9 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((tmp_path / "s").glob("*/journal.db")):
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, how)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "--resume" in errors and "Traceback" not in errors
 
 

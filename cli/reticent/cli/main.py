@@ -54,7 +54,7 @@ def cli() -> None:
     Exit status: 0 success, 1 unexpected, 2 usage, 3 plan, 4 data, 5 privacy budget or ledger,
     6 network or too few clients, 7 artifact, 8 run directory, 9 payload, 10 missing extra or GPU,
     11 keys, certificates or devices, 12 the policy of a device's owner, 13 a device's disk,
-    130 interrupted, 143 ended by SIGTERM.
+    130 interrupted, 143 told to end.
     """
 
 

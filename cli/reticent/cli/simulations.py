@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +71,8 @@ def simulate(
     show.say(f"plan {plan.digest[:12]}: {_headline(plan)}")
     show.say(f"run directory {run.folder}")
     try:
-        _run(plan, run, resume, show, feed)
-    except KeyboardInterrupt:
-        show.clear()
-        click.echo(_interrupted(plan, run), err=True)
-        raise SystemExit(130) from None
+        with interruptible(show.clear, lambda: _interrupted(plan, run)):
+            _run(plan, run, resume, show, feed)
     except BudgetsSpent:
         show.clear()
         _report_the_end(run)
@@ -108,6 +109,23 @@ def _run(plan: Plan, run: Run, resume: bool, show: Progress | Dashboard, feed: F
             record_failure(run, " ".join(str(error).split()))
         raise
     feed.end(run.read_summary())
+
+
+@contextmanager
+def interruptible(clear: Callable[[], None], words: Callable[[], str]) -> Iterator[None]:
+    """Let SIGTERM unwind a command as Ctrl-C does; say ``words`` and end with 143 or 130."""
+    # Ray sets a handler when it is started, to the same effect.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != signal.SIGTERM:
+            raise
+        clear()
+        click.echo(words(), err=True)
+        raise SystemExit(143 if isinstance(end, SystemExit) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupted(plan: Plan, run: Run) -> str:

@@ -11,7 +11,7 @@ import click
 from reticent.core.errors import PlanError, RunError
 
 from .output import Progress, epsilon_text, table
-from .simulations import committed_rounds, overrides_option
+from .simulations import committed_rounds, interruptible, overrides_option
 
 if TYPE_CHECKING:
     from reticent.simulations.sweep import Manifest, Point, Results, Sweep
@@ -54,16 +54,12 @@ def sweep(
     opened = open_sweep(where, manifest)
     show = _Show(opened, as_json)
     show.say(_headline(manifest, where))
-    try:
+    words = (
+        "interrupted: finished runs and committed rounds are kept; continue with `reticent "
+        f"sweep --run {where} --resume`"
+    )
+    with interruptible(show.clear, lambda: words):
         failures = run_sweep(opened, show.told())
-    except KeyboardInterrupt:
-        show.clear()
-        click.echo(
-            f"interrupted: finished runs and committed rounds are kept; continue with `reticent "
-            f"sweep --run {where} --resume`",
-            err=True,
-        )
-        raise SystemExit(130) from None
     results = collect_results(opened, failures)
     written = write_results(results)
     if as_json:

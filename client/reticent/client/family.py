@@ -93,9 +93,9 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def end_with_parent() -> None:
-    """Let this process be told to end when the one that started it does."""
-    _prctl(_DEATH_SIGNAL, signal.SIGTERM)
+def end_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
+    """Let this process be sent a signal when the thread ends that started it."""
+    _prctl(_DEATH_SIGNAL, how)
 
 
 def name_process(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
+from reticent.client.family import end_with_parent
 from reticent.core.errors import NetworkError
 
 from .devices import Devices
@@ -62,7 +64,8 @@ class _Worker:
 class Processes:
     """A :class:`.Team` of processes with one thread each.
 
-    One that is killed is started anew, and what it was playing is played again.
+    One that is killed is started anew, and what it was playing is played again. If this process is
+    killed, or the thread ends that started them, they are killed too, whatever they play.
     """
 
     def __init__(
@@ -182,6 +185,11 @@ def _start(context: SpawnContext, devices: Devices, plan_json: str) -> _Worker:
 
 
 def _work(pipe: Connection, devices: Devices, plan_json: str) -> None:
+    # A pipe that nobody reads any more tells only who looks at it, which is after a whole share.
+    end_with_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != os.getppid():
+        return  # it was killed before
     player = Player(devices, plan_json)
     try:
         pipe.send_bytes(b"")  # ready

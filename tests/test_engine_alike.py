@@ -11,6 +11,7 @@ import pytest
 
 from reticent.core.errors import DependencyError
 from reticent.simulations.alike import FOLDERS, Marks, compared, digest, own_marks
+from reticent.simulations.ray_engine import no_start
 
 OWN = Marks("0.1.0 (abc)", "2.13.0", "x86_64 AVX512, cpu build")
 
@@ -31,6 +32,22 @@ def test_other_code_is_refused(key: str) -> None:
 def test_what_an_older_version_answers_is_another_version(stale: Any) -> None:
     with pytest.raises(DependencyError, match="reticent of another version"):
         compared(OWN, stale)
+
+
+class Died(Exception):
+    """As Ray's ActorDiedError tells of an actor that did not come to be, or was lost."""
+
+    def __init__(self, text: str, actor_init_failed: bool) -> None:
+        super().__init__(text)
+        self.actor_init_failed = actor_init_failed
+
+
+def test_a_machine_where_no_actor_can_start_is_told_from_one_that_was_lost() -> None:
+    text = "The actor died\nTraceback:\nModuleNotFoundError: No module named 'reticent'\n"
+    why = no_start(Died(text, actor_init_failed=True))
+    assert "cannot start an actor: ModuleNotFoundError: No module named 'reticent'; the" in why
+    assert no_start(Died(text, actor_init_failed=False)) == ""
+    assert no_start(RuntimeError("the raylet was killed")) == ""
 
 
 def test_another_processor_is_said() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from reticent.core.errors import NetworkError
+from reticent.core.errors import DependencyError, NetworkError
 from reticent.core.plan import Plan
 
 from .alike import compared, own_marks
@@ -119,7 +119,7 @@ class RayTeam:
 
         Raises:
             NetworkError: If actors are lost and nothing is done, or none finds a place.
-            DependencyError: If a node has another reticent or another torch.
+            DependencyError: If a node has another reticent or another torch, or none.
         """
         self._backlog.begin(tasks)
         latest: Task | None = None
@@ -161,6 +161,8 @@ class RayTeam:
             except RayTaskError:
                 raise
             except RayError as error:
+                if call.task is None and (why := no_start(error)):
+                    raise DependencyError(why) from error
                 self._backlog.lost(call.task, f"with {type(error).__name__}")
                 self._start()
                 continue
@@ -183,6 +185,20 @@ class RayTeam:
 
         actor = ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(*self._about)
         self._calls[actor.ready.remote()] = _Call(actor, None)
+
+
+def no_start(error: Exception) -> str:
+    """Return why no actor can start on some node, in words; or nothing, if one was merely lost.
+
+    Ray places the next one there again, as often as one is asked for: the node has free cores.
+    """
+    if not getattr(error, "actor_init_failed", False):
+        return ""
+    last = str(error).strip().splitlines()[-1].strip()  # of a traceback: what was raised
+    return (
+        f"a Ray node cannot start an actor: {last}; the same reticent has to be installed on every "
+        "node, pip install 'reticent[simulation]' from the same source"
+    )
 
 
 def _connect(plan: Plan) -> bool:

@@ -229,6 +229,17 @@ def test_an_altered_plan_in_the_run_directory_is_refused(tmp_path: Path) -> None
         open_run(folder).plan()
 
 
+def test_a_run_that_is_to_go_on_with_another_device_is_told_that_it_differs_there(
+    tmp_path: Path,
+) -> None:
+    """And at nothing else of the engine, which cannot change its bits."""
+    plan = plan_of("engine.workers=1")
+    folder = create_run(tmp_path / "run", plan).folder
+    open_run(folder, plan_of("engine.workers=2"))
+    with pytest.raises(RunError, match=r"differs at engine\.device \(cpu before, cuda now\)$"):
+        open_run(folder, plan_of("engine.device=cuda", "engine.prefetch=false"))
+
+
 def test_devices_stop_at_their_budget_and_the_run_ends_with_the_reason(tmp_path: Path) -> None:
     plan = plan_of("privacy.budget=7.0", "federation.retries=0")
     with pytest.raises(NetworkError, match="6 x the privacy budget of the device"):

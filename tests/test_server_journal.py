@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -108,6 +109,22 @@ def test_who_was_asked_before_a_round_failed_is_counted_once_with_those_asked_ag
     assert again.asked() == again.charged() == {"2": 2, "3": 2, "4": 1}
     assert again.participations() == {"2": 1, "3": 0, "4": 1}
     again.close()
+
+
+def test_the_most_charged_is_the_largest_of_what_all_have_charged(journal: Journal) -> None:
+    """Of a run without rounds, of an open round with old and new clients, and of committed ones."""
+    draw = random.Random(5)
+    ahead = 0
+    assert journal.most_charged() == 0
+    for number in range(1, 41):
+        who = [str(draw.randrange(12)) for _ in range(draw.randrange(4))]
+        journal.open(who)
+        assert journal.most_charged() == max(journal.charged().values(), default=0)
+        ahead += journal.most_charged() > max(journal.asked().values(), default=0)
+        used = [client for client in who if draw.random() < 0.5]
+        journal.commit(state_of(number), metrics_of(number), used, None, who)
+        assert journal.most_charged() == max(journal.charged().values(), default=0)
+    assert 0 < ahead < 40, "the open round made the difference sometimes, and sometimes not"
 
 
 def test_only_the_last_two_checkpoints_are_kept(run: Run, journal: Journal) -> None:

@@ -288,5 +288,5 @@ class _Clerk:
         if s is None:
             return None
         planned = participations(plan, rounds)
-        so_far = max([planned, *self._job.journal.charged().values()])
+        so_far = max(planned, self._job.journal.most_charged())
         return epsilon([s.over(s.round_event(), so_far)], s.delta)

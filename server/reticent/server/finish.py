@@ -204,7 +204,7 @@ def _privacy(job: Job, state: ServerState) -> dict[str, Any]:
         return {"trust": "off", "epsilon": "infinity", "server_epsilon": "infinity"}
     s = job.schedule
     used = max(job.journal.participations().values(), default=0)
-    asked = max(job.journal.charged().values(), default=0)
+    asked = job.journal.most_charged()
     spent = epsilons_spent(job.run, job.plan, s, used, asked)
     return {
         "trust": s.trust,

@@ -31,6 +31,12 @@ CREATE TABLE IF NOT EXISTS participations (
 );
 CREATE TABLE IF NOT EXISTS open (client TEXT PRIMARY KEY);
 """
+_MOST_CHARGED = """
+SELECT max(
+    (SELECT ifnull(max(asked), 0) FROM participations),
+    (SELECT ifnull(max(ifnull(asked, 0) + 1), 0) FROM open LEFT JOIN participations USING (client))
+)
+"""
 
 
 class Journal:
@@ -215,6 +221,11 @@ class Journal:
         found = self.asked()
         with _explained(self._run.journal):
             return found | {client: found.get(client, 0) + 1 for client in self._opened()}
+
+    def most_charged(self) -> int:
+        """Return the most rounds that a client may have charged: the largest of :meth:`charged`."""
+        with _explained(self._run.journal):
+            return int(self._db.execute(_MOST_CHARGED).fetchone()[0])
 
     def _opened(self) -> frozenset[str]:
         return frozenset(row[0] for row in self._db.execute("SELECT client FROM open"))

@@ -124,8 +124,9 @@ def run_rounds(plan_text: str, requests: Sequence[Request]) -> list[Outcome]:
 
     What does not depend on the device is done once for neighbours that are asked the same, and
     where :attr:`LocalTrainer.alone` is None these are trained in common passes: updates are then
-    those of :func:`run_round` up to float32 rounding of gradients (:mod:`.together`), and a
-    function of who is in ``requests``, in which order, alone. If training fails, it is tried again
+    those of :func:`run_round` up to float32 rounding of gradients (:mod:`.together`), but for what
+    layers draw (:func:`.steps.drawing`), and a function of who is in ``requests``, in which order,
+    alone. If training fails, it is tried again
     one by one, so that no device's failure is another's.
     """
     blocks: list[_Block] = []

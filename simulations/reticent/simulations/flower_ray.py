@@ -17,7 +17,9 @@ def serve_with_flower_ray(app: ServerApp, plan: Plan, devices: Devices) -> None:
 
     Flower gives nodes random ids, so which clients a round samples differs from run to run unless
     every client takes part in every round; then the result is that of the in-process engine, up to
-    float32 rounding of updates before they are encoded: here every client is trained alone.
+    float32 rounding of updates before they are encoded: here every client is trained alone. A
+    student that draws in training (dropout) draws otherwise, too: for each client, and there once
+    for each common pass.
 
     Raises:
         DependencyError: If Ray is not installed.

@@ -99,7 +99,8 @@ class Site:
 
         Equal up to float32 rounding of gradients, and so after one local step within one
         quantization step of the codec: :data:`BLOCK` clients at a time are trained together, unless
-        public constants say that it does not pay (:mod:`reticent.client.together`). A reply is a
+        public constants say that it does not pay (:mod:`reticent.client.together`). But a student
+        that draws in training (dropout) draws once for them all, and not as for each. A reply is a
         function of the messages of its block, so the same blocks give the same bits, whoever
         answers them.
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from reticent.core.errors import DependencyError
+from reticent.core.errors import DataError, DependencyError
+from reticent.core.plan import parse_plan
 from reticent.simulations.alike import FOLDERS, Marks, compared, digest, own_marks
-from reticent.simulations.ray_engine import no_start
+from reticent.simulations.devices import devices_for
+from reticent.simulations.ray_engine import _Actor, admitted, no_start
 
 OWN = Marks("0.1.0 (abc)", "2.13.0", "x86_64 AVX512, cpu build")
 
@@ -48,6 +50,24 @@ def test_a_machine_where_no_actor_can_start_is_told_from_one_that_was_lost() -> 
     assert "cannot start an actor: ModuleNotFoundError: No module named 'reticent'; the" in why
     assert no_start(Died(text, actor_init_failed=False)) == ""
     assert no_start(RuntimeError("the raylet was killed")) == ""
+
+
+def test_a_machine_without_the_data_is_refused(tmp_path: Path) -> None:
+    def told(name: str) -> Any:
+        plan = parse_plan("", [f"task.name={name}"])
+        return _Actor(devices_for(plan, tmp_path), plan.canonical()).ready()
+
+    assert admitted(told("digits")) == ""
+    with pytest.raises(DataError, match=r"cannot read the task's data: .*absent"):
+        admitted(told("absent:task"))
+
+
+@pytest.mark.parametrize("stale", [True, (), ("a", "b"), ("a", "b", "c"), (("a", "b", "c"), "")])
+def test_other_code_is_told_before_missing_data(stale: Any) -> None:
+    with pytest.raises(DependencyError, match="this machine has reticent"):
+        admitted(stale)
+    with pytest.raises(DependencyError, match="this machine has reticent"):
+        admitted((("a", "b", "c"), "no data"))
 
 
 def test_another_processor_is_said() -> None:

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from reticent.core.errors import DependencyError, NetworkError
-from reticent.core.plan import Plan
+from reticent.core.errors import DataError, DependencyError, NetworkError, ReticentError
+from reticent.core.plan import Plan, plan_from_json
+from reticent.core.tasks import load_task
 
 from .alike import compared, own_marks
 from .cores import usable_cores
@@ -39,12 +40,16 @@ class _Actor:
     """What runs in an actor's process."""
 
     def __init__(self, devices: Devices, plan_json: str) -> None:
-        self._player = Player(devices, plan_json)
+        self._player, self._plan = Player(devices, plan_json), plan_from_json(plan_json)
         self._number = 0
 
-    def ready(self) -> tuple[str, ...]:
-        """Tell that the actor has found a place and has imported everything, and what it is."""
-        return own_marks().plain()
+    def ready(self) -> tuple[tuple[str, ...], str]:
+        """Tell that the actor has found a place and has imported everything, and what it is.
+
+        And why its node lacks the task's data, if it does: as a client's refusals, which retries
+        and a quorum of the others make good, that would only make another model.
+        """
+        return own_marks().plain(), _no_data(self._plan)
 
     def play(self, number: int, work: Any, share: bytes) -> bytes:
         """Play a share of work ``number``; ``work`` lies in the node's object store."""
@@ -120,6 +125,7 @@ class RayTeam:
         Raises:
             NetworkError: If actors are lost and nothing is done, or none finds a place.
             DependencyError: If a node has another reticent or another torch, or none.
+            DataError: If a node cannot read the task's data.
         """
         self._backlog.begin(tasks)
         latest: Task | None = None
@@ -173,9 +179,9 @@ class RayTeam:
                 self._backlog.done()
                 yield part
 
-    def _compare(self, marks: Any) -> None:
-        """Refuse a node that has other code; say once that one is of another kind."""
-        unlike = compared(own_marks(), marks)
+    def _compare(self, told: Any) -> None:
+        """Refuse a node that has other code or no data; say once that one is of another kind."""
+        unlike = admitted(told)
         if unlike and not self._unlike:
             self._say(unlike)
         self._unlike = self._unlike or unlike
@@ -185,6 +191,31 @@ class RayTeam:
 
         actor = ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(*self._about)
         self._calls[actor.ready.remote()] = _Call(actor, None)
+
+
+def _no_data(plan: Plan) -> str:
+    try:
+        load_task(plan.task, plan.seed).test()
+    except ReticentError as error:
+        return str(error)
+    return ""
+
+
+def admitted(told: Any) -> str:
+    """Return how a node differs that may play all the same, in words; or nothing.
+
+    Args:
+        told: What its actor gave for ``ready``; that of an older reticent gave anything.
+
+    Raises:
+        DependencyError: If the code or torch is another one.
+        DataError: If it cannot read the task's data.
+    """
+    marks, problem = told if type(told) is tuple and len(told) == 2 else (told, "")
+    unlike = compared(own_marks(), marks)
+    if problem:
+        raise DataError(f"a Ray node cannot read the task's data: {problem}")
+    return unlike
 
 
 def no_start(error: Exception) -> str:

@@ -11,6 +11,7 @@ from reticent.core.plan import parse_plan
 from reticent.core.protocol import Refusal
 from reticent.core.run import Run, create_run
 from reticent.core.signing import make_signing_key
+from reticent.privacy.accounting import epsilon
 from reticent.privacy.events import Event, NonPrivate
 from reticent.privacy.ledger import Budget, Ledger
 from reticent.privacy.schedule import schedule_for
@@ -48,6 +49,10 @@ def build(folder: Path, *settings: str, signed: bool = True, **figures: Any) -> 
             names = [f"client-{c}" for c in range(4)]
             ledger.charge_many(names, "run", number, event, budget)
     lines = [metrics_of(number) for number in range(1, ROUNDS + 1)]
+    if schedule is not None:
+        spent = (schedule.over(event, number) for number in range(1, ROUNDS + 1))
+        known = [{"epsilon": epsilon([all_of_it], schedule.delta)} for all_of_it in spent]
+        lines = [line | more for line, more in zip(lines, known, strict=True)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     privacy: dict[str, Any] = {"trust": "off"}
     if schedule is not None:

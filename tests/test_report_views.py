@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterator
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,10 +17,19 @@ from hypothesis import strategies as st
 from report_runs import build
 
 from reticent.core.errors import RunError
-from reticent.privacy.report import collect, compare, render_comparison, render_html
+from reticent.core.plan import Plan, parse_plan
+from reticent.privacy.accounting import epsilon
+from reticent.privacy.randomness import SeededRandomness
+from reticent.privacy.report import collect, compare, render_comparison, render_html, words
 from reticent.privacy.report.bars import Bar, BarChart, Claim, bar_chart, claim_chart, spread
-from reticent.privacy.report.charts import capped
+from reticent.privacy.report.charts import capped, charts
+from reticent.privacy.report.figures import planned_curve
 from reticent.privacy.report.render import thinned
+from reticent.privacy.schedule import participations, schedule_for
+from reticent.server.sampling import Sampler, cohort_in_time
+from reticent.simulations.fleet.fleet import granting
+from reticent.simulations.fleet.making import fleet_for
+from reticent.simulations.grid import node_of
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +162,62 @@ def test_the_line_of_epsilon_never_passes_what_anybody_spent(
     data = json.loads(json.dumps(runs["plain"]))
     assert 'class="planned"' not in render_html(data)
     most = data["spent"]["maximum"] = data["planned"][1]["epsilon"]
-    shown = [capped(row["epsilon"], data) for row in data["planned"]]
+    shown = [capped(row["epsilon"], data) for row in data["rounds"]]
     assert shown == [data["planned"][0]["epsilon"], most, most, most]
     page = render_html(data)
     assert 'class="planned"' in page and "had no device stopped" in page
+
+
+def test_the_line_of_epsilon_is_that_of_the_rounds_where_some_were_asked_ahead_of_their_turn(
+    runs: dict[str, dict[str, Any]],
+) -> None:
+    """As on a fleet whose devices are away: the schedule's turns say less than was spent."""
+    data = json.loads(json.dumps(runs["plain"]))
+    most = data["rounds"][-1]["epsilon"]
+    first = next(chart for chart in charts(data) if chart["identity"] == "epsilon")
+    for row in data["planned"]:
+        row["epsilon"] = min(row["epsilon"], data["rounds"][1]["epsilon"])
+    again = next(chart for chart in charts(data) if chart["identity"] == "epsilon")
+    assert again == first and words.epsilon_text(most) in again["svg"]
+
+
+AWAY = 'fleet.availability={kind="diurnal"}'
+
+
+@pytest.mark.parametrize("setting", [AWAY, "federation.buffered={}", ""])
+def test_the_planned_line_is_never_below_what_a_client_was_asked(setting: str) -> None:
+    base = ("task.clients=100", "federation.rounds=20", "federation.clients_per_round=20")
+    more = ("privacy.noise_multiplier=1.5", "fleet={}", setting)
+    plan = parse_plan('task={name="fashion"}', [text for text in (*base, *more) if text])
+    schedule = schedule_for(plan)
+    assert schedule is not None
+    event = schedule.round_event()
+    planned = {row["round"]: row["epsilon"] for row in planned_curve(schedule, plan)}
+    # Later nobody is left that may still be asked, where some were asked too soon.
+    rounds = islice(most_asked(plan), 12)
+    found = {n: epsilon([schedule.over(event, most)], 1e-5) for n, most in rounds}
+    assert list(planned) == list(range(1, 21)) and list(found) == list(range(1, 13))
+    assert all(planned[n] >= found[n] for n in found)
+    # Where the turns themselves are what holds, nothing is added to them.
+    turns = {n: epsilon([schedule.over(event, participations(plan, n))], 1e-5) for n in found}
+    assert ({n: planned[n] for n in found} == turns == found) == (setting == "")
+
+
+def most_asked(plan: Plan) -> Iterator[tuple[int, int]]:
+    """Yield each round, and how often the client was asked by then that was asked most often."""
+    fleet = fleet_for(plan, 10_000, (20_000, 40_000), granting)
+    nodes, asked = range(node_of(0), node_of(plan.task.clients)), Counter[int]()
+    if plan.federation.buffered is not None:
+        for release in fleet.releases(nodes):
+            asked.update(release.started)
+            yield release.number, max(asked.values())
+        return
+    sampler, now = Sampler(plan, SeededRandomness(0), "run"), 0.0
+    for number in range(1, plan.federation.rounds + 1):
+        cohort, now = cohort_in_time(sampler, number, nodes, asked, fleet, now)
+        now = fleet.ask(number, 0, cohort, now, plan.federation.clients_per_round).ends
+        asked.update(cohort)
+        yield number, max(asked.values())
 
 
 class Outline(HTMLParser):

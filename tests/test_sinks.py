@@ -47,7 +47,12 @@ def test_only_released_and_public_values_go_in(run: Run) -> None:
     assert set(values) == {"accuracy", "epsilon", "bytes_up", "bytes_down", "replies"}
     assert values["bytes_up"] == 12_000  # 11,102 under aggregator trust: two figures, rounded up
     assert "seconds" not in values  # how long clients took is not noised
-    assert set(values_of(rounds(run)[0], run.plan())) == {"bytes_up", "bytes_down", "replies"}
+    assert set(values_of(rounds(run)[0], run.plan())) == {
+        "epsilon",
+        "bytes_up",
+        "bytes_down",
+        "replies",
+    }
 
 
 SECRET = (

@@ -44,9 +44,8 @@ def capped(value: Any, data: dict[str, Any]) -> Any:
 def _epsilon(data: dict[str, Any]) -> dict[str, Any] | None:
     stop = words.as_float(data["spent"]["hard_stop"])
     rules = (Rule(f"hard stop {words.epsilon_text(stop)}", stop),) if stop < float("inf") else ()
-    allowed = data["planned"] or data["rounds"]
     points = _points(
-        [row | {"epsilon": capped(row["epsilon"], data)} for row in allowed], "epsilon"
+        [row | {"epsilon": capped(row["epsilon"], data)} for row in data["rounds"]], "epsilon"
     )
     planned = _points(data["planned"], "epsilon")
     if not points:

@@ -90,6 +90,10 @@ def _user_level(events: Sequence[Event], delta: float, users: int | None) -> dic
 def planned_curve(schedule: Schedule | None, plan: Plan) -> list[dict[str, Any]]:
     """Return the most that one client can have spent after each of up to 25 rounds of a run.
 
+    Passes deal everybody in turn as long as all are there. Where devices are away others are asked
+    ahead of theirs, and a buffer is filled as fast as devices end: there a client may be asked in
+    every round, until it has been as often as the schedule allows at all.
+
     Args:
         schedule: The mechanism; None when privacy is off, and then there is no curve.
         plan: The plan.
@@ -98,7 +102,9 @@ def planned_curve(schedule: Schedule | None, plan: Plan) -> list[dict[str, Any]]
         return []
     rounds = plan.federation.rounds
     shown = sorted({round(1 + k * (rounds - 1) / (MOST_POINTS - 1)) for k in range(MOST_POINTS)})
-    most = [participations(plan, number) for number in shown]
+    there = plan.fleet is None or plan.fleet.availability.kind == "always"
+    in_turn, whole = there and plan.federation.buffered is None, participations(plan)
+    most = [participations(plan, n) if in_turn else min(n, whole) for n in shown]
     event, delta = schedule.round_event(), schedule.delta
     values = {n: epsilon(merge([schedule.over(event, n)]), delta) for n in set(most)}
     return [{"round": r, "epsilon": values[n]} for r, n in zip(shown, most, strict=True)]

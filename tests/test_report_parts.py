@@ -25,6 +25,7 @@ from reticent.privacy.report.checklist import checklist
 from reticent.privacy.report.collect import coarse
 from reticent.privacy.report.schema import problems
 from reticent.privacy.report.words import epsilon_text
+from reticent.server.fleet import DROPPED, LATE, LEFT, SMALL, STALE, SURPLUS
 
 CLIENT = ('privacy.unit="client"', "privacy.clip_quantile=0.5", "federation.clients_per_round=4")
 
@@ -187,6 +188,7 @@ def test_releases_count_what_left_with_its_bytes(example: dict[str, Any]) -> Non
     assert released(example, "Metrics")["bytes"] == 0
     assert released(example, "Broadcast model")["count"] == 5 * ROUNDS
     assert released(example, "Deployed model")["bytes"] == 17_200
+    assert not [row for row in example["releases"] if row["value"].startswith("Update that")]
 
 
 def test_every_refusal_code_has_its_own_row_when_it_left(tmp_path: Path) -> None:
@@ -197,6 +199,25 @@ def test_every_refusal_code_has_its_own_row_when_it_left(tmp_path: Path) -> None
     rows = [r for r in collect(run)["releases"] if r["value"].startswith("Refusal")]
     assert [r["count"] for r in rows] == [2] * len(Refusal)
     assert [int(r["value"][8:12]) for r in rows] == [int(r) for r in Refusal]
+
+
+def test_updates_that_came_in_vain_or_were_not_read_have_left_all_the_same(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    first, second, *others = (metrics_of(number) | {"asked": 5} for number in range(1, ROUNDS + 1))
+    vain = {LATE: 3, SURPLUS: 4, STALE: 5}
+    lost = {DROPPED: 1, LEFT: 2, SMALL: 4, "the client gave no reply (Flower error 5)": 8}
+    first |= {"asked": 3 + 12 + 15, "dropped": vain | lost}
+    second |= {"asked": 7}  # the round was closed before two of them had answered
+    lines = [first, second, *others]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = collect(run)
+    update = released(data, "Encoded update")
+    for start, count in (("Update that came too late", 12), ("Update that was not read", 2)):
+        row = released(data, start)
+        assert (row["count"], row["bytes"], row["depends"]) == (count, None, update["depends"])
+        assert row["mechanism"].startswith(update["mechanism"])
+    assert (released(data, "No reply")["count"], released(data, "No reply")["bytes"]) == (15, 0)
+    assert problems(data) == []
 
 
 BROKEN: dict[str, Any] = {

@@ -16,6 +16,11 @@ from ..release import PUBLIC_KINDS
 from .drawn import drawn_in_secret
 
 _NO_REPLY = "the client gave no reply"
+_IN_VAIN = tuple(
+    f"{_NO_REPLY} ({why})"
+    for why in ("it missed the deadline", "enough others were faster", "its model was too old")
+)
+"""Reasons of a simulated fleet for devices that train, and send an update, all the same."""
 _ORDERS = "on what the server had sent, not on the device's data"
 _REFUSAL_DEPENDS = {
     Refusal.FAILED: "on anything that made the client fail; that it depends on no example is not "
@@ -53,14 +58,14 @@ def releases(
     """Return ``{"value", "leaves", "count", "bytes", "mechanism", "depends"}`` rows.
 
     ``count`` and ``bytes`` (of the whole run) are None where they were not recorded, or follow from
-    a secret draw of clients.
+    a secret draw of clients. Of updates that nobody used the count is the most that there can be.
     """
     dropped: Counter[str] = Counter()
     secret = drawn_in_secret(promise)
     for row in () if secret else rounds:
         dropped.update(row["dropped"])
     return [
-        *_updates(promise, traffic, dropped),
+        *_updates(promise, traffic, dropped, 0 if secret else _unread(rounds)),
         *([_not_told()] if secret else _refusals(dropped)),
         *_public_values(run),
         _row("Metrics (losses, accuracies, gradient norms, counts of examples)", "a device", 0, 0)
@@ -70,12 +75,20 @@ def releases(
     ]
 
 
+def _unread(rounds: list[dict[str, Any]]) -> int:
+    """Return how many orders have neither an update that was used nor a reason why none was.
+
+    A round that is closed, because it has enough replies or its time is over, reads no more.
+    """
+    return sum(row["asked"] - row["replies"] - sum(row["dropped"].values()) for row in rounds)
+
+
 def _row(value: str, leaves: str, count: int | None, size: int | None) -> dict[str, Any]:
     return {"value": value, "leaves": leaves, "count": count, "bytes": size}
 
 
 def _updates(
-    promise: dict[str, Any], traffic: dict[str, Any], dropped: Counter[str]
+    promise: dict[str, Any], traffic: dict[str, Any], dropped: Counter[str], unread: int
 ) -> list[dict[str, Any]]:
     mechanism = update_mechanism(promise)
     covered = promise["trust"] != "off" and promise["unit"] == "example"
@@ -98,6 +111,19 @@ def _updates(
         rows.append(
             _row("Reply that the server did not use", "a device", unused, None)
             | {"mechanism": f"{mechanism}; a rejected update was charged all the same"}
+            | {"depends": depends}
+        )
+    vain = sum(dropped[why] for why in _IN_VAIN)
+    if vain:
+        rows.append(
+            _row("Update that came too late or was not needed", "a device", vain, None)
+            | {"mechanism": f"{mechanism}; who had begun to train was charged all the same"}
+            | {"depends": depends}
+        )
+    if unread > 0:
+        rows.append(
+            _row("Update that was not read, and may have left", "a device", unread, None)
+            | {"mechanism": f"{mechanism}; charged where it was made"}
             | {"depends": depends}
         )
     return rows
@@ -129,7 +155,7 @@ def _refusals(dropped: Counter[str]) -> Iterable[dict[str, Any]]:
         for refusal in Refusal
         if dropped[refusal.text]
     ]
-    silent = sum(count for why, count in dropped.items() if _NO_REPLY in why)
+    silent = sum(n for why, n in dropped.items() if _NO_REPLY in why and why not in _IN_VAIN)
     if silent:
         rows.append(
             _row("No reply", "a device", silent, 0)

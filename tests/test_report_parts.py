@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,20 @@ def test_what_is_said_about_sizes_fits_the_padding_and_the_trust(tmp_path: Path)
     assert "padded to one length" in padded[size] and "is not padded" in bare[size]
     # Under local trust an update is private by itself, and so is its length.
     assert size not in remarks(collect(build(tmp_path / "local", 'privacy.trust="local"')))
+
+
+def test_a_round_closed_by_real_replies_is_said_to_show_their_times(tmp_path: Path) -> None:
+    """In a simulation the order of replies depends on no client's data, as by a fleet's clock."""
+    early, said = ("federation.enough=4",), dict[str, str]()
+    for name, settings in {"real": early, "simulated": early, "whole": ()}.items():
+        run = build(tmp_path / name, *settings)
+        if name != "simulated":
+            shutil.rmtree(run.ledger)  # it is on the devices
+        data = collect(run)
+        assert problems(data) == []
+        said[name] = remarks(data)["Timing and dropouts"]
+    assert said["simulated"] == said["whole"]
+    assert said["real"].startswith(f"{said['whole']}; a round is closed at its first 4 replies")
 
 
 def test_client_level_is_promised_to_readers_and_not_against_the_server(

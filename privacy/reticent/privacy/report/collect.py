@@ -190,6 +190,8 @@ def _run(run: Run, plan: Plan, summary: dict[str, Any]) -> dict[str, Any]:
         "clients": plan.task.clients,
         "clients_per_round": plan.federation.clients_per_round,
         "quorum": plan.federation.quorum,
+        # A simulation takes replies in an order that depends on no client's time.
+        "enough": plan.federation.enough if plan.first_come and not simulated else None,
         "steps_per_round": plan.federation.steps_per_round,
         "sampling_rate": plan.federation.sampling_rate,
         "client_sampling": plan.federation.sampling,

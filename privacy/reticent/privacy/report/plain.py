@@ -20,17 +20,18 @@ from .weights import UNCHECKED
 from .words import as_float, certainty_text, chance_text, count_text, epsilon_text, odds_text
 
 _CHOICE = ("Choice of settings", "runs made to choose them are not counted here")
+_TIMING = (
+    "Timing and dropouts",
+    "a reply takes longer when a client's batches are larger; neither that nor its absence is "
+    "noised",
+)
 UNPROTECTED = (
     ("What is true of people in general", "a model learns it, also about someone who took no part"),
     ("Public examples", "teacher, start, mask, calibration: open to anyone by the plan"),
     ("The test set", "read for every accuracy shown here; it belongs to no client"),
     _CHOICE,
     ("Who took part, and when", "the server and the network see it"),
-    (
-        "Timing and dropouts",
-        "a reply takes longer when a client's batches are larger; neither that nor its absence is "
-        "noised",
-    ),
+    _TIMING,
     (
         "Clients and servers that do not follow the protocol",
         "a client that omits its noise or sends what it likes weakens others; a device cannot see "
@@ -54,6 +55,10 @@ _DRAWN = (
     "not see these",
 )
 _PERSON = "A person with several examples"
+_FIRST_COME = (
+    "; a round is closed at its first {} replies, so who is in its sum follows from these times, "
+    "and the models show it: what their readers learn by that is in no number"
+)
 _SIMULATED = (
     "The simulation's seed",
     "whoever knows it knows the noise: a simulation shows the mechanism, it protects nobody",
@@ -74,6 +79,9 @@ def not_covered(data: dict[str, Any]) -> list[dict[str, str]]:
     tuning = data.get("tuning")
     if tuning is not None and tuning["runs"] > 1:
         rows[rows.index(_CHOICE)] = (_CHOICE[0], _chosen(tuning))
+    enough = data["run"].get("enough")
+    if enough is not None:
+        rows[rows.index(_TIMING)] = (_TIMING[0], _TIMING[1] + _FIRST_COME.format(enough))
     if drawn_in_secret(promise):
         rows.append(_DRAWN)
     if "weights" in data:

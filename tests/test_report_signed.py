@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_runs import build
 
-from reticent.core.errors import ArtifactError, LedgerError
+from reticent.core.errors import ArtifactError, LedgerError, RunError
 from reticent.core.run import Run
 from reticent.core.signing import make_signing_key, read_private_key, read_public_key
 from reticent.privacy.events import PoissonGaussian
@@ -155,6 +156,28 @@ def test_altered_metrics_are_found(written: Run) -> None:
     written.metrics.write_text(text.replace('"replies": 3', '"replies": 4', 1))
     with pytest.raises(ArtifactError, match=r"rounds\[0\]\.replies is 3 in the report and 4"):
         verified(written)
+
+
+@pytest.mark.parametrize("settings", [(), ('privacy.trust="local"',), ('privacy="off"',)])
+def test_another_epsilon_in_the_summary_is_found(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """What ``reticent runs``, a sweep and the last lines of a simulation show."""
+    run = build(tmp_path / "run", *settings)
+    data, summary = collect(run), run.read_summary()
+    rows = {row["name"]: row["epsilon"] for row in data["adversaries"]}
+    figures = {"epsilon": rows["Readers of the models"], "server_epsilon": rows["The server"]}
+    if data["promise"]["delta"] is not None:
+        figures["delta"] = data["promise"]["delta"]
+    true = summary["privacy"] | figures
+    run.summary.write_text(json.dumps(summary | {"privacy": true}))
+    write_reports(run)
+    assert verified(run)
+    for key, value in figures.items():
+        for wrong in (0.5, "infinity" if value != "infinity" else 8.0, None, f"{value}"):
+            if wrong == value:
+                continue
+            run.summary.write_text(json.dumps(summary | {"privacy": true | {key: wrong}}))
+            with pytest.raises(RunError, match=rf"summary\.json: privacy\.{key} is .* altered"):
+                verified(run)
 
 
 def test_a_damaged_ledger_is_a_ledger_error(written: Run) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from reticent.core.errors import ArtifactError
+from reticent.core.errors import ArtifactError, RunError
 from reticent.core.run import Run
 from reticent.core.signing import PUBLIC_KEY
 
+from .adversaries import READERS, SERVER
 from .collect import collect, worded
 from .render import KINDS, render_data
 from .schema import problems
@@ -33,13 +34,14 @@ def verify_report(run: Run, key: Ed25519PublicKey) -> list[str]:
 
     Guarantee: on return every byte of ``report.html``, ``report.json``, ``report.md`` and
     ``report.sig`` is what the holder of the key signed, and every number of ``report.json`` is what
-    the run's ledger, metrics and summary give now (within one part in a million). When the same
-    sources wrote the report, all three files are made again and must be equal byte for byte;
-    otherwise words that only describe are not compared.
+    the run's ledger, metrics and summary give now (within one part in a million); the summary's own
+    ε and δ, which other commands show, are the same. When the same sources wrote the report, all
+    three files are made again and must be equal byte for byte; otherwise words that only describe
+    are not compared.
 
     Raises:
         ArtifactError: If a file is missing, altered, signed by another key or does not fit the run.
-        RunError: If the run itself is damaged or has not finished.
+        RunError: If the run itself is damaged or has not finished, or its summary was altered.
         LedgerError: If the run's ledger is damaged.
     """
     signature = read_signature(_read(run, SIGNATURE), key, str(run.folder / SIGNATURE))
@@ -54,6 +56,7 @@ def verify_report(run: Run, key: Ed25519PublicKey) -> list[str]:
             f"{' and more' if len(differences) > 3 else ''}; if the run was audited since, write "
             "the report again"
         )
+    _require_same_promise(run, found)
     return [
         "signature: holds, over the plan, the model and the digest of each file",
         f"files: {', '.join(sorted(contents))} are, byte for byte, what was signed",
@@ -105,6 +108,21 @@ def _require_same_run(run: Run, signature: Signature, found: dict[str, Any]) -> 
                 f"{run.folder / SIGNATURE}: is about {name} {signed[:16]}, the run's is "
                 f"{found['run'][name][:16]}"
             )
+
+
+def _require_same_promise(run: Run, found: dict[str, Any]) -> None:
+    """Refuse a summary that states another ε or δ than the report: other commands show it."""
+    said = run.read_summary()["privacy"]
+    against = {row["name"]: row["epsilon"] for row in found["adversaries"]}
+    true = {"epsilon": against[READERS], "server_epsilon": against[SERVER]}
+    true["delta"] = found["promise"]["delta"]
+    wrong = [
+        f"privacy.{key} is {_shown(said[key])}, and {_shown(value)} by all else in the run"
+        for key, value in true.items()
+        if key in said and not _same(said[key], value)
+    ]
+    if wrong:
+        raise RunError(f"{run.summary}: {'; '.join(wrong)}: it was altered")
 
 
 def _remade(

@@ -54,6 +54,7 @@ from reticent.simulations.sweep.points import Base, checked, points_of
 from reticent.simulations.sweep.results import figures_of, to_json
 from reticent.simulations.sweep.running import Show, _begin_anew
 from reticent.simulations.sweep.statistics import estimate
+from reticent.simulations.sweep.writing import legend
 
 SETTINGS = (
     "task.name=digits",
@@ -268,6 +269,22 @@ def test_the_line_of_public_data_is_of_the_form_that_the_points_are_in(done: Pat
 
     assert lines(apart, apart) == lines(apart, {0: 0.25}) == lines({1: 0.75}, {0: 0.25}) == [0.5]
     assert lines(apart, {0: 0.3}) == lines({}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("trusts", "off", "rounded"),
+    [(("local",), False, False), (("local", "aggregator"), False, True), ((), True, False)],
+)
+def test_bytes_are_said_to_be_rounded_where_some_are(
+    tmp_path: Path, trusts: tuple[str, ...], off: bool, rounded: bool
+) -> None:
+    grid = {"privacy": ('"off"',)} if off else {"privacy.trust": trusts}
+    results = collect_results(open_sweep(tmp_path / "s", manifest(grid, seeds=1)))
+    write_results(results)
+    page, text = ((tmp_path / "s" / name).read_text() for name in ("index.html", "results.md"))
+    for said in (legend(results), page, text):
+        assert ("updates are rounded up to two figures" in said) == rounded
+    assert "all figures, not rounded any further" in page
 
 
 def test_nothing_that_a_sweep_shows_tells_how_many_a_secret_draw_gave(tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ LEGEND = (
     "100 %). ε is the largest of any seed, of the client that spent most, each run by itself. "
     "Bytes are of one client and round, as encoded. Seconds are of all rounds of a run."
 )
+ROUNDED = (
+    " Under aggregator trust bytes of updates are rounded up to two figures, in all files: the "
+    "promise does not cover them."
+)
 LEFT_OUT = (
     " Bytes and seconds are not shown where clients are drawn in secret: they tell how many were."
 )
@@ -108,8 +112,11 @@ LEFT_OUT = (
 
 def legend(results: Results) -> str:
     """Return what the figures of the table are."""
-    plans = (point.plan for point in results.sweep.manifest.points)
-    return LEGEND + (LEFT_OUT if any(map(draws_in_secret, plans)) else "")
+    plans = [point.plan for point in results.sweep.manifest.points]
+    shown = [plan for plan in plans if not draws_in_secret(plan)]
+    rounded = any(plan.private and plan.private.trust == "aggregator" for plan in shown)
+    left_out = len(shown) < len(plans)
+    return LEGEND + (ROUNDED if rounded else "") + (LEFT_OUT if left_out else "")
 
 
 def tuning_lines(results: Results) -> list[str]:
@@ -138,7 +145,7 @@ def markdown(results: Results) -> str:
 
 
 def csv_text(results: Results) -> str:
-    """Return one line a setting, not rounded; what is not known is empty, infinity is ``inf``."""
+    """Return one line a setting, rounded no further; not known is empty, infinity is ``inf``."""
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")
     keys = [key for key, _ in results.rows[0].settings]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,24 @@ def test_a_finished_run_has_its_figures(tmp_path: Path) -> None:
     assert row["seconds"] == 2.0 and row["problem"] is None
     # Of updates, two figures: 4 * 11,100 + 10 bytes are shown as 45,000.
     assert row["bytes"] == 45_000 + 4 * 5 * 7300 + 4 * 1900
+
+
+def test_where_clients_are_drawn_in_secret_only_the_day_is_shown(tmp_path: Path) -> None:
+    """How long a run took follows from how many were drawn in its rounds."""
+    when = datetime(2026, 3, 1, 23, 59, 58, tzinfo=UTC)
+    secret = (
+        'privacy.unit="client"',
+        "privacy.secret_cohort=true",
+        'federation.sampling="poisson"',
+    )
+    for name, settings, date in (("open", (), when.isoformat()), ("secret", secret, "2026-03-01")):
+        folder = finished(tmp_path / name, *settings)
+        os.utime(folder / "summary.json", (when.timestamp(),) * 2)
+        assert describe(folder)["date"] == date
+    for arguments in (["secret"], ["secret", "--json"], ["secret", "open"]):
+        paths = [str(tmp_path / text) if text[0] != "-" else text for text in arguments]
+        shown = CliRunner().invoke(cli, ["runs", *paths]).output
+        assert "2026-03-01" in shown and ("open" in arguments or ":59" not in shown)
 
 
 def test_states_of_runs_that_are_not_finished(tmp_path: Path) -> None:

@@ -74,9 +74,16 @@ def _text(row: dict[str, Any], key: str) -> str:
         "accuracy": lambda: f"{value:.1%}",
         "bytes": lambda: human_bytes(value),
         "seconds": lambda: f"{value:.1f}",
-        "date": lambda: datetime.fromisoformat(value).astimezone().strftime("%Y-%m-%d %H:%M"),
+        "date": lambda: _local(value),
     }
     return shown[key]() if key in shown else str(value)
+
+
+def _local(date: str) -> str:
+    """Return a time on this machine's clock; a day alone as it is."""
+    if "T" not in date:
+        return date
+    return datetime.fromisoformat(date).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 _COMPARED = ("state", "epsilon", "server_epsilon", "accuracy", "bytes", "seconds", "date")

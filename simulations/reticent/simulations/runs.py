@@ -71,7 +71,7 @@ def describe(folder: Path) -> dict[str, Any]:
     try:
         plan = run.plan()
         row |= _of_plan(plan)
-        row["date"] = _date(run)
+        row["date"] = _date(run, plan)
         metrics = run.read_metrics()
         row |= _of_metrics(metrics, plan)
         row |= _of_summary(run, plan) if run.summary.is_file() else _unfinished(run)
@@ -111,9 +111,11 @@ def _of_plan(plan: Plan) -> dict[str, Any]:
     return {"task": plan.task.name, "trust": trust, "rounds": rounds, "seed": seed}
 
 
-def _date(run: Run) -> str:
+def _date(run: Run, plan: Plan) -> str:
+    """Return when it ended or began; the day alone where the time follows from secret draws."""
     file = run.summary if run.summary.is_file() else run.plan_file
-    return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    time = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    return time.date().isoformat() if draws_in_secret(plan) else time.isoformat(timespec="seconds")
 
 
 def _of_metrics(metrics: Sequence[dict[str, Any]], plan: Plan) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -413,8 +415,13 @@ def test_a_stop_before_a_report_is_written_leaves_no_signed_one_that_counts_too_
 
     with monkeypatch.context() as patch:
         patch.setattr("reticent.simulations.sweep.running.write_reports", stopped)
-        with pytest.raises(fault, match="stopped"):
-            run_sweep(grown, Show())
+        if fault is RunError:  # is told of each point, and stops no other
+            folders = [point.folder for point in grown.manifest.points]
+            assert run_sweep(grown, Show()) == dict.fromkeys(folders, "stopped")
+            assert collect_results(grown, dict.fromkeys(folders, "stopped")).finished == 0
+        else:
+            with pytest.raises(fault, match="stopped"):
+                run_sweep(grown, Show())
     assert json.loads((run.folder / "report.json").read_text())["tuning"]["runs"] == 1
     assert not (run.folder / "report.sig").exists()
     assert run_sweep(grown, Show()) == {}
@@ -458,6 +465,37 @@ def test_a_failed_point_is_recorded_and_the_others_go_on(
     assert "nobody answered" in (tmp_path / "s" / "index.html").read_text()
     assert run_sweep(sweep, Show()) == {}
     assert not (tmp_path / "s" / "failures.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl"])
+def test_a_damaged_finished_point_costs_the_others_neither_rows_nor_the_page(
+    done: Path, tmp_path: Path, name: str
+) -> None:
+    """Be its report there already, or still to be written."""
+    folder = tmp_path / "s"
+    shutil.copytree(done, folder)
+    bad, other = open_sweep(folder, manifest()).manifest.points[:2]
+    path = folder / bad.folder / name
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    for report in (True, False):
+        if not report:
+            (folder / bad.folder / "report.sig").unlink()
+        page = folder / "index.html"
+        page.unlink()
+        result = CliRunner().invoke(cli, ["sweep", "--run", str(folder), "--resume"])
+        assert isinstance(result.exception, RunError) and result.exception.exit_code == 8
+        assert "1 of 4 points failed" in str(result.exception)
+        failures = json.loads((folder / "failures.json").read_text())
+        assert list(failures) == [bad.folder] and path.name in failures[bad.folder]
+        assert f"failed: {escape(failures[bad.folder])}" in page.read_text()
+        data = json.loads((folder / "results.json").read_text())
+        assert data["failures"] == failures and data["finished"] == 3
+        assert [row["seeds"] for row in data["rows"]] == [[other.seed], [0, 1]]
+    path.write_bytes(content)
+    assert CliRunner().invoke(cli, ["sweep", "--run", str(folder), "--resume"]).exit_code == 0
+    assert not (folder / "failures.json").exists()
+    assert (folder / "results.md").read_text() == (done / "results.md").read_text()
 
 
 def test_reasons_of_points_that_are_not_tried_yet_are_kept(

@@ -66,11 +66,11 @@ def sweep(
         click.echo(json.dumps(to_json(results)))
     else:
         click.echo(_closing(results, written[-1]))
-    if failures:
-        reasons = "\n  ".join(f"{name}: {why}" for name, why in failures.items())
+    if results.failures:
+        reasons = "\n  ".join(f"{name}: {why}" for name, why in results.failures.items())
         raise RunError(
-            f"{len(failures)} of {len(manifest.points)} points failed; continue with `reticent "
-            f"sweep --run {where} --resume`:\n  {reasons}"
+            f"{len(results.failures)} of {len(manifest.points)} points failed; continue with "
+            f"`reticent sweep --run {where} --resume`:\n  {reasons}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from reticent.privacy.report.words import portable
 
 from ..runs import duration, traffic
 from .points import Point, Settings
-from .running import Sweep, finished
+from .running import Sweep, finished, reason_of
 from .statistics import Estimate, estimate
 
 MEASURED = ("fp32", "int8", "public_only", "up", "down", "total", "seconds")
@@ -49,7 +49,7 @@ class Row:
     Attributes:
         settings: Values of the grid's keys.
         planned: Seeds that were asked for.
-        seeds: Seeds whose runs are finished.
+        seeds: Seeds whose runs are finished, and whole.
         epsilons: The largest epsilon of any seed, by adversary; empty if nothing is finished.
         estimates: By :data:`MEASURED`; None where no run has that figure.
         baselines: :attr:`Figures.baseline` of each finished seed that has it.
@@ -81,7 +81,7 @@ class Results:
     Attributes:
         sweep: The sweep.
         rows: One for each setting, in the grid's order.
-        failures: Reason by point's folder, of points that failed.
+        failures: Reason by point's folder, of points that failed or are damaged.
         tuning: For each distinct promise (unit, relation, delta) among the points, what choosing
             among *all* points costs in its terms; see :mod:`reticent.privacy.report.tuning`.
     """
@@ -111,25 +111,28 @@ class Results:
 def collect_results(sweep: Sweep, failures: dict[str, str] | None = None) -> Results:
     """Return the results of what is finished, from the runs' summaries and metrics.
 
-    Raises:
-        RunError: If a finished run is damaged.
-        LedgerError: If its ledger is.
+    Points in ``failures``, and finished ones that are damaged, are failures and in no row.
     """
-    groups: dict[Settings, list[Point]] = defaultdict(list)
+    groups: dict[Settings, list[Figures]] = {point.settings: [] for point in sweep.manifest.points}
+    failed = dict(failures or {})
     for point in sweep.manifest.points:
-        groups[point.settings].append(point)
-    rows = tuple(_row(sweep, settings, points) for settings, points in groups.items())
-    return Results(sweep, rows, failures or {}, _tuning(sweep))
+        run = sweep.run_of(point)
+        if point.folder not in failed and finished(run, point):
+            try:
+                groups[point.settings].append(figures_of(run, point))
+            except Exception as error:  # a damaged run must not cost the others their page
+                failed[point.folder] = reason_of(error)
+    planned = Counter(point.settings for point in sweep.manifest.points)
+    rows = tuple(_row(settings, planned[settings], found) for settings, found in groups.items())
+    return Results(sweep, rows, failed, _tuning(sweep))
 
 
-def _row(sweep: Sweep, settings: Settings, points: Sequence[Point]) -> Row:
-    done = [p for p in points if finished(sweep.run_of(p), p)]
-    found = [figures_of(sweep.run_of(point), point) for point in done]
+def _row(settings: Settings, planned: int, found: Sequence[Figures]) -> Row:
     names = dict.fromkeys(name for figure in found for name in figure.epsilons)
     return Row(
         settings,
-        len(points),
-        tuple(point.seed for point in done),
+        planned,
+        tuple(f.point.seed for f in found),
         {name: max(f.epsilons.get(name, 0.0) for f in found) for name in names},
         {key: estimate([f.values[key] for f in found]) for key in MEASURED},
         {f.point.seed: f.baseline for f in found if f.baseline is not None},

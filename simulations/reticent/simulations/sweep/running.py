@@ -107,7 +107,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
     next call continues after it. Models that points share are trained on public data once. The
     report of every run with a summary says what choosing among *all* points costs:
     before the first run begins, so that an old one does not count too few while a sweep grows, and
-    when this returns.
+    when this returns. A point whose report cannot be written has failed, too.
 
     Raises:
         RunError: If another process is running the sweep, or the folder cannot be written.
@@ -117,8 +117,7 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
         if read_manifest(sweep.folder).digest != sweep.manifest.digest:
             raise RunError(f"{sweep.folder}: another process has changed the sweep; run it again")
         failures = _failures(sweep)
-        with suppress(Exception):  # said at the end: a damaged run must not cost the others
-            _report_all(sweep)
+        _report_all(sweep)  # what cannot be reported is said at the end
         for number, point in enumerate(sweep.manifest.points, 1):
             run = sweep.run_of(point)
             if finished(run, point):
@@ -134,8 +133,8 @@ def run_sweep(sweep: Sweep, show: Show) -> dict[str, str]:
                     record_failure(run, outcome)
             _write_failures(sweep.folder, failures)
             show.ended(point, outcome, time.monotonic() - began)
+        failures = {**_report_all(sweep), **failures}
         _write_failures(sweep.folder, failures)
-        _report_all(sweep)
     return failures
 
 
@@ -206,17 +205,16 @@ def _has_charged(run: Run) -> bool:
         return ledger.head().sequence > 0
 
 
-def _report_all(sweep: Sweep) -> None:
-    """Bring the reports up to date, of what budgets ended too; the first that cannot be raises."""
-    broken: list[Exception] = []
+def _report_all(sweep: Sweep) -> dict[str, str]:
+    """Bring the reports up to date, of what budgets ended too; return why some cannot be."""
+    broken: dict[str, str] = {}
     for point in sweep.manifest.points:
         if _summary(sweep.run_of(point), point) is not None:
             try:
                 _report(sweep.run_of(point), sweep.candidates)
-            except Exception as error:  # the reports of the others count as well
-                broken.append(error)
-    if broken:
-        raise broken[0]
+            except Exception as error:  # a damaged run must not cost the others their reports
+                broken[point.folder] = reason_of(error)
+    return broken
 
 
 def _report(run: Run, rivals: Sequence[Candidate]) -> None:
@@ -236,11 +234,16 @@ def _failures(sweep: Sweep) -> dict[str, str]:
     return {name: str(known[name]) for name in open_points if name in known}
 
 
+def failures_text(failures: dict[str, str]) -> str:
+    """Return why points failed, by folder, as :data:`FAILURES` has it."""
+    return json.dumps(failures, indent=2) + "\n"
+
+
 def _write_failures(folder: Path, failures: dict[str, str]) -> None:
     path = folder / FAILURES
     try:
         if failures:
-            write_atomic(path, json.dumps(failures, indent=2).encode() + b"\n")
+            write_atomic(path, failures_text(failures).encode())
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

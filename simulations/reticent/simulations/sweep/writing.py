@@ -19,6 +19,7 @@ from reticent.privacy.schedule import draws_in_secret
 
 from .plots import plots, standalone
 from .results import MEASURED, Results, Row, to_json
+from .running import FAILURES, failures_text
 from .statistics import Estimate
 
 PAGE = "index.html"
@@ -31,7 +32,7 @@ _SHORT = {
 
 
 def write_results(results: Results) -> list[Path]:
-    """Write ``results.{md,json,csv}``, the plots and ``index.html`` beside the runs.
+    """Write ``results.{md,json,csv}``, the plots, ``index.html`` and failures beside the runs.
 
     Raises:
         RunError: If the folder cannot be written.
@@ -45,6 +46,8 @@ def write_results(results: Results) -> list[Path]:
         **{f"{name}.svg": standalone(plot["svg"]) for name, plot in drawn.items()},
         PAGE: page(results, drawn),
     }
+    if results.failures:  # a damaged run is found only when its figures are read
+        contents = {FAILURES: failures_text(results.failures), **contents}
     folder = results.sweep.folder
     try:
         for name, text in contents.items():

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def test_a_round_closed_by_real_replies_is_said_to_show_their_times(tmp_path: Pa
         data = collect(run)
         assert problems(data) == []
         said[name] = remarks(data)["Timing and dropouts"]
+        source = "the server's count of the rounds for which it asked a client"
+        assert (source in unescape(render_html(data))) == (name != "simulated")
     assert said["simulated"] == said["whole"]
     assert said["real"].startswith(f"{said['whole']}; a round is closed at its first 4 replies")
 

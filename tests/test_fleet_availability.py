@@ -264,24 +264,19 @@ def test_a_round_waits_for_all_it_would_ask_and_after_the_timeout_takes_a_quorum
     assert cohort_in_time(sampler, 1, range(2, 15), {}, fleet_of(plan), 800.0) == expected
 
 
-LIMIT = ["federation.limit=1", "federation.window=5"]
-
-
-@pytest.mark.parametrize("limit", [[], LIMIT])
+@pytest.mark.parametrize("spent", [0, 18])
 @pytest.mark.parametrize("kind", ["kind='always'", "kind='diurnal',low=1.0,high=1.0"])
 def test_where_as_many_are_there_as_a_round_asks_it_begins_whoever_may_be_asked(
-    kind: str, limit: list[str]
+    kind: str, spent: int
 ) -> None:
     away = f"fleet.availability={{{kind}}}"
-    few = ["federation.sampling=fixed", "federation.min_replies=1", away, *limit]
-    plan = plan_of(20, 4, *few)
+    few = ["federation.sampling=fixed", "federation.min_replies=1", away]
+    plan, asked = plan_of(20, 4, *few), dict.fromkeys(range(2, 2 + spent), 10**6)
     sampler, fleet = Sampler(plan, SeededRandomness(0), "run"), fleet_of(plan)
-    sizes = set[int]()
     for number in range(1, 6):
-        chosen, now = cohort_in_time(sampler, number, range(2, 22), {}, fleet, 7.0)
-        assert (chosen, now) == (sampler.cohort(number, range(2, 22), {}), 7.0)
-        sizes.add(len(chosen))
-    assert (min(sizes) < 4) == bool(limit)
+        chosen, now = cohort_in_time(sampler, number, range(2, 22), asked, fleet, 7.0)
+        assert (chosen, now) == (sampler.cohort(number, range(2, 22), asked), 7.0)
+        assert len(chosen) == (2 if spent else 4)
 
 
 LATE_COMERS = "".join(f"{c},1000,1e6\n" for c in range(10))

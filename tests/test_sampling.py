@@ -13,7 +13,8 @@ from scipy import stats
 
 from reticent.core.errors import NetworkError, PlanError
 from reticent.core.plan import Plan, parse_plan
-from reticent.core.seeds import numpy_generator
+from reticent.core.seeds import derive_key, numpy_generator
+from reticent.core.uniforms import permuted
 from reticent.privacy.accounting import epsilon
 from reticent.privacy.randomness import SeededRandomness, SystemRandomness
 from reticent.privacy.schedule import cohort_rate, participations, schedule_for
@@ -189,24 +190,84 @@ def test_a_limit_holds_in_every_window_of_rounds(sampling: str, limit: int, wind
         assert np.mean([len(c) for c in dealt]) == pytest.approx(5, rel=0.35)
 
 
+def limited(clients: int, size: int, limit: int, window: int, *overrides: str) -> Plan:
+    turns = [f"federation.limit={limit}", f"federation.window={window}"]
+    return plan_of(clients, size, "federation.sampling=fixed", *turns, *overrides)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("clients", "size", "limit", "window"), [(1000, 100, 1, 10), (103, 10, 1, 10), (23, 6, 2, 7)]
+)
+def test_with_a_limit_that_is_accepted_every_cohort_is_whole(
+    clients: int, size: int, limit: int, window: int, seed: int
+) -> None:
+    plan = limited(clients, size, limit, window, f"seed={seed}", "federation.rounds=40")
+    assert {len(cohort) for cohort in cohorts(plan, 40)} == {size}
+
+
+@pytest.mark.parametrize(
+    ("clients", "limit", "window"), [(1000, 1, 21), (15, 2, 10), (19, 3, 4), (12, 5, 5), (29, 4, 6)]
+)
+def test_a_limit_is_refused_where_a_round_would_have_too_few(
+    clients: int, limit: int, window: int
+) -> None:
+    plan = limited(clients, 1, limit, window, f"federation.rounds={2 * window}")
+    sampler, asked = sampler_of(plan), Counter[int]()
+    turns = [sum(1 for _ in sampler._free(n, [np.arange(clients)], range(2, clients + 2), asked,
+                                          99, None)) for n in range(1, window + 1)]  # fmt: skip
+    assert sum(turns) == clients * limit
+    assert limited(clients, min(turns), limit, window).federation.quorum <= min(turns)
+    if min(turns) < clients:
+        with pytest.raises(PlanError, match=f"must be at most {min(turns)}, the clients"):
+            limited(clients, min(turns) + 1, limit, window)
+
+
+def test_places_of_a_permutation_are_all_others_and_uniform() -> None:
+    key = derive_key(0, "test")
+    for count in (*range(1, 70), 255, 256, 257, 4099):
+        found = permuted(key, np.arange(count), count)
+        assert sorted(found.tolist()) == list(range(count))
+    one = np.array([7])
+    assert permuted(key, one, 4099) == permuted(key, np.arange(4099), 4099)[7]
+    keys = [derive_key(seed, "test") for seed in range(3000)]
+    pairs = np.array([permuted(k, np.array([3, 4]), 10) for k in keys])
+    # Of two neighbours, where one is, and how far the other is from it.
+    for values, size in ((pairs[:, 0], 10), ((pairs[:, 1] - pairs[:, 0]) % 10 - 1, 9)):
+        counts = np.bincount(values, minlength=size)
+        assert stats.chisquare(counts).pvalue > 1e-3
+        skewed = counts + np.where(np.arange(size) == 0, 150, 0)
+        assert stats.chisquare(skewed).pvalue < 1e-3
+
+
 def test_too_few_that_may_be_asked_are_an_error_with_the_limit() -> None:
-    plan = plan_of(
-        20,
-        4,
-        "federation.sampling=fixed",
-        "federation.limit=1",
-        "federation.window=5",
-        "federation.min_replies=4",
-    )
+    plan = limited(20, 4, 1, 5, "federation.min_replies=4")
     sampler = sampler_of(plan)
-    # The turns of so few clients are uneven, so some round has fewer than four.
-    with pytest.raises(NetworkError, match="in 1 of any 5"):
-        [cohort_in_time(sampler, n, range(20), {}, None, 0.0) for n in range(1, 6)]
+    # The turns of so few real devices are uneven, so some round has fewer than four.
+    with pytest.raises(
+        NetworkError, match=r"turn in it \(federation.limit=1 in any window=5 rounds\); 4 are"
+    ):
+        [cohort_in_time(sampler, n, [*range(20)], {}, None, 0.0) for n in range(1, 6)]
 
 
-@pytest.mark.parametrize("sampling", ["passes", "fixed", "poisson"])
-def test_a_cohort_of_a_million_makes_no_million_objects(sampling: str) -> None:
-    plan = plan_of(1_000_000, 100, f"federation.sampling={sampling}")
+def test_a_device_that_comes_back_as_another_node_keeps_its_turn() -> None:
+    plan = limited(40, 8, 1, 5, "federation.min_replies=1", "federation.rounds=5")
+    sampler = Sampler(plan, SeededRandomness(0), "run", identity=lambda node: node % 1000)
+    first = [sampler.able(n, list(range(40)), {}) for n in range(1, 6)]
+    renewed = [sampler.able(n, list(range(3000, 3040)), {}) for n in range(1, 6)]
+    assert [[node % 1000 for node in nodes] for nodes in renewed] == first
+    assert sorted(node for nodes in first for node in nodes) == list(range(40))
+    plain = sampler_of(plan)  # the control
+    assert [n % 1000 for n in plain.able(1, list(range(3000, 3040)), {})] != first[0]
+
+
+@pytest.mark.parametrize(
+    "sampling", [["passes"], ["fixed"], ["poisson"], ["fixed", "limit=2", "window=50"]]
+)
+def test_a_cohort_of_a_million_makes_no_million_objects(sampling: list[str]) -> None:
+    way, *limit = sampling
+    given = [f"sampling={way}", *limit]
+    plan = plan_of(1_000_000, 100, *(f"federation.{override}" for override in given))
     sampler, nodes = sampler_of(plan), range(2, 1_000_002)
     tracemalloc.start()
     try:
@@ -215,7 +276,7 @@ def test_a_cohort_of_a_million_makes_no_million_objects(sampling: str) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 20e6 if sampling == "passes" else peak < 1e6  # a list of ints would be 40 MB
+    assert peak < 20e6 if way == "passes" else peak < 1e6  # a list of ints would be 40 MB
 
 
 def secret(*overrides: str) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,17 @@ from reticent.core.protocol import Constants
 from reticent.core.seeds import numpy_generator
 from reticent.core.update import Layout
 from reticent.privacy.ledger import Budget, Ledger
+from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import schedule_for
 from reticent.server import nodes as nodes_module
+from reticent.server import waiting
 from reticent.server.journal import Journal
 from reticent.server.nodes import Nodes, polled
 from reticent.server.optimizer import ServerState
 from reticent.server.rounds import RoundPlan, Tally
+from reticent.server.sampling import Sampler
 from reticent.server.strategy import PrivateAveraging
-from reticent.server.waiting import wait_for_return
+from reticent.server.waiting import wait_for_nodes, wait_for_return
 from reticent.simulations.grid import InProcessGrid, enter_task
 from reticent.simulations.simulate import simulate
 
@@ -258,6 +261,57 @@ def test_a_device_that_comes_back_as_another_node_has_no_more_rounds() -> None:
     first.clear()
     played(plan_of(*overrides), Renewed(dict.fromkeys(range(2, 8), 1)), Nodes(gather=polled))
     assert not {node % 100 for node in asked[1]}.isdisjoint(asked[0])  # the control
+
+
+class Joining(SlowGrid):
+    """Nodes of which one more is connected at each look."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looked += 1
+        return sorted(self.looks)[: 3 + self.looked]
+
+
+def test_a_server_waits_for_clients_that_may_be_asked_and_not_for_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even nodes may: two of the first four, and the fourth of them comes as the eighth node."""
+    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.01)
+    few = ("federation.clients_per_round=4", "federation.min_replies=3", "federation.timeout=60")
+    grid, looks = Joining(dict.fromkeys(range(2, 22), 1)), list[int]()
+
+    def able(nodes: Sequence[int]) -> int:
+        looks.append(len(nodes))
+        return sum(node % 2 == 0 for node in nodes)
+
+    nodes = wait_for_nodes(grid, plan_of("task.clients=20", *few), Nodes(), able)
+    assert list(nodes) == list(range(2, 9)) and looks == [4, 5, 6, 7]
+    # Where the plan's six clients are all connected, nobody else would come: a quorum is enough.
+    grid.looked = 0
+    assert len(wait_for_nodes(grid, plan_of("task.clients=6", *few), Nodes(), able)) == 6
+    soon = (*few, "federation.timeout=0.1")
+    # Whoever chooses finds out that nobody may be asked, and why.
+    assert wait_for_nodes(grid, plan_of("task.clients=20", *soon), Nodes(), lambda nodes: 0)
+
+
+def test_a_round_waits_for_devices_whose_turn_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One class of two is connected at first, and another one has its turn."""
+    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.01)
+    turns = ["federation.sampling=fixed", "federation.limit=1", "federation.window=2"]
+    few = ("task.clients=30", "federation.clients_per_round=6", "federation.timeout=60")
+    plan = plan_of(*few, *turns)
+    sampler = Sampler(plan, SeededRandomness(0), "run")
+    everybody = list(range(2, 32))
+    first, second = (sampler.able(number, everybody, {}) for number in (1, 2))
+    assert sorted(first + second) == everybody
+
+    class Late(SlowGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            self.asked = getattr(self, "asked", 0) + 1
+            return sorted(second if self.asked < 4 else [*second, *first[:6]])
+
+    grid = Late(dict.fromkeys(everybody, 1))
+    assert played(plan, grid).accepted == set(first[:6])
+    assert grid.asked >= 4
 
 
 @pytest.mark.parametrize(

@@ -602,7 +602,7 @@ def test_a_client_that_answers_too_late_is_not_asked_beyond_the_bound() -> None:
 def test_who_was_asked_before_a_round_failed_is_not_asked_beyond_the_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = plan_of(8, 4, 2, "federation.retries=0")
+    plan = plan_of(8, 4, 2, "federation.retries=0", "federation.timeout=0.001")
     assert participations(plan) == 1
     known: set[int] = set()
 

@@ -176,7 +176,10 @@ def test_epsilon_so_far_counts_who_really_took_part(
     everyone = InProcessGrid.get_node_ids
     monkeypatch.setattr(InProcessGrid, "get_node_ids", lambda grid: list(everyone(grid))[:2])
     plan = plan_of(
-        "federation.clients_per_round=2", "federation.rounds=6", "federation.eval_every=5"
+        "federation.clients_per_round=2",
+        "federation.rounds=6",
+        "federation.eval_every=5",
+        "federation.timeout=1.0",
     )
     with pytest.raises(NetworkError, match="fewer than the 2 rounds"):
         simulate(plan, tmp_path / "run")

@@ -37,12 +37,25 @@ def _check_sampling(plan: Plan) -> None:
             'clients_per_round in nearly every round; use federation.sampling="passes" or "fixed", '
             "or federation.local.proximal"
         )
-    if f.limit is not None and plan.task.clients * f.limit < f.window * f.clients_per_round:
-        most = plan.task.clients * f.limit // f.window
+    if f.limit is not None and (most := _fewest_in_turn(plan)) < f.clients_per_round:
         raise ValueError(
             f"federation.clients_per_round={f.clients_per_round}: must be at most {most}, the "
             f"clients that federation.limit={f.limit} in window={f.window} leaves for a round"
         )
+
+
+def _fewest_in_turn(plan: Plan) -> int:
+    """Return how many clients may be asked in the round in which the fewest have their turn.
+
+    Turns are dealt evenly: of ``window`` classes some have one client more, and a round asks
+    ``limit`` classes that follow one another. Of a Poisson cohort only the mean counts.
+    """
+    f, clients = plan.federation, plan.task.clients
+    limit = f.limit or f.window
+    if f.sampling == "poisson":
+        return clients * limit // f.window
+    each, larger = divmod(clients, f.window)
+    return each * limit + max(0, limit - (f.window - larger))
 
 
 def _check_secret(plan: Plan) -> None:

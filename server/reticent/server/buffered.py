@@ -95,7 +95,7 @@ class BufferedAveraging(PrivateAveraging):
         if self._releases is None:
             if self._fleet is None:
                 raise NetworkError("buffered aggregation needs the virtual clock of a fleet")
-            nodes = wait_for_nodes(grid, self._plan.federation, self._nodes)
+            nodes = wait_for_nodes(grid, self._plan, self._nodes)
             self._releases = islice(self._fleet.releases(nodes), number - 1, None)
         release = next(self._releases, None)
         if release is None:

@@ -6,8 +6,9 @@ was not. ``fixed``: a uniform set of ``size`` of the clients that may be asked. 
 client that may be asked joins by its own coin of rate
 :func:`reticent.privacy.schedule.cohort_rate`, whoever else does. With ``limit`` and ``window`` a
 client may be asked in exactly ``limit`` of any ``window`` consecutive rounds, which ones its
-identity alone decides, so nothing need be remembered. Nobody is asked in more than ``most`` rounds
-in all.
+identity alone decides, so nothing need be remembered; in a simulation, whose clients are numbered,
+turns are dealt so that as many as can be have theirs in each round. Nobody is asked in more than
+``most`` rounds in all.
 
 A cohort depends on the round, the connected nodes, how often each was asked and the randomness. No
 list of all clients is made: memory and time are those of the cohort, except for the permutation of
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from reticent.core.errors import NetworkError
 from reticent.core.plan import Plan
 from reticent.core.seeds import derive_key, numpy_generator
-from reticent.core.uniforms import mixed
+from reticent.core.uniforms import mixed, permuted
 from reticent.privacy.randomness import Randomness
 from reticent.privacy.schedule import cohort_rate, participations
 
@@ -51,11 +52,14 @@ class Sampler:
         randomness: Where the coins of ``poisson`` come from: they may have to stay secret, so they
             are not the plan's public seed's, unless a simulation says so.
         run: Identity of the run.
+        identity: Returns the id of the device that a real node is: its turn is the device's, which
+            may come back as another node.
     """
 
     plan: Plan
     randomness: Randomness
     run: str
+    identity: Callable[[int], int] = int
     _pass: tuple[tuple[int, int], Nodes] = field(
         default=((-1, -1), np.zeros(0, dtype=np.int64)), init=False
     )
@@ -88,6 +92,11 @@ class Sampler:
             return sorted(islice(self._free(number, chunks, nodes, asked, most, admits), size))
         return sorted(self._of_pass(number, nodes, asked, most, admits))
 
+    def able(self, number: int, nodes: Sequence[int], asked: Mapping[int, int]) -> list[int]:
+        """Return those of real ``nodes`` that may be asked in round ``number``, were all drawn."""
+        everyone = [np.arange(len(nodes))]
+        return list(self._free(number, everyone, nodes, asked, participations(self.plan), None))
+
     def stream(self, nodes: Sequence[int], size: int) -> Iterator[int]:
         """Yield the cohorts of ``size`` of all rounds one after another, as ``passes`` deals them.
 
@@ -112,20 +121,23 @@ class Sampler:
         admits: Admits | None,
     ) -> Iterator[int]:
         for positions in chunks:
-            some = _at(nodes, positions)
-            some = some[self._eligible(number, some)]
+            some = _at(nodes, positions[self._in_turn(number, nodes, positions)])
             if admits is not None:
                 some = some[admits(some)]
             found = (node % 2**64 for node in some.tolist())
             yield from (node for node in found if asked.get(node, 0) < most)
 
-    def _eligible(self, number: int, nodes: Nodes) -> NDArray[np.bool_]:
-        federation = self.plan.federation
-        if federation.limit is None:
-            return np.ones(len(nodes), dtype=bool)
+    def _in_turn(self, number: int, nodes: Sequence[int], positions: Nodes) -> NDArray[np.bool_]:
+        limit, window = self.plan.federation.limit, self.plan.federation.window
+        if limit is None:
+            return np.ones(len(positions), dtype=bool)
         key = derive_key(self.plan.seed, "limit")
-        turn = mixed(key, nodes) % np.uint64(federation.window)
-        return (turn + np.uint64(number)) % np.uint64(federation.window) < federation.limit
+        if isinstance(nodes, range):
+            turns = permuted(key, positions, len(nodes)) % window
+        else:
+            devices = [self.identity(nodes[i]) for i in positions.tolist()]
+            turns = mixed(key, _signed(devices)) % np.uint64(window)
+        return (turns.astype(np.int64) + number) % window < limit
 
     def _permutation(self, index: int, count: int) -> Nodes:
         if self._pass[0] != (index, count):
@@ -254,7 +266,8 @@ def _nobody_comes(plan: Plan, number: int, chosen: int) -> NetworkError:
         )
     also = "" if plan.fleet is None else ", and are available on the fleet"
     if federation.limit is not None:
-        also = f" and in {federation.limit} of any {federation.window}{also}"
+        turn = f"federation.limit={federation.limit} in any window={federation.window} rounds"
+        also = f", have their turn in it ({turn}){also}"
     return NetworkError(
         f"round {number}: {chosen} connected clients have been asked in fewer than "
         f"the {participations(plan)} rounds that the plan's privacy target allows "
@@ -265,8 +278,12 @@ def _nobody_comes(plan: Plan, number: int, chosen: int) -> NetworkError:
 def _at(nodes: Sequence[int], positions: Nodes) -> Nodes:
     if isinstance(nodes, range):
         return nodes.start + nodes.step * positions
+    return _signed([nodes[i] for i in positions.tolist()])
+
+
+def _signed(ids: Sequence[int]) -> Nodes:
     # Ids of real nodes have 64 bits and no sign; _free takes the sign away again.
-    return np.array([nodes[i] for i in positions.tolist()], dtype=np.uint64).view(np.int64)
+    return np.array(ids, dtype=np.uint64).view(np.int64)
 
 
 def _pieces(order: Nodes, size: int) -> Iterator[Nodes]:

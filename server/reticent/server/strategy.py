@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,6 @@ from reticent.core.errors import PayloadError, PlanError
 from reticent.core.plan import Plan
 from reticent.core.protocol import PROTOCOL, Order
 from reticent.core.update import Vector
-from reticent.privacy.schedule import participations
 
 from .client_level import client_level_for
 from .control import ControlVariates
@@ -96,7 +95,8 @@ class PrivateAveraging(Strategy):
         self._countersigner = countersigner
         self._nodes = nodes or Nodes()
         self._opened: Opened = opened or (lambda nodes: map(self._nodes.identity, nodes))
-        self._sampler = Sampler(plan, constants.randomness, constants.run)
+        identity = self._nodes.identity
+        self._sampler = Sampler(plan, constants.randomness, constants.run, identity)
         self._fleet = fleet
         self._time = now
         self._attempt = 0
@@ -325,23 +325,31 @@ class PrivateAveraging(Strategy):
 
         Where nodes come and go the bound on the participations of a client
         (:func:`reticent.privacy.schedule.participations`) is kept by not asking a node that has
-        reached it. On a fleet the virtual clock moves on until enough devices are available.
+        reached it; the server waits for others. On a fleet the virtual clock moves on until enough
+        devices are available.
 
         Raises:
             NetworkError: If fewer nodes are connected than the quorum, or may be asked.
         """
-        nodes = wait_for_nodes(grid, self._plan.federation, self._nodes)
-        simulated = isinstance(nodes, range)  # whose nodes are its devices
-        asked: Mapping[int, int] = self._taken_part
-        if not simulated:
-            asked = {node: self._taken_part[self._nodes.identity(node)] for node in nodes}
+        nodes = wait_for_nodes(grid, self._plan, self._nodes, lambda n: len(self._free(number, n)))
         chosen, self._time = cohort_in_time(
-            self._sampler, number, nodes, asked, self._fleet, self._time
+            self._sampler, number, nodes, self._asked(nodes), self._fleet, self._time
         )
         # A simulation would ask the same cohort again. Of real nodes another one may be drawn.
-        most = participations(self._plan)
-        self._able = chosen if simulated else [node for node in nodes if asked[node] < most]
+        self._able = chosen if isinstance(nodes, range) else self._free(number, nodes)
         return chosen
+
+    def _free(self, number: int, nodes: Sequence[int]) -> Sequence[int]:
+        """Return who may be asked in a round; of a simulation's clients, and for coins, all."""
+        if isinstance(nodes, range) or self._plan.federation.sampling == "poisson":
+            return nodes
+        return self._sampler.able(number, nodes, self._asked(nodes))
+
+    def _asked(self, nodes: Sequence[int]) -> Mapping[int, int]:
+        """Return in how many rounds each node's device was asked."""
+        if isinstance(nodes, range):  # a simulation's nodes are its devices
+            return self._taken_part
+        return {node: self._taken_part[self._nodes.identity(node)] for node in nodes}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

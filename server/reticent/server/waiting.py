@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from flwr.serverapp import Grid
 
 from reticent.core.errors import NetworkError
-from reticent.core.plan import Federation
+from reticent.core.plan import Federation, Plan
 
 from .nodes import Nodes
 
 _LOOK_SECONDS = 1.0
 
 
-def wait_for_nodes(grid: Grid, federation: Federation, known: Nodes) -> Sequence[int]:
-    """Return the connected nodes that may be asked, sorted: a full cohort, or a quorum at least.
+def wait_for_nodes(
+    grid: Grid, plan: Plan, known: Nodes, able: Callable[[Sequence[int]], int] = len
+) -> Sequence[int]:
+    """Return the connected nodes, sorted: a full cohort of able ones, or a quorum at least.
 
-    A quorum that is no full cohort is enough after the timeout.
+    A quorum that is no full cohort is enough after the timeout, and at once where all of the plan's
+    clients are connected: turns leave fewer in some rounds, and nobody else would come.
+
+    Args:
+        grid: The grid.
+        plan: The plan.
+        known: Who the nodes are.
+        able: Returns how many of connected nodes may be asked in this round.
 
     Raises:
         NetworkError: If fewer than the quorum are connected after ``federation.timeout`` seconds.
     """
+    federation = plan.federation
     deadline = time.monotonic() + federation.timeout
     while True:
         nodes = _connected(grid, known)
-        missing = known.seen(nodes)
-        if len(nodes) >= federation.clients_per_round:
+        missing, count = known.seen(nodes), able(nodes)
+        everybody = len(nodes) >= plan.task.clients
+        if count >= (federation.quorum if everybody else federation.clients_per_round):
             return nodes
         if time.monotonic() > deadline:
             if len(nodes) >= federation.quorum:

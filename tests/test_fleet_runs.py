@@ -46,7 +46,7 @@ from reticent.server.rounds import BudgetsSpent
 from reticent.server.strategy import PrivateAveraging
 from reticent.simulations import explain
 from reticent.simulations.audit import audit_plan
-from reticent.simulations.explain import explain_plan
+from reticent.simulations.explain import check_plan, explain_plan
 from reticent.simulations.fleet import fleet_for, granting
 from reticent.simulations.grid import node_of
 from reticent.simulations.runs import describe
@@ -70,6 +70,8 @@ SMALL = [
     'fleet.classes=[{kind="phone",dropout=0.3},{kind="pi4",memory=1e8,share=0.2}]',
 ]
 BUFFERED = ["federation.buffered.concurrency=10", "federation.buffered.max_staleness=3"]
+FOUR = ["federation.rounds=4", "fleet.over_selection=1.0"]
+GONE = 'fleet.availability={kind="diurnal",low=0.0,high=1e-9}'
 TWO = parse_plan("", ["engine.workers=2"]).engine
 ALIKE = ['fleet.classes=[{kind="pi5",dropout=0.0}]', "fleet.spread=0.0", "fleet.jitter=0.0"]
 
@@ -492,6 +494,28 @@ def test_a_fleet_that_cannot_run_the_plan_is_refused_before_anything_is_written(
     with pytest.raises(kind, match=words):
         simulate(parse_plan("", [*SMALL, override]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], r"over_selection=1: .*round \d: the buffer cannot be filled"),
+        (["fleet.over_selection=2.0", GONE], r"round 1: .*24 clients may be asked in 2 rounds"),
+    ],
+)
+def test_a_buffered_plan_that_cannot_end_is_refused_and_priced(
+    more: list[str], words: str, tmp_path: Path
+) -> None:
+    """Four rounds of six of 24 clients leave nobody to stand in for the first that is lost."""
+    plan = small("federation.buffered.concurrency=6", *FOUR, *more)
+    for refuses in (check_plan, lambda plan: simulate(plan, tmp_path / "run")):
+        with pytest.raises(PlanError, match=words):
+            refuses(plan)
+    assert not (tmp_path / "run").exists()
+    assert "the buffer cannot be filled" in explain_plan(plan)["fleet"]["failed"]
+    spare = small("federation.buffered.concurrency=6", *FOUR, "fleet.over_selection=2.0")
+    check_plan(spare)
+    assert explain_plan(spare)["fleet"]["failed"] is None
 
 
 def test_the_command_shows_virtual_time_and_prices_a_fleet(tmp_path: Path) -> None:

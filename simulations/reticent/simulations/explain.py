@@ -29,7 +29,7 @@ from reticent.server.shrinking import constants_of, sketch
 from .accelerators import require_suited
 from .admission import check_codecs, check_engine
 from .cores import usable_cores
-from .fleet import SimulatedFleet, check_fleet, fleet_for, granting, priced
+from .fleet import SimulatedFleet, check_fleet, fleet_for, granting, priced, require_filled
 from .fleet.fleet import Charge
 from .teams import worker_count
 
@@ -39,9 +39,18 @@ _TRIALS = 5
 def check_plan(plan: Plan) -> tuple[Task, Schedule | None]:
     """Check what a plan names: task, student, codecs, privacy target.
 
+    Of a buffered plan the whole schedule is gone through (:mod:`.fleet.buffered` says how long).
+
     Raises:
         ReticentError: Naming the part that does not fit.
     """
+    task, schedule = _checked(plan)
+    if plan.federation.buffered is not None:
+        require_filled(plan, _expected_fleet(plan, task))
+    return task, schedule
+
+
+def _checked(plan: Plan) -> tuple[Task, Schedule | None]:
     check_codecs(plan)
     check_engine(plan)
     task = load_task(plan.task, plan.seed)
@@ -70,7 +79,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
     Raises:
         ReticentError: If the plan cannot be run.
     """
-    task, schedule = check_plan(plan)
+    task, schedule = _checked(plan)
     trainer = LocalTrainer(plan, task, _half_mask(plan, task))
     step = planned_step(plan, task, schedule)
     up, down = encoded_bytes(plan, trainer, step, schedule)
@@ -95,7 +104,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             "seconds": steps * seconds / worker_count(plan, usable_cores()),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
-        "fleet": _fleet(plan, task, trainer),
+        "fleet": priced(plan, _expected_fleet(plan, task)) if plan.fleet else None,
     }
 
 
@@ -117,11 +126,11 @@ def planned_fleet(
     return fleet_for(plan, trainer.layout.total, (up, down + constants), charging)
 
 
-def _fleet(plan: Plan, task: Task, trainer: LocalTrainer) -> dict[str, Any] | None:
-    if plan.fleet is None:
-        return None
-    constants = len(_half_mask(plan, task).encode())
-    return priced(plan, planned_fleet(plan, task, trainer, constants, granting))
+def _expected_fleet(plan: Plan, task: Task) -> SimulatedFleet:
+    """Return the fleet of a plan that has one, with constants as they may be expected."""
+    constants = _half_mask(plan, task)
+    trainer = LocalTrainer(plan, task, constants)
+    return planned_fleet(plan, task, trainer, len(constants.encode()), granting)
 
 
 def sketched_constants(plan: Plan, task: Task) -> Constants:

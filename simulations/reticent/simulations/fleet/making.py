@@ -131,6 +131,25 @@ def _reference_step(plan: Plan) -> float | None:
     return plan.fleet.step_seconds
 
 
+def require_filled(plan: Plan, fleet: SimulatedFleet) -> None:
+    """Refuse a buffered plan whose fleet cannot fill every buffer, before anything is trained.
+
+    Raises:
+        PlanError: If one is not, naming the round.
+    """
+    found = priced(plan, fleet)
+    if plan.fleet is None or found["failed"] is None:
+        return
+    lost = ", ".join(f"{count} x {why}" for why, count in found["dropped"].items())
+    raise PlanError(
+        f"fleet.over_selection={plan.fleet.over_selection:g}: must leave room for devices that are "
+        f"lost: {found['failed']}, because each of {plan.task.clients} clients may be asked in "
+        f"{participations(plan)} rounds and nobody who may be is there within two weeks of "
+        f"virtual time ({lost or 'nobody was lost'} in the rounds before); it, task.clients or "
+        "fleet.availability must be larger, or federation.rounds or clients_per_round smaller"
+    )
+
+
 @dataclass
 class _Price:
     rounds: int = 0

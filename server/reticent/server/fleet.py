@@ -7,7 +7,7 @@ is virtual: nothing here waits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,9 +96,18 @@ class Fleet(Protocol):
         ...
 
     def ask(
-        self, number: int, attempt: int, nodes: Sequence[int], time: float, want: int
+        self,
+        number: int,
+        attempt: int,
+        nodes: Sequence[int],
+        time: float,
+        want: int,
+        first: Collection[int] = (),
     ) -> Outcome:
-        """Return what asking ``nodes`` at ``time`` comes to, if ``want`` replies are enough."""
+        """Return what asking ``nodes`` at ``time`` comes to, if ``want`` replies are enough.
+
+        To those in ``first``, who were asked in no round before, the constants are sent, too.
+        """
         ...
 
     def releases(self, nodes: Sequence[int]) -> Iterator[Release]:

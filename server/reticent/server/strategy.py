@@ -309,7 +309,9 @@ class PrivateAveraging(Strategy):
         want = self._plan.federation.wanted - tally.sum.count
         if self._plan.federation.sampling == "poisson":
             want = len(cohort)
-        found = fleet.ask(number, self._attempt, cohort, self._time, want)
+        # By the journal, so that a resumed run meets the same clock; see docs/fleet.md.
+        first = {node for node in cohort if not self._taken_part[node]}
+        found = fleet.ask(number, self._attempt, cohort, self._time, want, first)
         multiplier = self._order(number).noise_multiplier
         charged = fleet.charge(self._constants.run, number, multiplier, found.charged)
         tally.dropped.update(found.dropped)

@@ -117,13 +117,13 @@ def planned_fleet(
         plan: The plan.
         task: Its task.
         trainer: A trainer with the run's public constants, or with such as may be expected.
-        constants: Bytes of the constants, which are sent with each model.
+        constants: Bytes of the constants, which are sent with the first model.
         charging: Charges devices.
     """
     schedule = schedule_for(plan)
     step = planned_step(plan, task, schedule)
     up, down = encoded_bytes(plan, trainer, step, schedule)
-    return fleet_for(plan, trainer.layout.total, (up, down + constants), charging)
+    return fleet_for(plan, trainer.layout.total, (up, down), charging, constants)
 
 
 def _expected_fleet(plan: Plan, task: Task) -> SimulatedFleet:
@@ -165,7 +165,11 @@ def planned_step(plan: Plan, task: Task, schedule: Schedule | None) -> NoisyStep
 def encoded_bytes(
     plan: Plan, trainer: LocalTrainer, step: NoisyStep, schedule: Schedule | None
 ) -> tuple[int, int]:
-    """Return the bytes of one update up and one model down, of noise of the real size."""
+    """Return the bytes of one update up and one model down, of noise of the real size.
+
+    With ``updates.delta`` a model down is the mean of a change and a whole model, as the clients of
+    a round that were not in the one before, or are in the first, are sent the whole one.
+    """
     layout = trainer.split.travels
     generator = numpy_generator(plan.seed, "explain", "bytes")
     noise = generator.standard_normal(layout.size).astype(np.float32)
@@ -178,10 +182,17 @@ def encoded_bytes(
     up = wire.encode(
         build_codec(plan.updates.codec, layout), noise * np.float32(scale), layout.blocks, generator
     )
-    stages = [plan.updates.delta or plan.updates.broadcast]
+
+    def size(stages: tuple[str, ...]) -> int:
+        return len(build_codec(stages, layout).encode(noise, layout.blocks, generator))
+
+    down = size(plan.updates.whole)
+    if plan.updates.delta:
+        f = plan.federation
+        holders = f.clients_per_round / plan.task.clients * (1 - 1 / f.rounds)
+        down = round(holders * size(plan.updates.delta) + (1 - holders) * down)
     if plan.federation.local.scaffold:
-        stages.append(plan.updates.broadcast)
-    down = sum(len(build_codec(s, layout).encode(noise, layout.blocks, generator)) for s in stages)
+        down += size(plan.updates.broadcast)
     return len(up) + bit, down
 
 

@@ -35,21 +35,24 @@ class Work:
     """What a round asks of one device: public constants of the run.
 
     Attributes:
-        bytes_down: Size of the model and the constants.
+        bytes_down: Size of the model.
         bytes_up: Size of an update.
         steps: Training steps.
         deadline: Seconds after which the server waits no longer.
+        constants: Size of the constants, which come with a device's first model.
     """
 
     bytes_down: int
     bytes_up: int
     steps: int
     deadline: float
+    constants: int = 0
 
     @property
     def text(self) -> str:
         """The sizes, for the identity of a fleet."""
-        return f"{self.bytes_down} bytes down, {self.bytes_up} bytes up"
+        more = f" and {self.constants} at first" if self.constants else ""
+        return f"{self.bytes_down} bytes down{more}, {self.bytes_up} bytes up"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Trips:
 
     Attributes:
         start: When all of them are asked.
+        bytes_down: What each is sent.
         arrived: When each has the model.
         begin: When it begins to train, unless ``fits`` is false.
         trained: When it has trained.
@@ -68,6 +72,7 @@ class Trips:
     """
 
     start: float
+    bytes_down: NDArray[np.int64]
     arrived: Floats
     begin: Floats
     trained: Floats
@@ -101,7 +106,7 @@ class Trips:
     def sent(self, work: Work) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the bytes that went down to, and up from, each device until its end."""
         latency, stop = self.traits.latency, np.minimum(self.lost, self.start + work.deadline)
-        down = _part(stop, self.start + latency, self.arrived, work.bytes_down)
+        down = _part(stop, self.start + latency, self.arrived, self.bytes_down)
         up = _part(stop, self.trained + latency, self.finish, work.bytes_up)
         return down, np.where(self._has_order(work), up, 0)
 
@@ -117,12 +122,17 @@ def trips(
     clients: Clients,
     start: float,
     path: tuple[int, int],
+    first: Flags,
 ) -> Trips:
-    """Return the trips of ``clients`` asked at ``start``; ``path`` names this round's coins."""
+    """Return the trips of ``clients`` asked at ``start``; ``path`` names this round's coins.
+
+    To those that are asked for the ``first`` time the constants are sent, too.
+    """
     traits = description.traits(clients)
     jitter = description.factors(clients, description.fleet.jitter, "jitter", *path)
     fleet = description.fleet
-    arrived = start + traits.latency + work.bytes_down / traits.down
+    bytes_down = work.bytes_down + work.constants * first.astype(np.int64)
+    arrived = start + traits.latency + bytes_down / traits.down
     begin = arrived + fleet.startup * (traits.slowdown * jitter)
     trained = begin + work.steps * fleet.step_seconds * (traits.step_slowdown * jitter)
     finish = trained + traits.latency + work.bytes_up / traits.up
@@ -133,7 +143,8 @@ def trips(
     leaves = presence.leaves(clients, start, float(end.max(initial=start)))
     lost = np.minimum(dropped, leaves)
     lost = np.where(lost < end, lost, np.inf)
-    return Trips(start, arrived, begin, trained, finish, lost, leaves <= dropped, traits)
+    left = leaves <= dropped
+    return Trips(start, bytes_down, arrived, begin, trained, finish, lost, left, traits)
 
 
 def closing(found: Trips, want: int, deadline: float) -> tuple[float, NDArray[np.int64]]:
@@ -174,6 +185,8 @@ def reasons(found: Trips, used: NDArray[np.int64], close: float, deadline: float
     return Counter({reason: count for reason, count in counts.items() if count})
 
 
-def _part(stop: Floats, begin: Floats, end: Floats, size: int) -> NDArray[np.int64]:
+def _part(
+    stop: Floats, begin: Floats, end: Floats, size: int | NDArray[np.int64]
+) -> NDArray[np.int64]:
     share = np.clip((stop - begin) / np.maximum(end - begin, 1e-300), 0, 1)
     return np.floor(share * size).astype(np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from reticent.server.fleet import Outcome, Release
 from ..grid import client_of, node_of
 from .availability import Presence, Trace
 from .buffered import Deals, schedule
-from .clock import Trips, Work, closing, reasons, trips
+from .clock import Flags, Trips, Work, closing, reasons, trips
 from .devices import Clients, Description
 
 Charge = Callable[[str, int, float, Sequence[int]], Sequence[int]]
@@ -61,11 +61,18 @@ class SimulatedFleet:
         return self.presence.next_change(time)
 
     def ask(
-        self, number: int, attempt: int, nodes: Sequence[int], time: float, want: int
+        self,
+        number: int,
+        attempt: int,
+        nodes: Sequence[int],
+        time: float,
+        want: int,
+        first: Collection[int] = (),
     ) -> Outcome:
         """Return what asking ``nodes`` at ``time`` comes to, if ``want`` replies are enough."""
         asked = np.array(nodes, dtype=np.int64)
-        found = self.trips(_clients(asked), time, (number, attempt))
+        new = np.array([node in first for node in nodes], dtype=bool)
+        found = self.trips(_clients(asked), time, (number, attempt), new)
         close, used = closing(found, want, self.work.deadline)
         down, up = found.sent(self.work)
         charged = found.charged(self.work)
@@ -80,19 +87,29 @@ class SimulatedFleet:
             bytes_down=int(down.sum()),
         )
 
-    def trips(self, clients: Clients, start: float, path: tuple[int, int]) -> Trips:
-        """Return the trips of ``clients`` asked at ``start``."""
-        return trips(self.description, self.presence, self.work, clients, start, path)
+    def trips(
+        self, clients: Clients, start: float, path: tuple[int, int], first: Flags | None = None
+    ) -> Trips:
+        """Return the trips of ``clients`` asked at ``start``, be it for the ``first`` time."""
+        new = np.zeros(len(clients), dtype=bool) if first is None else first
+        return trips(self.description, self.presence, self.work, clients, start, path, new)
 
     def releases(self, nodes: Sequence[int]) -> Iterator[Release]:
         """Yield the releases of a buffered run over ``nodes``, from the first."""
+        asked = set[int]()
+
+        def trip_of(node: int, time: float, model: int) -> Trips:
+            new = np.array([node not in asked])
+            asked.add(node)
+            return self.trips(_clients(np.array([node])), time, (model + 1, 0), new)
+
         return schedule(
             self.dealt,
             self.dealt.stream(nodes),
             len(nodes),
             lambda some, time: self.available(some, time),
             self.presence.next_change,
-            lambda node, time, model: self.trips(_clients(np.array([node])), time, (model + 1, 0)),
+            trip_of,
             self.work,
         )
 

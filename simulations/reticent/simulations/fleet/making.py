@@ -39,15 +39,16 @@ def training_memory(plan: Plan, parameters: int) -> float:
 
 
 def fleet_for(
-    plan: Plan, parameters: int, sizes: tuple[int, int], charging: Charge
+    plan: Plan, parameters: int, sizes: tuple[int, int], charging: Charge, constants: int = 0
 ) -> SimulatedFleet:
     """Return the fleet of a plan.
 
     Args:
         plan: A plan with a fleet.
         parameters: Parameters that are trained.
-        sizes: Bytes of an update, and of what is sent to a device.
+        sizes: Bytes of an update, and of the model that is sent to a device.
         charging: Charges devices.
+        constants: Bytes that are sent besides to a device that is asked for the first time.
 
     Raises:
         DataError: If the file of availability cannot be used.
@@ -57,7 +58,7 @@ def fleet_for(
     if fleet is None:
         raise PlanError("fleet: is absent")
     up, down = sizes
-    work = Work(down, up, federation.steps_per_round, federation.timeout)
+    work = Work(down, up, federation.steps_per_round, federation.timeout, constants)
     description = Description(fleet, plan.seed, training_memory(plan, parameters))
     return SimulatedFleet(description, _presence(plan), work, charging, _deals(plan))
 
@@ -181,16 +182,23 @@ def _synchronous(plan: Plan, fleet: SimulatedFleet, nodes: range) -> Iterator[Ou
     asked, now = Counter[int](), 0.0
     for number in range(1, plan.federation.rounds + 1):
         cohort, now = cohort_in_time(sampler, number, nodes, asked, fleet, now)
-        found = _asked(plan, fleet, number, cohort, now)
+        found = _asked(plan, fleet, number, cohort, now, {n for n in cohort if not asked[n]})
         now = found.ends
         asked.update(cohort)
         yield found
 
 
 def _asked(
-    plan: Plan, fleet: SimulatedFleet, number: int, cohort: list[int], now: float
+    plan: Plan,
+    fleet: SimulatedFleet,
+    number: int,
+    cohort: list[int],
+    now: float,
+    first: set[int],
 ) -> Outcome:
     """Return what a round comes to, asked again as often as the plan says.
+
+    Those in ``first`` were asked in no round before.
 
     Raises:
         NetworkError: If there are too few replies after that.
@@ -200,7 +208,7 @@ def _asked(
     left = cohort = asked_first(plan, number, cohort)
     for attempt in range(federation.retries + 1):
         replied = () if whole is None else whole.replied
-        part = fleet.ask(number, attempt, left, now, wanted - len(replied))
+        part = fleet.ask(number, attempt, left, now, wanted - len(replied), first)
         whole, now = part if whole is None else _joined(whole, part), part.ends
         if len(whole.replied) >= federation.quorum:
             return whole

@@ -10,6 +10,7 @@ from fleets import SIZES, fleet_of, plan_of
 
 from reticent.core.plan import Plan, parse_plan
 from reticent.core.run import Run
+from reticent.server.journal import Journal
 from reticent.simulations.explain import explain_plan
 from reticent.simulations.fleet import fleet_for, granting
 from reticent.simulations.grid import node_of
@@ -89,3 +90,20 @@ def test_with_changes_a_model_down_costs_what_it_does_on_average(
     assert 60 * price["bytes"]["down"] == pytest.approx(down, rel=within)
     for figures in (price["fleet"], run.read_summary()["fleet"]):
         assert figures["bytes_down"] == pytest.approx(down + constants, rel=within)
+
+
+@pytest.mark.parametrize(("over", "asked"), [(None, 6), (1.5, 9)])
+def test_the_price_of_a_whole_run_is_what_it_sends(
+    over: float | None, asked: int, tmp_path: Path
+) -> None:
+    """Without a fleet and, on one, with models for those too whose update is not used."""
+    fleet = [*ALIKE, f"fleet.over_selection={over}"] if over else []
+    plan = small("task.clients=12", "federation.clients_per_round=6", *fleet)
+    run = simulate(plan, tmp_path / "run")
+    up, down, constants = sent(run)
+    assert sum(line["asked"] for line in run.read_metrics()) == 3 * asked
+    # In a simulation they are counted of those whose update is used.
+    journal = Journal(run)
+    used = sum(rounds > 0 for rounds in journal.participations().values())
+    journal.close()
+    assert explain_plan(plan)["bytes"]["total"] == up + down + 12 * constants // used

@@ -80,7 +80,8 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         ReticentError: If the plan cannot be run.
     """
     task, schedule = _checked(plan)
-    trainer = LocalTrainer(plan, task, _half_mask(plan, task))
+    constants = _half_mask(plan, task)
+    trainer = LocalTrainer(plan, task, constants)
     step = planned_step(plan, task, schedule)
     up, down = encoded_bytes(plan, trainer, step, schedule)
     seconds = _step_seconds(trainer, task, step)
@@ -95,7 +96,7 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
             "up": up,
             "down": down,
             "fp32": 4 * trainer.layout.total,
-            "total": messages * (up + down),
+            "total": messages * up + _all_down(plan, down, len(constants.encode())),
         },
         "no_artifact": problem_of(plan, sketch(plan, task)),
         "work": {
@@ -106,6 +107,13 @@ def explain_plan(plan: Plan) -> dict[str, Any]:
         },
         "fleet": priced(plan, _expected_fleet(plan, task)) if plan.fleet else None,
     }
+
+
+def _all_down(plan: Plan, model: int, constants: int) -> int:
+    """Return the bytes down of a run: a model to each that is asked, and to new ones constants."""
+    federation, buffered = plan.federation, plan.federation.buffered is not None
+    asked = federation.rounds * (federation.clients_per_round if buffered else plan.asked_per_round)
+    return asked * model + min(plan.task.clients, asked) * constants
 
 
 def planned_fleet(

@@ -202,7 +202,12 @@ def test_json_lines_and_csv_are_the_same_trace(tmp_path: Path) -> None:
         ),
         ('{"client": 1%s, "start": 0, "end": 1}\n' % ("0" * 330), "t.jsonl", "must be 0 to 9"),
         ("1%s,0,1\n" % ("0" * 900), "t.csv", "must be 0 to 9"),
-        ("{" * 5000 + "\n", "t.jsonl", "must be a JSON object"),
+        ("{" * 1000 + "\n", "t.jsonl", "must be a JSON object"),
+        ("{" * 5000 + "\n", "t.jsonl", "line 1: holds 1,024 bytes or more"),
+        ("2,0,1\n0,0,1" + " " * 1019 + "1,3,50\n", "t.csv", "line 2: holds 1,024 bytes or more"),
+        ("1_0,0,1\n", "t.csv", "must be client,start,end"),
+        ("1,0,1_0\n", "t.csv", "must be client,start,end"),
+        ("1,0,1\n\ufeff1,2,3\n", "t.csv", "line 2"),
     ],
 )
 def test_a_damaged_trace_is_refused_by_its_line(
@@ -213,6 +218,26 @@ def test_a_damaged_trace_is_refused_by_its_line(
     assert words in str(caught.value)
     with pytest.raises(DataError, match="cannot be read"):
         read_trace(tmp_path / "absent.csv", 10, None)
+
+
+def test_a_trace_may_begin_with_a_byte_order_mark_and_a_line_have_1023_bytes(
+    tmp_path: Path,
+) -> None:
+    plain = trace_of(tmp_path, "client,start,end\n2,0,1.5\n")
+    for text in (
+        "\ufeffclient,start,end\r\n2,0,1.5\r\n",
+        "\ufeff 2 , +0. ,15e-1",
+        "2,0,1.5".ljust(1023),
+    ):
+        found = trace_of(tmp_path, text)
+        assert (found.client, found.start, found.end) == (plain.client, plain.start, plain.end)
+
+
+def test_a_device_that_is_there_for_the_whole_period_never_leaves(tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, "0,0,60\n1,0,30\n1,30,60\n2,30,60\n2,0,10\n", 60.0)
+    for time in (0.0, 59.0, 600.0):
+        assert trace.leaves(np.array([0, 1]), time, 1e9).tolist() == [math.inf, math.inf]
+    assert trace.leaves(np.array([2]), 45.0, 1e9).tolist() == [70.0]
 
 
 def test_a_trace_is_read_in_little_memory(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class Trace:
         """Return the end of the interval that each client is in; at once for one that is in none.
 
         An interval that ends with the period goes on in the client's first one, if that begins at
-        0, but not further.
+        0; who has one interval, the whole period, never leaves.
         """
         number = self._number(time)
         found, inside = self._interval(clients, time)
@@ -145,6 +145,7 @@ class Trace:
             first = np.minimum(first, len(self.client) - 1)
             again = (end == self.period) & (self.start[first] == 0)
             ends = np.where(again, self._ends(number + 1, self.end[first]), ends)
+            ends = np.where(again & (self.end[first] == self.period), math.inf, ends)
         left[inside] = ends[inside]
         return np.where(left > until, math.inf, left)
 

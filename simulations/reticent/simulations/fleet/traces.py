@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import codecs
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,22 @@ MOST_INTERVALS = 5_000_000
 """24 bytes each: 120 MB."""
 
 _LONGEST_LINE = 1024
+_WHOLE = re.compile(rb"[+-]?[0-9]+")
+_NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)")
 
 
 def read_trace(path: Path, clients: int, period: float | None) -> Trace:
     """Return the intervals in ``path``; they take 24 bytes each, however the file is written.
 
     A ``.jsonl`` file holds one JSON object a line, any other is CSV, with or without a first line
-    ``client,start,end``. Times are seconds; an interval holds its start and not its end.
+    ``client,start,end``; either may begin with a byte order mark. Times are seconds; an interval
+    holds its start and not its end.
 
     Raises:
-        DataError: Naming the line: not three numbers, a client that is not in 0 to ``clients`` - 1,
-            an interval that is empty, negative, beyond the period, or overlaps another of the same
-            client; no interval at all, or more than :data:`MOST_INTERVALS`.
+        DataError: Naming the line: not three numbers, 1,024 bytes or more, a client that is not in
+            0 to ``clients`` - 1, an interval that is empty, negative, beyond the period, or
+            overlaps another of the same client; no interval at all, or more than
+            :data:`MOST_INTERVALS`.
     """
     digest, owners = hashlib.sha256(), array.array("q")
     starts, ends = array.array("d"), array.array("d")
@@ -39,10 +45,13 @@ def read_trace(path: Path, clients: int, period: float | None) -> Trace:
         with path.open("rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
                 digest.update(line)
-                text = line.strip()
+                where = f"{path}, line {number}"
+                if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                    raise DataError(f"{where}: holds {_LONGEST_LINE:,} bytes or more")
+                # Spreadsheets begin a file with a byte order mark.
+                text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip()
                 if not text or (number == 1 and text.replace(b" ", b"") == b"client,start,end"):
                     continue
-                where = f"{path}, line {number}"
                 client, start, end = parse(text, where)
                 _check(client, start, end, clients, period, where)
                 owners.append(client)
@@ -58,12 +67,12 @@ def read_trace(path: Path, clients: int, period: float | None) -> Trace:
 
 
 def _from_csv(text: bytes, where: str) -> tuple[int, float, float]:
-    parts = text.split(b",")
-    try:
-        client, start, end = parts
-        return int(client), float(start), float(end)
-    except ValueError as error:
-        raise DataError(f"{where}: {_shown(text)}: must be client,start,end") from error
+    parts = [part.strip() for part in text.split(b",")]
+    kinds = (_WHOLE, _NUMBER, _NUMBER)
+    if len(parts) != 3 or not all(k.fullmatch(p) for k, p in zip(kinds, parts, strict=True)):
+        raise DataError(f"{where}: {_shown(text)}: must be client,start,end")
+    client, start, end = parts
+    return int(client), float(start), float(end)
 
 
 def _from_json(text: bytes, where: str) -> tuple[int, float, float]:

@@ -47,7 +47,7 @@ from reticent.server.strategy import PrivateAveraging
 from reticent.simulations import explain
 from reticent.simulations.audit import audit_plan
 from reticent.simulations.explain import check_plan, explain_plan
-from reticent.simulations.fleet import fleet_for, granting
+from reticent.simulations.fleet import SimulatedFleet, fleet_for, granting, priced
 from reticent.simulations.grid import node_of
 from reticent.simulations.runs import describe
 from reticent.simulations.simulate import simulate
@@ -587,6 +587,38 @@ def test_who_is_asked_again_and_used_after_all_was_not_charged_in_vain() -> None
         assert tally.virtual.unused == len(nodes - tally.accepted)
         again += len(nodes & tally.accepted)
     assert again > 0
+
+
+@pytest.mark.parametrize(("back", "asked_again"), [(1000, 1000.0), (1300, 1200.0)])
+def test_a_round_is_asked_again_once_a_quorum_is_back_or_after_the_timeout(
+    back: int, asked_again: float, tmp_path: Path
+) -> None:
+    """All leave after 5 s, before they have trained; the fifth and sixth stay away for good."""
+    lines = [f"{c},0,5\n{c},{back},{'1e6' if c < 4 else back + 1}\n" for c in range(6)]
+    (tmp_path / "t.csv").write_text("".join(lines))
+    path = f'fleet.availability={{kind="file",path="{tmp_path / "t.csv"}"}}'
+    more = ["federation.retries=1", "federation.min_replies=4", "federation.timeout=600"]
+    plan = plan_of(6, 6, 1, *ALIKE, path, *more)
+    fleet = fleet_for(plan, 36, (200, 200), granting)
+    asked: list[tuple[int, float]] = []
+    ask = SimulatedFleet.ask
+
+    def watched(self: SimulatedFleet, number: int, attempt: int, *given: Any) -> Any:
+        asked.append((attempt, given[1]))
+        return ask(self, number, attempt, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedFleet, "ask", watched)
+        price, federation = priced(plan, fleet), scripted(plan)
+        if back > 1200:
+            with pytest.raises(NetworkError, match="4 are needed, asked 2 times"):
+                federation.run()
+            assert "0 clients give a reply in time" in price["failed"]
+        else:
+            tally = federation.run()
+            assert tally.accepted == {2, 3, 4, 5} and price["failed"] is None
+            assert tally.virtual is not None and tally.virtual.ends == price["seconds"] > 1000
+    assert asked == 2 * [(0, 0.0), (1, asked_again)]
 
 
 @pytest.mark.parametrize("more", [[], BUFFERED], ids=["synchronous", "buffered"])

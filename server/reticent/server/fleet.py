@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reticent.core.plan import Federation
+
 DROPPED = "the client gave no reply (it dropped out)"
 LEFT = "the client gave no reply (it was no longer available)"
 LATE = "the client gave no reply (it missed the deadline)"
@@ -164,6 +166,20 @@ class Virtual:
             "charged_unused": self.unused,
         }
         return figures if self.stale is None else figures | {"stalest": self.stale}
+
+
+def once_back(
+    fleet: Fleet, federation: Federation, left: Sequence[int], accepted: int, now: float
+) -> float:
+    """Return when a round is asked again, of which ``accepted`` updates came by ``now``.
+
+    As a real server does (:func:`.waiting.wait_for_return`), once so many of those ``left`` are
+    there that a quorum can answer, and after ``federation.timeout`` virtual seconds at the latest.
+    """
+    latest, nodes = now + federation.timeout, np.array(left, dtype=np.int64)
+    while now < latest and accepted + fleet.available(nodes, now).sum() < federation.quorum:
+        now = min(fleet.next_change(now), latest)
+    return now
 
 
 LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)

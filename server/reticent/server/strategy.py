@@ -22,7 +22,7 @@ from .client_level import client_level_for
 from .control import ControlVariates
 from .countersign import Countersigner
 from .downlink import Broadcast, Downlink
-from .fleet import Fleet, Virtual
+from .fleet import Fleet, Virtual, once_back
 from .folding import Folder, FoldingGrid, Kept, Rules, largest_payload
 from .nodes import LazyGrid, Nodes
 from .optimizer import Floats, ServerState, apply_round
@@ -309,6 +309,9 @@ class PrivateAveraging(Strategy):
         want = self._plan.federation.wanted - tally.sum.count
         if self._plan.federation.sampling == "poisson":
             want = len(cohort)
+        if self._attempt:
+            federation, accepted = self._plan.federation, len(tally.accepted)
+            self._time = once_back(fleet, federation, cohort, accepted, self._time)
         # By the journal, so that a resumed run meets the same clock; see docs/fleet.md.
         first = {node for node in cohort if not self._taken_part[node]}
         found = fleet.ask(number, self._attempt, cohort, self._time, want, first)

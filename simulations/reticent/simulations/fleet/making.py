@@ -15,7 +15,7 @@ from reticent.core.plan import Plan
 from reticent.privacy.ledger import Ledger
 from reticent.privacy.randomness import SeededRandomness
 from reticent.privacy.schedule import participations
-from reticent.server.fleet import Outcome, Release, Virtual
+from reticent.server.fleet import Outcome, Release, Virtual, once_back
 from reticent.server.sampling import Sampler, asked_first, cohort_in_time
 
 from ..devices import Devices, device_name, granted
@@ -208,6 +208,8 @@ def _asked(
     left = cohort = asked_first(plan, number, cohort)
     for attempt in range(federation.retries + 1):
         replied = () if whole is None else whole.replied
+        if attempt:
+            now = once_back(fleet, federation, left, len(replied), now)
         part = fleet.ask(number, attempt, left, now, wanted - len(replied), first)
         whole, now = part if whole is None else _joined(whole, part), part.ends
         if len(whole.replied) >= federation.quorum:

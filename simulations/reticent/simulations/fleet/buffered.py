@@ -1,9 +1,10 @@
 """The schedule of a buffered (semi-asynchronous) run: who is asked when, and whose updates fill it.
 
 An event loop in virtual time. Nothing in it depends on training, so it runs ahead of it, and again
-from the beginning when a run is resumed: a third of a millisecond for each device that is asked.
-Where fewer are awake than are to be busy, two passes of candidates are looked through besides, once
-for each model and each time that somebody may have come: half a second for a million of them.
+from the beginning when a run is resumed: 0.3 ms for each device that is asked where 100 are busy at
+a time, 0.4 ms with 1,000 and 0.75 ms with 4,000. Where fewer are awake than are to be busy, two
+passes of candidates are looked through besides, once for each model and each time that somebody may
+have come: half a second for a million of them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -146,6 +147,36 @@ def test_nodes_with_other_code_are_refused_and_of_another_kind_said(
     monkeypatch.setattr(f"{ENGINE}.own_marks", lambda: replace(own, code="0.0.9"))
     with pytest.raises(DependencyError, match=r"this machine has reticent 0\.0\.9"):
         simulate(plan, tmp_path / "code")
+
+
+class Failing:
+    """An actor that cannot be made."""
+
+    def __init__(self, *about: object) -> None:
+        raise OSError("no room for it")
+
+    def ready(self) -> None: ...
+
+    def play(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("module", "why"), [("__main__", "OSError: no room for it"), ("elsewhere", "No module named")]
+)
+def test_a_node_where_no_actor_can_start_ends_the_run(
+    module: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a module that nodes do not have, as reticent is where it was not installed."""
+    pytest.importorskip("ray")
+    monkeypatch.setitem(sys.modules, "elsewhere", ModuleType("elsewhere"))
+    monkeypatch.setattr(sys.modules[module], "Failing", Failing, raising=False)
+    monkeypatch.setattr(Failing, "__module__", module)  # __main__ is sent along
+    monkeypatch.setattr(f"{ENGINE}._Actor", Failing)
+    lines: list[str] = []
+    plan = parse_plan("", [*SMALL, "engine.kind=ray", "engine.workers=2"])
+    with pytest.raises(DependencyError, match=f"a Ray node cannot start an actor: .*{why}"):
+        simulate(plan, tmp_path / "run", say=lines.append)
+    assert not [line for line in lines if "a worker ended" in line]
 
 
 def test_an_address_where_no_cluster_answers_is_an_error(tmp_path: Path) -> None:
